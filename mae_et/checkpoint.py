@@ -1,0 +1,311 @@
+"""State on disk: written atomically, read without running code; and weights from wherever they come.
+
+A file is written beside its target, forced to disk and renamed, so a crash or a full disk leaves the previous file whole.
+Everything is read with `weights_only=True`. What can be read as pretrained weights is listed in `ACCEPTED`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import safetensors
+import safetensors.torch
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from . import interop
+from .curriculum import as_size
+from .targets import target_dim
+
+FORMAT = "mae_et/1"
+"""Value of the key `format` in the checkpoints of this package."""
+METADATA_KEY = "mae_et"
+"""Metadata of `encoder.safetensors` under which its shape stands as JSON."""
+EXPORT_FORMATS = ("timm", "facebook", "huggingface")
+ACCEPTED = (
+    "a run folder, a checkpoint .pt, a .safetensors or .pth encoder of timm, a .pth of facebookresearch/mae, "
+    "a folder of transformers' ViTMAE, or the name of a timm model"
+)
+
+
+class CheckpointError(RuntimeError):
+    """A file that can't be written, or is not what it should be. One line that names the file and the reason."""
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """Weights in our layout and what is known about them."""
+
+    state: dict[str, Tensor]
+    """As `MaskedAutoencoder.state_dict()`; without a decoder only `encoder.*`."""
+    shape: dict
+    """Arguments of `create_mae`: all that fix the weights, so that no name is needed."""
+    has_decoder: bool
+    """Whether `state` holds a decoder."""
+    origin: str
+    """Where the weights come from, for people."""
+    norm_pix_loss: bool | None = None
+    """Whether the decoder was trained on normalised pixels; None: not known."""
+    target: str | None = None
+    """"pixel" or "hog"; None: not known, or no decoder."""
+
+
+def save(state: Mapping, path: Path) -> None:
+    """Write plain dicts, tensors and numbers, atomically. Raises CheckpointError; the previous file then survives."""
+    _replace(Path(path), lambda file: torch.save(state, file))
+
+
+def save_safetensors(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors as safetensors, atomically. Raises CheckpointError; the previous file then survives."""
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
+    content = safetensors.torch.save(tensors, {"format": "pt", **(metadata or {})})
+    _replace(Path(path), lambda file: file.write(content))
+
+
+def load(path: Path, map_location: str | torch.device = "cpu") -> dict:
+    """Read a file of `torch.save` without running any code from it (`weights_only=True`).
+
+    `argparse.Namespace`, a plain holder of values, is let through: training checkpoints of facebookresearch/mae hold one.
+    Raises FileNotFoundError; CheckpointError if the file is cut short, is something else, or would run code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint {path}: no such file")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        if refused := re.search(r"GLOBAL (\S+)", str(error)):
+            raise CheckpointError(f"{path}: refused, since it could run code ({refused[1]})") from error
+        raise CheckpointError(f"{path}: not a checkpoint of torch.save, or cut short") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: can't be read: {error.strerror or error}") from error
+    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
+        # What torch raises on a zip without its end, on text and on other zips: it has no error of its own for them.
+        raise CheckpointError(f"{path}: not a checkpoint of torch.save, or cut short") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a dict")
+    return content
+
+
+def read_pretrained(source: str | Path, encoder_only: bool = False) -> Pretrained:
+    """Weights from a run folder, a file or a timm model name (`ACCEPTED`), in our layout.
+
+    encoder_only: leave out the decoder before anything is checked, for use without it.
+    Raises FileNotFoundError, CheckpointError, or ValueError if the weights are not those of a plain ViT or an MAE.
+    """
+    path = Path(source)
+    if path.is_dir():
+        for name, read in (
+            ("checkpoint.pt", _read_file),
+            ("encoder.safetensors", _read_file),
+            ("config.json", lambda file, encoder_only: _read_huggingface(file.parent, encoder_only)),
+        ):
+            if (path / name).is_file():
+                return read(path / name, encoder_only)
+        raise FileNotFoundError(
+            f"{path}: holds neither checkpoint.pt or encoder.safetensors (a run folder) nor config.json (a folder of "
+            "transformers' ViTMAE)"
+        )
+    if path.is_file():
+        return _read_file(path, encoder_only)
+    if timm.is_model(str(source)):
+        return _download(str(source))
+    raise FileNotFoundError(f"{source}: no such file or timm model; accepted are {ACCEPTED}")
+
+
+def write_export(
+    source: Pretrained | Mapping[str, Tensor],
+    shape: Mapping,
+    format: str,
+    out: Path,
+    norm_pix_loss: bool | None = None,
+    encoder_only: bool = False,
+) -> None:
+    """Write weights in our layout for others: "timm" a .safetensors file, "facebook" a .pth file, "huggingface" a folder.
+
+    shape: arguments of `create_mae`. norm_pix_loss: default: what `source` knows. encoder_only: leave out the decoder
+    ("timm" always does).
+    Raises ValueError on an unknown format, weights that are no model of this package, or a decoder that the format can't
+    hold; CheckpointError if nothing could be written.
+    """
+    if format not in EXPORT_FORMATS:
+        raise ValueError(f"unknown export format {format!r}; choose from {', '.join(EXPORT_FORMATS)}")
+    if isinstance(source, Pretrained):
+        norm_pix_loss = source.norm_pix_loss if norm_pix_loss is None else norm_pix_loss
+        source = source.state
+    state, shape, out = interop.encoder_only(source) if encoder_only else dict(source), dict(shape), Path(out)
+    # Everything is converted before anything is written.
+    if format == "timm":
+        exported = interop.to_timm(state)
+        _make_folder(out.parent)
+        save_safetensors(exported, out, {METADATA_KEY: json.dumps(shape)})
+    elif format == "facebook":
+        exported = interop.to_facebook(state, shape["img_size"])
+        _make_folder(out.parent)
+        save({"model": exported}, out)
+    else:
+        if not interop.has_decoder(state):
+            shape = {key: value for key, value in shape.items() if not key.startswith("decoder_")}
+        config = interop.huggingface_config(shape, norm_pix_loss)
+        exported = interop.to_huggingface(state, shape["img_size"])
+        _make_folder(out)
+        save_safetensors(exported, out / "model.safetensors")
+        _replace(out / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode()))
+
+
+def _read_file(path: Path, encoder_only: bool) -> Pretrained:
+    """A single file: who wrote it is told from its keys."""
+    content, metadata = _load_safetensors(path) if path.suffix == ".safetensors" else (load(path), {})
+    if "format" in content:
+        return _read_own(content, path, encoder_only)
+    state = next((content[key] for key in ("model", "state_dict") if isinstance(content.get(key), dict)), content)
+    if not state or not all(isinstance(key, str) and isinstance(t, Tensor) for key, t in state.items()):
+        raise CheckpointError(f"{path}: holds no weights; accepted are {ACCEPTED}")
+    if any(key.endswith("embeddings.cls_token") for key in state):
+        if (path.parent / "config.json").is_file():
+            return _read_huggingface(path.parent, encoder_only)
+        raise ValueError(f"{path}: weights of transformers need the config.json beside them")
+    args = vars(content["args"]) if isinstance(content.get("args"), argparse.Namespace) else {}
+    stored_shape = json.loads(metadata[METADATA_KEY]) if METADATA_KEY in metadata else None
+    if stored_shape:
+        stored_shape["img_size"] = as_size(stored_shape["img_size"])
+    state = _without_decoder(state) if encoder_only else state
+    with _naming(path):
+        ours = state if "encoder.cls_token" in state else interop.from_facebook(state)
+        shape = stored_shape or interop.infer_shape(ours)
+    decoder = interop.has_decoder(ours)
+    if stored_shape:
+        origin = f"mae_et encoder {path}"
+    elif decoder or args:
+        origin = f"facebookresearch/mae checkpoint {path}"
+    else:
+        origin = f"encoder of timm or facebookresearch/mae {path}"
+    pixels = target_dim("pixel", shape["patch_size"], shape["in_chans"])
+    target = "pixel" if decoder and shape["target_dim"] == pixels else None
+    norm_pix_loss = args.get("norm_pix_loss") if decoder else None
+    return Pretrained(ours, shape, decoder, origin, norm_pix_loss, target)
+
+
+def _read_own(content: Mapping, path: Path, encoder_only: bool) -> Pretrained:
+    """A checkpoint of this package."""
+    if content["format"] != FORMAT:
+        raise CheckpointError(f"{path}: format {content['format']!r} is not known here, only {FORMAT!r}")
+    state = interop.encoder_only(content["model"]) if encoder_only else dict(content["model"])
+    decoder = interop.has_decoder(state)
+    target = content["target"] if decoder else None
+    norm_pix_loss = content["norm_pix_loss"] if decoder else None
+    return Pretrained(state, dict(content["shape"]), decoder, f"mae_et checkpoint {path}", norm_pix_loss, target)
+
+
+def _read_huggingface(folder: Path, encoder_only: bool) -> Pretrained:
+    """A folder of transformers' ViTMAE: config.json and the weights."""
+    weights = next((folder / n for n in ("model.safetensors", "pytorch_model.bin") if (folder / n).is_file()), None)
+    if weights is None:
+        raise FileNotFoundError(f"{folder}: holds config.json but neither model.safetensors nor pytorch_model.bin")
+    with _naming(folder / "config.json"):
+        config = json.loads((folder / "config.json").read_text())
+        shape = interop.shape_from_huggingface_config(config)
+    state = _load_safetensors(weights)[0] if weights.suffix == ".safetensors" else load(weights)
+    with _naming(weights):
+        ours = interop.from_huggingface(_without_decoder(state) if encoder_only else state, shape["img_size"])
+    decoder = interop.has_decoder(ours)
+    norm_pix_loss = config.get("norm_pix_loss", False) if decoder else None
+    origin = f"transformers ViTMAE folder {folder}"
+    return Pretrained(ours, shape, decoder, origin, norm_pix_loss, "pixel" if decoder else None)
+
+
+def _download(name: str) -> Pretrained:
+    """Pretrained weights of a timm model, which must be a plain ViT."""
+    try:
+        with torch.device("meta"):  # to be refused before anything is downloaded
+            model = timm.create_model(name, num_classes=0)
+    except RuntimeError as error:  # an unknown tag
+        raise ValueError(f"timm model {name}: {error}") from error
+    plain = isinstance(model, VisionTransformer) and not model.no_embed_class
+    if not plain or not isinstance(model.blocks[0].mlp.act, nn.GELU):
+        raise ValueError(f"timm model {name}: not a plain ViT (class token with a position, GELU, nothing else)")
+    with _naming(f"timm model {name}"):
+        interop.from_timm(model.state_dict())
+    try:
+        weights = timm.create_model(name, pretrained=True, num_classes=0).state_dict()
+    except (OSError, RuntimeError) as error:  # huggingface_hub's errors are OSErrors
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"timm model {name}: its weights can't be had: {reason}") from error
+    state = interop.from_timm(weights)
+    heads, img_size = model.blocks[0].attn.num_heads, model.patch_embed.img_size
+    return Pretrained(state, interop.infer_shape(state, heads, img_size=img_size), False, f"timm model {name}")
+
+
+def _without_decoder(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Any layout without the keys of its decoder, before it is checked."""
+    return {key: tensor for key, tensor in state.items() if not key.startswith(("decoder", "mask_token"))}
+
+
+def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"{path}: not a safetensors file, or cut short") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: can't be read: {error.strerror or error}") from error
+
+
+@contextmanager
+def _naming(what: Path | str) -> Iterator[None]:
+    """Put the file before the message of a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from error
+
+
+def _replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write beside `path`, force to disk, rename over it, and force the renaming to disk."""
+    temporary = path.with_name(f".{path.name}.tmp")  # one name, so that what a killed run left is written over
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:
+        # torch.save hides an error of the file behind one of its own.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise CheckpointError(f"{path}: can't be written: {cause.strerror or cause}") from error
+    finally:
+        with suppress(OSError):  # after the renaming there is nothing left to remove
+            temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    if not hasattr(os, "O_DIRECTORY"):  # Windows can't open a folder
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: can't be created: {error.strerror or error}") from error

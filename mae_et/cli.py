@@ -1,0 +1,88 @@
+"""Command lines: `main_pretrain.py` and `python -m mae_et COMMAND`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+import torch
+
+from .checkpoint import CheckpointError
+from .config import PretrainConfig, parse, to_yaml
+from .plan import PlanConfig, plan_report, plan_summary, plan_table
+from .pretrain import pretrain
+from .progress import console
+from .reconstruct import ReconstructConfig, reconstruct
+
+#: Mistakes and mishaps that one line explains; anything else is a bug and shows its traceback.
+EXPLAINED = (ValueError, OSError, CheckpointError, FloatingPointError)
+
+
+def main_pretrain(argv: list[str] | None = None) -> None:
+    """`python main_pretrain.py`: without flags, the recipe `demo`."""
+    _explain("main_pretrain.py", lambda: _pretrain(sys.argv[1:] if argv is None else argv))
+
+
+def _pretrain(argv: list[str]) -> None:
+    config = parse(PretrainConfig, argv, default_recipe="demo", prog="main_pretrain.py")
+    if config.print_config:
+        print(to_yaml(config), end="")
+    else:
+        pretrain(config)
+
+
+def _plan(argv: list[str]) -> None:
+    config = parse(PlanConfig, argv, default_recipe="demo", prog="mae_et plan")
+    report = plan_report(config)
+    if config.json:
+        print(json.dumps(report, indent=1))
+        return
+    console.print(plan_table(report))
+    for line in plan_summary(report):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def _reconstruct(argv: list[str]) -> None:
+    path = reconstruct(parse(ReconstructConfig, argv, prog="mae_et reconstruct"))
+    console.print(f"{path}", highlight=False, soft_wrap=True)
+
+
+COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
+    "pretrain": (_pretrain, "pretrain, as main_pretrain.py does"),
+    "plan": (_plan, "print what a configuration will cost, before any training"),
+    "reconstruct": (_reconstruct, "draw what a checkpoint reconstructs"),
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """`python -m mae_et COMMAND …`, also installed as `mae-et`."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in COMMANDS:
+        return _explain(f"mae_et {argv[0]}", lambda: COMMANDS[argv[0]][0](argv[1:]))
+    usage = "usage: python -m mae_et COMMAND …\n" + "".join(f"  {n:12} {text}\n" for n, (_, text) in COMMANDS.items())
+    if argv and argv[0] in ("-h", "--help"):
+        print(usage + "COMMAND --help lists its flags.")
+        return None
+    problem = f"unknown command {argv[0]!r}" if argv else "a command is missing"
+    fail(f"{problem}; choose from {', '.join(COMMANDS)}", "mae_et")
+
+
+def _explain(prog: str, run: Callable[[], None]) -> None:
+    """Run; a mistake ends in one line on standard error and exit code 1."""
+    try:
+        run()
+    except torch.OutOfMemoryError:
+        fail("the device is out of memory: lower --batch_size and set --total_batch_size to keep the total", prog)
+    except EXPLAINED as error:
+        fail(str(error), prog)
+
+
+def fail(message: str, prog: str) -> NoReturn:
+    """One line on standard error, exit code 1."""
+    # An error from a loader process carries that process's traceback; its last line is the message.
+    if "Original Traceback" in message:
+        message = message.strip().splitlines()[-1].partition(": ")[2]
+    print(f"{prog}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    raise SystemExit(1)

@@ -1,0 +1,143 @@
+"""What training costs: FLOPs of (model, stage) as a formula, and the ledger of what a run has spent.
+
+FLOPs are 2 per multiply-add of matrix products, as PyTorch's counter counts them; the formula is needed because that
+counter sees nothing of fused attention on CPU (pytorch issue 195460). Tests hold the two equal on the meta device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from dataclasses import dataclass, field
+
+import torch
+
+from .curriculum import Curriculum, SizePx, Stage, height_width
+from .model import MaskedAutoencoder
+from .spectral import crop_flops
+from .targets import hog_flops
+
+
+def flops_per_image(model: MaskedAutoencoder, stage: Stage, training: bool = True) -> int:
+    """FLOPs of the model on one image at a stage (only its `num_visible` and `num_predicted` matter).
+
+    Patch embedding and encoder on the visible patches, decoder on visible and predicted ones, head on the predicted ones.
+    training: forward and backward, which costs twice the forward, except that no gradient goes to the pixels.
+    """
+    visible, predicted = stage.num_visible, stage.num_predicted
+    embedding = _linear(visible, model.patch_size**2 * model.in_chans, model.embed_dim)
+    forward = (
+        embedding
+        + model.depth * _block(1 + visible, model.embed_dim, model.mlp_ratio)
+        + _linear(1 + visible, model.embed_dim, model.decoder_embed_dim)
+        + model.decoder_depth * _block(1 + visible + predicted, model.decoder_embed_dim, model.mlp_ratio)
+        + _linear(predicted, model.decoder_embed_dim, model.target_dim)
+    )
+    return 3 * forward - embedding if training else forward
+
+
+def input_flops_per_image(
+    full_size_px: SizePx, size_px: SizePx, in_chans: int, operator: str = "fourier", target: str = "pixel"
+) -> int:
+    """FLOPs on the device before the model: the spectral crop and the HOG target. They belong to the method's cost."""
+    crop = in_chans * crop_flops(full_size_px, size_px) if operator == "fourier" else 0
+    return crop + (hog_flops(*height_width(size_px), in_chans) if target == "hog" else 0)
+
+
+def encoder_flops_per_image(model: MaskedAutoencoder, num_patches: int) -> int:
+    """Forward FLOPs of the encoder on all patches and the class token: what features, probes and fine-tuning use."""
+    return _linear(num_patches, model.patch_size**2 * model.in_chans, model.embed_dim) + model.depth * _block(
+        1 + num_patches, model.embed_dim, model.mlp_ratio
+    )
+
+
+def _linear(tokens: int, inputs: int, outputs: int) -> int:
+    return 2 * tokens * inputs * outputs
+
+
+def _block(tokens: int, width: int, mlp_ratio: float) -> int:
+    hidden = int(width * mlp_ratio)
+    linears = _linear(tokens, width, 3 * width) + _linear(tokens, width, width) + 2 * _linear(tokens, width, hidden)
+    return linears + 2 * _linear(tokens, width, tokens)  # q·kᵀ and attention·v
+
+
+@dataclass
+class Account:
+    """What one stage has cost so far. Counts are over all devices; seconds are wall-clock seconds of the run."""
+
+    size_px: SizePx
+    steps: int = 0
+    images: int = 0
+    visible_patches: int = 0
+    predicted_patches: int = 0
+    flops: float = 0.0
+    train_seconds: float = 0.0
+    """Steps: forward, backward, update. Neither of the seconds below is in it."""
+    data_seconds: float = 0.0
+    """Waiting for the loader."""
+    eval_seconds: float = 0.0
+    """Pictures, checkpoints, evaluation."""
+    warmup_seconds: float = 0.0
+    """Compiling and warming the stage's shapes."""
+    peak_memory_bytes: int = 0
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training as a user feels them: steps and waiting for data."""
+        return self.train_seconds + self.data_seconds
+
+    @property
+    def data_wait(self) -> float:
+        """Share of training time spent waiting for data."""
+        return self.data_seconds / self.seconds if self.seconds else 0.0
+
+
+@dataclass
+class Ledger:
+    """The cost of a run, stage by stage. It is saved in the checkpoint, so it survives interruptions."""
+
+    stages: list[Account] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, curriculum: Curriculum) -> Ledger:
+        return cls([Account(stage.size_px) for stage in curriculum.stages])
+
+    def add(self, index: int, stage: Stage, *, train_seconds: float, data_seconds: float) -> None:
+        """Book one optimiser step of stage number `index`."""
+        account = self.stages[index]
+        account.steps += 1
+        account.images += stage.batch_size
+        account.visible_patches += stage.batch_size * stage.num_visible
+        account.predicted_patches += stage.batch_size * stage.num_predicted
+        account.flops += stage.batch_size * stage.flops_per_image
+        account.train_seconds += train_seconds
+        account.data_seconds += data_seconds
+
+    @property
+    def total(self) -> Account:
+        """Sums over the stages; the peak of the peaks for memory; the last stage's size."""
+        total = Account(self.stages[-1].size_px)
+        for name in (f.name for f in dataclasses.fields(Account) if f.name not in ("size_px", "peak_memory_bytes")):
+            setattr(total, name, sum(getattr(account, name) for account in self.stages))
+        total.peak_memory_bytes = max(account.peak_memory_bytes for account in self.stages)
+        return total
+
+    def state_dict(self) -> dict:
+        """{"stages": [...], "total": {...}} of plain numbers: what ledger.json holds."""
+        return {"stages": [dataclasses.asdict(a) for a in self.stages], "total": dataclasses.asdict(self.total)}
+
+    @classmethod
+    def from_state_dict(cls, state: dict) -> Ledger:
+        return cls([Account(**account) for account in state["stages"]])
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """High-water mark of memory: allocated on a CUDA device since its last reset, else resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return 0  # no high-water mark in the standard library
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # kilobytes on Linux

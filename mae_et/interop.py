@@ -1,0 +1,397 @@
+"""Weights to and from timm, facebookresearch/mae and Hugging Face transformers: dict -> dict, strict, both ways.
+
+D encoder width · E decoder width · L patches at full size. "Ours" is `MaskedAutoencoder.state_dict()`: the encoder under
+`encoder.` with timm's names, the decoder beside it with facebookresearch/mae's. An encoder without a decoder is legal
+everywhere. Every adapter names each key it expects: a dict with a key too few or too many is refused.
+
+Two facts make the difference between the layouts: transformers splits query, key and value, which ours, timm and
+facebookresearch/mae fuse; and theirs store the decoder's fixed position table, which ours computes.
+Sources of the key names: the checkpoints of timm, facebookresearch/mae and transformers 4 and 5 (ViTMAE).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .curriculum import SizePx, as_size, grid_of, height_width
+from .model import NORM_EPS, sincos_table
+from .targets import target_dim
+
+State = Mapping[str, Tensor]
+
+BLOCK = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+KNOWN_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # DeiT (arXiv 2012.12877) and MAE, Sec. 4
+DECODER_HEADS = 16  # MAE, Appendix A.1
+TABLE_TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where another project keeps what ours keeps.
+
+    who: named in errors. encoder, decoder: our parameter -> theirs, for everything but the blocks. *_blocks: their prefix
+    of the blocks. block: our module of a block -> theirs, three where they split query, key and value. decoder_table: the
+    position table of the decoder, if they store it.
+    """
+
+    who: str
+    encoder: dict[str, str]
+    encoder_blocks: str
+    block: dict[str, tuple[str, ...]]
+    decoder: dict[str, str] = field(default_factory=dict)
+    decoder_blocks: str = ""
+    decoder_table: str = ""
+
+    def pairs(self, depth: int, decoder_depth: int | None) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """(our key, their key or three keys) for every tensor; decoder_depth None: encoder only."""
+        yield from ((f"encoder.{ours}", (theirs,)) for ours, theirs in self.encoder.items())
+        yield from self._blocks("encoder.blocks.", self.encoder_blocks, depth)
+        if decoder_depth is not None:
+            yield from ((ours, (theirs,)) for ours, theirs in self.decoder.items())
+            yield from self._blocks("decoder_blocks.", self.decoder_blocks, decoder_depth)
+
+    def _blocks(self, ours: str, theirs: str, depth: int) -> Iterator[tuple[str, tuple[str, ...]]]:
+        for n in range(depth):
+            for module, names in self.block.items():
+                yield from zip(
+                    _parameters(f"{ours}{n}.{module}"),
+                    zip(*(_parameters(f"{theirs}{n}.{name}") for name in names), strict=True),
+                    strict=True,
+                )
+
+    def has_decoder(self, state: State) -> bool:
+        starts = tuple(filter(None, (self.decoder_blocks, self.decoder_table, *self.decoder.values())))
+        return any(key.startswith(starts) for key in state)
+
+
+def _parameters(*modules: str) -> list[str]:
+    return [f"{module}.{kind}" for module in modules for kind in ("weight", "bias")]
+
+
+_ENCODER = {name: name for name in ("cls_token", "pos_embed", *_parameters("patch_embed.proj", "norm"))}
+_DECODER = {name: name for name in ("mask_token", *_parameters("decoder_embed", "decoder_norm", "decoder_pred"))}
+_SAME_BLOCK = {module: (module,) for module in BLOCK}
+
+_OUR_ENCODER = {name: f"encoder.{name}" for name in _ENCODER}
+OURS = Layout("a mae_et model", _OUR_ENCODER, "encoder.blocks.", _SAME_BLOCK, _DECODER, "decoder_blocks.")
+TIMM = Layout("a plain timm VisionTransformer", _ENCODER, "blocks.", _SAME_BLOCK)
+FACEBOOK = Layout(
+    "a facebookresearch/mae model", _ENCODER, "blocks.", _SAME_BLOCK, _DECODER, "decoder_blocks.", "decoder_pos_embed"
+)
+
+
+def _huggingface(encoder_blocks: str, decoder_blocks: str, block: tuple[tuple[str, ...], ...], prefix: str) -> Layout:
+    names = ("cls_token", "position_embeddings", *_parameters("patch_embeddings.projection"))
+    encoder = [f"{prefix}embeddings.{name}" for name in names] + _parameters(f"{prefix}layernorm")
+    return Layout(
+        "a transformers ViTMAE model",
+        dict(zip(_ENCODER, encoder, strict=True)),
+        f"{prefix}{encoder_blocks}",
+        dict(zip(BLOCK, block, strict=True)),
+        {name: f"decoder.{name}" for name in _DECODER},
+        decoder_blocks,
+        "decoder.decoder_pos_embed",
+    )
+
+
+_HF4_BLOCK = (
+    ("layernorm_before",),
+    ("attention.attention.query", "attention.attention.key", "attention.attention.value"),
+    ("attention.output.dense",),
+    ("layernorm_after",),
+    ("intermediate.dense",),
+    ("output.dense",),
+)
+_HF5_BLOCK = (
+    ("layernorm_before",),
+    ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+    ("attention.o_proj",),
+    ("layernorm_after",),
+    ("mlp.fc1",),
+    ("mlp.fc2",),
+)
+#: Three spellings: of the files on the Hub and of transformers 4; of models in memory since transformers 5; and of the
+#: files which transformers 5 writes (it maps names back, and the decoder's blocks land on a new name).
+HF_NAMINGS = {
+    "hub": ("encoder.layer.", "decoder.decoder_layers.", _HF4_BLOCK),
+    "memory": ("layers.", "decoder.decoder_layers.", _HF5_BLOCK),
+    "transformers5_file": ("encoder.layer.", "decoder.decoder_encoder.layer.", _HF4_BLOCK),
+}
+#: Argument of `create_mae` -> name in config.json and its default there: what equals it may be left out.
+HF_ENCODER_CONFIG = {
+    "img_size": ("image_size", 224),
+    "patch_size": ("patch_size", 16),
+    "in_chans": ("num_channels", 3),
+    "embed_dim": ("hidden_size", 768),
+    "depth": ("num_hidden_layers", 12),
+    "num_heads": ("num_attention_heads", 12),
+}
+HF_DECODER_CONFIG = {
+    "decoder_embed_dim": ("decoder_hidden_size", 512),
+    "decoder_depth": ("decoder_num_hidden_layers", 8),
+    "decoder_num_heads": ("decoder_num_attention_heads", 16),
+}
+
+
+def from_huggingface(state: State, img_size: SizePx | None = None) -> dict[str, Tensor]:
+    """ViTMAEForPreTraining or ViTMAEModel (encoder only) -> ours, in any of the three spellings of HF_NAMINGS.
+
+    img_size: pixels, needed only where the grid cannot be told from the position table (learned and not square).
+    Raises ValueError that names the first missing and the first unexpected key, or if the stored position table of the
+    decoder is not MAE's sin-cos table.
+    """
+    prefix = "vit." if any(key.startswith("vit.") for key in state) else ""
+    layouts = [_huggingface(*naming, prefix) for naming in HF_NAMINGS.values()]
+    # The spelling with the fewest strangers, so that an error speaks of the keys in the spelling of the file.
+    return _read(state, min(layouts, key=lambda layout: len(set(state) ^ _their_keys(state, layout))), img_size)
+
+
+def to_huggingface(state: State, img_size: SizePx | None = None, naming: str = "hub") -> dict[str, Tensor]:
+    """Ours -> ViTMAEForPreTraining, or ViTMAEModel if `state` is an encoder only.
+
+    naming: "hub", which `from_pretrained` of transformers 4 and 5 reads, or another key of HF_NAMINGS. img_size and
+    errors as in :func:`from_huggingface`.
+    """
+    if naming not in HF_NAMINGS:
+        raise ValueError(f"unknown naming {naming!r}; choose from {', '.join(HF_NAMINGS)}")
+    prefix = "vit." if has_decoder(state) else ""
+    return _write(state, _huggingface(*HF_NAMINGS[naming], prefix), img_size)
+
+
+def from_facebook(state: State, img_size: SizePx | None = None) -> dict[str, Tensor]:
+    """facebookresearch/mae -> ours: a pretraining dict, an encoder-only dict, or a fine-tuned one.
+
+    A fine-tuned dict gives an encoder; its `head` is dropped, and where it has `fc_norm` instead of `norm` (global
+    pooling), that takes its place. img_size and errors as in :func:`from_huggingface`.
+    """
+    return _read(state if FACEBOOK.has_decoder(state) else _without_head(state), FACEBOOK, img_size)
+
+
+def to_facebook(state: State, img_size: SizePx | None = None) -> dict[str, Tensor]:
+    """Ours -> facebookresearch/mae. img_size and errors as in :func:`from_huggingface`."""
+    return _write(state, FACEBOOK, img_size)
+
+
+def from_timm(state: State) -> dict[str, Tensor]:
+    """A plain timm VisionTransformer (class token, biases, nothing else) -> ours, encoder only.
+
+    `head` and `fc_norm` as in :func:`from_facebook`. Raises ValueError on anything that is not a plain ViT.
+    """
+    return _read(_without_head(state), TIMM)
+
+
+def to_timm(state: State) -> dict[str, Tensor]:
+    """Ours -> a plain timm VisionTransformer. The decoder is left out: timm takes a `mask_token` for DINOv2's."""
+    _check(state, _their_keys(state, OURS), OURS)
+    return {key.removeprefix("encoder."): tensor for key, tensor in state.items() if key.startswith("encoder.")}
+
+
+def encoder_only(state: State) -> dict[str, Tensor]:
+    """Ours -> ours without the decoder."""
+    return {key: tensor for key, tensor in state.items() if key.startswith("encoder.")}
+
+
+def has_decoder(state: State) -> bool:
+    """Whether a dict in our layout holds a decoder."""
+    return OURS.has_decoder(state)
+
+
+def infer_shape(
+    state: State, num_heads: int | None = None, decoder_num_heads: int | None = None, img_size: SizePx | None = None
+) -> dict:
+    """Arguments of `create_mae` that fit a dict in our layout; without a decoder, those of the decoder are left out.
+
+    Heads can't be read from weights. Default: 3, 6, 12, 16, 16 for widths 192, 384, 768, 1024, 1280, else width/64; for
+    the decoder 16 where that divides its width, else width/64. img_size: read from the position table by default.
+
+    Raises ValueError if a key is missing or unexpected, or a default doesn't exist.
+    """
+    _check(state, _their_keys(state, OURS), OURS)
+    width, channels, patch, patch_width = state["encoder.patch_embed.proj.weight"].shape
+    if patch != patch_width:
+        raise ValueError(f"patches of {patch}×{patch_width} pixels: only square ones can be used")
+    rows, columns = _grid(state, img_size)
+    shape = {
+        "img_size": as_size((rows * patch, columns * patch)),
+        "patch_size": patch,
+        "in_chans": channels,
+        "embed_dim": width,
+        "depth": _depth(state, OURS.encoder_blocks),
+        "num_heads": num_heads or KNOWN_HEADS.get(width) or _heads_of_64(width, "num_heads"),
+        "mlp_ratio": state["encoder.blocks.0.mlp.fc1.weight"].shape[0] / width,
+    }
+    if has_decoder(state):
+        target, width = state["decoder_pred.weight"].shape
+        heads = decoder_num_heads or (0 if width % DECODER_HEADS else DECODER_HEADS)
+        shape |= {
+            "decoder_embed_dim": width,
+            "decoder_depth": _depth(state, OURS.decoder_blocks),
+            "decoder_num_heads": heads or _heads_of_64(width, "decoder_num_heads"),
+            "target_dim": target,
+        }
+    return shape
+
+
+def huggingface_config(shape: Mapping, norm_pix_loss: bool | None = None, mask_ratio: float = 0.75) -> dict:
+    """config.json of a transformers ViTMAE for arguments of `create_mae`; without `decoder_embed_dim`: encoder only.
+
+    Raises ValueError on a decoder that transformers can't build: one that doesn't predict pixels, or whose number of
+    patches is not a square.
+    """
+    mlp_ratio = shape.get("mlp_ratio", 4.0)
+    config = {"architectures": ["ViTMAEModel"], "model_type": "vit_mae", "hidden_act": "gelu", "qkv_bias": True}
+    config |= {"layer_norm_eps": NORM_EPS, "mask_ratio": mask_ratio}  # not the default of transformers, 1e-12
+    config |= {theirs: shape[ours] for ours, (theirs, _) in HF_ENCODER_CONFIG.items()}
+    config |= {"intermediate_size": int(shape["embed_dim"] * mlp_ratio)}
+    if "decoder_embed_dim" in shape:
+        pixels = target_dim("pixel", shape["patch_size"], shape["in_chans"])
+        if (shape.get("target_dim") or pixels) != pixels:
+            raise ValueError(
+                f"transformers' ViTMAE predicts the {pixels} pixel values of a patch, this decoder "
+                f"{shape['target_dim']} values of another target: export the encoder only"
+            )
+        patches = math.prod(grid_of(shape["img_size"], shape["patch_size"]))
+        if math.isqrt(patches) ** 2 != patches:
+            raise ValueError(
+                f"transformers can't build a ViTMAE decoder for {patches} patches, which is not a square number: export "
+                "the encoder only"
+            )
+        config |= {theirs: shape[ours] for ours, (theirs, _) in HF_DECODER_CONFIG.items()}
+        config |= {"architectures": ["ViTMAEForPreTraining"], "norm_pix_loss": bool(norm_pix_loss)}
+        config |= {"decoder_intermediate_size": int(shape["decoder_embed_dim"] * mlp_ratio)}
+    return config
+
+
+def shape_from_huggingface_config(config: Mapping) -> dict:
+    """Arguments of `create_mae` for the config.json of a transformers ViTMAE. Raises ValueError on another model."""
+    if config.get("model_type") != "vit_mae":
+        raise ValueError(f"config.json describes model_type {config.get('model_type')!r}; only 'vit_mae' can be read")
+    names = HF_ENCODER_CONFIG | HF_DECODER_CONFIG
+    shape = {ours: config.get(theirs, default) for ours, (theirs, default) in names.items()}
+    shape |= {"img_size": as_size(shape["img_size"]), "patch_size": as_size(shape["patch_size"])}
+    shape["mlp_ratio"] = config.get("intermediate_size", 3072) / shape["embed_dim"]
+    decoder_mlp_ratio = config.get("decoder_intermediate_size", 2048) / shape["decoder_embed_dim"]
+    for name, value, legal in (
+        ("hidden_act", config.get("hidden_act", "gelu"), "gelu"),
+        ("decoder_intermediate_size / decoder_hidden_size", decoder_mlp_ratio, shape["mlp_ratio"]),
+        ("patch_size", shape["patch_size"], height_width(shape["patch_size"])[0]),
+    ):
+        if value != legal:
+            raise ValueError(f"config.json: {name} must be {legal}, got {value}")
+    return shape | {"target_dim": target_dim("pixel", shape["patch_size"], shape["in_chans"])}
+
+
+def _read(state: State, layout: Layout, img_size: SizePx | None = None) -> dict[str, Tensor]:
+    """Theirs -> ours."""
+    _check(state, _their_keys(state, layout), layout)
+    decoder_depth = _depth(state, layout.decoder_blocks) if layout.has_decoder(state) else None
+    ours = {}
+    for key, theirs in layout.pairs(_depth(state, layout.encoder_blocks), decoder_depth):
+        ours[key] = state[theirs[0]] if len(theirs) == 1 else torch.cat([state[name] for name in theirs])
+    if decoder_depth is not None and layout.decoder_table:
+        # Ours is computed: one that differs would be lost without a word.
+        stored, table = state[layout.decoder_table], _decoder_table(ours, img_size)
+        if stored.shape != table.shape or not _close(stored, table):
+            raise ValueError(
+                f"{layout.decoder_table} {tuple(stored.shape)} is not MAE's fixed sin-cos table {tuple(table.shape)}; "
+                "learned or other positions can't be read (without the decoder's keys, the encoder can)"
+            )
+    return ours
+
+
+def _write(state: State, layout: Layout, img_size: SizePx | None = None) -> dict[str, Tensor]:
+    """Ours -> theirs."""
+    _check(state, _their_keys(state, OURS), OURS)
+    decoder_depth = _depth(state, OURS.decoder_blocks) if has_decoder(state) else None
+    written = {}
+    for key, theirs in layout.pairs(_depth(state, OURS.encoder_blocks), decoder_depth):
+        # Cloned, since files refuse tensors that share their memory.
+        parts = [state[key]] if len(theirs) == 1 else [part.clone() for part in state[key].chunk(len(theirs))]
+        written.update(zip(theirs, parts, strict=True))
+    if decoder_depth is not None and layout.decoder_table:
+        written[layout.decoder_table] = _decoder_table(state, img_size)
+    return written
+
+
+def _their_keys(state: State, layout: Layout) -> set[str]:
+    """All keys of a complete dict as deep as `state`."""
+    decoder = layout.has_decoder(state)
+    depths = _depth(state, layout.encoder_blocks), _depth(state, layout.decoder_blocks) if decoder else None
+    keys = {name for _, theirs in layout.pairs(*depths) for name in theirs}
+    return keys | {layout.decoder_table} if decoder and layout.decoder_table else keys
+
+
+def _check(state: State, expected: set[str], layout: Layout) -> None:
+    missing = sorted(expected - set(state), key=_natural)
+    unexpected = sorted(set(state) - expected, key=_natural)
+    if missing or unexpected:
+        found = (("missing", missing), ("unexpected", unexpected))
+        found = [f"{len(keys)} {what} (first: {keys[0]})" for what, keys in found if keys]
+        raise ValueError(f"not the weights of {layout.who}: keys {' and '.join(found)}")
+
+
+def _natural(key: str) -> list:
+    """Sort key by which block 2 comes before block 10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", key)]
+
+
+def _depth(state: State, blocks: str) -> int:
+    """Number of blocks; at least 1, so that a dict without any is a dict with missing keys."""
+    numbers = (key[len(blocks) :].split(".")[0] for key in state if key.startswith(blocks))
+    return 1 + max((int(number) for number in numbers if number.isdecimal()), default=0)
+
+
+def _without_head(state: State) -> dict[str, Tensor]:
+    """A classifier's encoder. Models that pool the patch tokens carry `fc_norm` instead of `norm`."""
+    kept = {key: tensor for key, tensor in state.items() if not key.startswith("head.")}
+    if "norm.weight" not in kept:
+        kept = {re.sub(r"^fc_norm\.", "norm.", key): tensor for key, tensor in kept.items()}
+    return kept
+
+
+def _decoder_table(ours: State, img_size: SizePx | None) -> Tensor:
+    """The decoder's position table, [1, 1+L, E], zeros for the class token, like the mask token in dtype and device."""
+    grid, token = _grid(ours, img_size), ours["mask_token"]
+    table = F.pad(sincos_table(token.shape[-1], grid, grid), (0, 0, 1, 0))
+    return table[None].to(token)
+
+
+def _close(stored: Tensor, table: Tensor) -> bool:
+    rounding = 2 * torch.finfo(stored.dtype).eps  # of tables stored in half precision
+    return bool((stored.cpu().double() - table.cpu().double()).abs().max() <= max(TABLE_TOLERANCE, rounding))
+
+
+def _grid(state: State, img_size: SizePx | None) -> tuple[int, int]:
+    """(rows, columns) at full size, from `img_size` or else the encoder's position table, [1, 1+L, D]."""
+    table = state["encoder.pos_embed"][0, 1:]
+    patch = state["encoder.patch_embed.proj.weight"].shape[-1]
+    patches, width = table.shape
+    if img_size is not None:
+        grid = grid_of(img_size, patch)
+        if math.prod(grid) != patches:
+            raise ValueError(f"img_size {height_width(img_size)} has {math.prod(grid)} patches, the weights {patches}")
+        return grid
+    side = math.isqrt(patches)
+    square = [(side, side)] if side**2 == patches else []
+    # A sin-cos table tells its grid even when it is not square.
+    factors = [(rows, patches // rows) for rows in range(1, patches + 1) if not patches % rows]
+    tables = (grid for grid in square + factors if not width % 4 and _close(table, sincos_table(width, grid, grid)))
+    if grid := next(tables, square[0] if square else None):
+        return grid
+    raise ValueError(
+        f"the grid of {patches} patches can't be told from encoder.pos_embed, which is neither square nor MAE's sin-cos "
+        "table: pass img_size"
+    )
+
+
+def _heads_of_64(width: int, argument: str) -> int:
+    if width % 64:
+        raise ValueError(f"{argument} of width {width} can't be told from weights: pass {argument}")
+    return width // 64

@@ -1,0 +1,42 @@
+"""Parameter groups, the optimiser, and the learning rate as a function of the position in training."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from timm.optim import param_groups_weight_decay
+from torch import Tensor
+
+from .model import MaskedAutoencoder
+
+BETAS = (0.9, 0.95)  # MAE, arXiv 2111.06377, Table 8
+
+
+def adamw(model: MaskedAutoencoder, weight_decay: float) -> torch.optim.AdamW:
+    """Fused AdamW with weight decay on matrices only: not on biases, norms and tokens (MAE, Table 8)."""
+    groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=("encoder.cls_token", "mask_token"))
+    return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, fused=True)
+
+
+def learning_rate(p: float, *, peak: float, floor: float, warmup: float) -> float:
+    """Linear warm-up over the first `warmup` of training, then half a cosine down to `floor`. p, warmup in [0, 1]."""
+    if p < warmup:
+        return peak * p / warmup
+    progress = (p - warmup) / (1 - warmup) if warmup < 1 else 1.0
+    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set lr, times each group's own `lr_scale` (layer decay) where it has one."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+def guarded_step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """Update the weights unless the loss is not finite. Decided on the device, so the host need not wait for it.
+
+    `found_inf` is how torch's own GradScaler tells a fused optimiser to skip; the step counter doesn't move either.
+    """
+    optimizer.found_inf = (~torch.isfinite(loss)).float()
+    optimizer.step()

@@ -1,0 +1,210 @@
+"""From a configuration to whole steps and their cost, before anything is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from .config import PretrainConfig, from_recipe
+from .cost import Ledger, flops_per_image, input_flops_per_image
+from .curriculum import Curriculum, Stage, grid_of, height_width, plan_stages, scheduled, show_size
+from .data.sources import open_source
+from .model import MaskedAutoencoder, model_shape
+from .targets import target_dim
+
+
+@dataclass(frozen=True)
+class PlanConfig(PretrainConfig):
+    """Print what a configuration will cost, before any training: all flags of pretraining, and these."""
+
+    vs: str = ""
+    """Recipe to compare with; default: the same configuration as vanilla MAE."""
+    json: bool = False
+    """Machine-readable output."""
+
+
+def model_kwargs(config: PretrainConfig) -> dict[str, Any]:
+    """Arguments of :class:`MaskedAutoencoder`: the named model, and what the configuration changes about it."""
+    changes = {
+        "img_size": config.input_size,
+        "patch_size": config.patch_size,
+        "in_chans": config.in_chans,
+        "embed_dim": config.embed_dim,
+        "depth": config.depth,
+        "num_heads": config.num_heads,
+        "decoder_embed_dim": config.decoder_embed_dim,
+        "decoder_depth": config.decoder_depth,
+        "decoder_num_heads": config.decoder_num_heads,
+    }
+    kwargs = model_shape(config.model) | {k: v for k, v in changes.items() if v is not None}
+    return kwargs | {"target_dim": target_dim(config.target, kwargs["patch_size"], config.in_chans)}
+
+
+def describe_model(config: PretrainConfig) -> MaskedAutoencoder:
+    """The model without memory for its weights: enough for its shape and its cost."""
+    with torch.device("meta"):
+        return MaskedAutoencoder(**model_kwargs(config))
+
+
+def build_curriculum(config: PretrainConfig, num_images: int, devices: int = 1) -> Curriculum:
+    """The stages of a configuration in whole steps, for a data set of `num_images` on so many devices."""
+    model = describe_model(config)
+    batch_size = config.total_batch_size or config.batch_size * (config.accum_iter or 1) * devices
+    if batch_size < devices:
+        raise ValueError(f"total_batch_size {batch_size} is smaller than the number of devices, {devices}")
+
+    def flops(stage: Stage) -> float:
+        return flops_per_image(model, stage) + input_flops_per_image(
+            config.input_size, stage.size_px, config.in_chans, config.lowfreq, config.target
+        )
+
+    common = dict(
+        epochs=config.epochs,
+        num_images=num_images,
+        batch_size=batch_size,
+        full_size_px=config.input_size,
+        patch_px=model.patch_size,
+        mask_ratio=config.mask_ratio,
+        predict_ratio=config.predict_ratio,
+        allocation=config.allocation,
+        crop_scale=config.crop_scale,
+        augment=config.augment,
+        flops_per_image=flops,
+    )
+    if config.curriculum == "custom":
+        _check_sizes(config)
+        return plan_stages(config.stages, share_of=config.share_of, **common)
+    return scheduled(config.curriculum, **common)
+
+
+def _check_sizes(config: PretrainConfig) -> None:
+    full = height_width(config.input_size)
+    for row in config.stages:
+        if any(side > whole for side, whole in zip(height_width(row.size_px), full, strict=True)):
+            raise ValueError(f"stages: size {row.size_px} px is larger than --input_size {config.input_size}")
+
+
+def vanilla_twin(config: PretrainConfig) -> PretrainConfig:
+    """The same configuration as vanilla MAE."""
+    return replace(config, curriculum="vanilla", stages=(), share_of="compute")
+
+
+def count_images(config: PretrainConfig) -> int:
+    """Images in the data set; where the data are not at hand, what the recipe says."""
+    try:
+        return len(open_source(config.data_path, "train"))
+    except (ValueError, OSError):
+        if config.num_images is None:
+            raise
+        return config.num_images
+
+
+def plan_report(config: PlanConfig) -> dict[str, Any]:
+    """What `plan` prints, as plain values. FLOPs are training FLOPs: forward, backward and input operators."""
+    other = from_recipe(PretrainConfig, config.vs) if config.vs else vanilla_twin(config)
+    plan, against = (build_curriculum(c, count_images(c), c.world_size) for c in (config, other))
+    patch_px = describe_model(config).patch_size
+    return {
+        "recipe": config.recipe or config.curriculum,
+        "stages": [
+            {
+                "size_px": stage.size_px,
+                "patches": grid_of(stage.size_px, patch_px)[0] * grid_of(stage.size_px, patch_px)[1],
+                "num_visible": stage.num_visible,
+                "num_predicted": stage.num_predicted,
+                "batch_size": stage.batch_size,
+                "passes": plan.passes(stage),
+                "steps": stage.steps,
+                "images": stage.images,
+                "gflops_per_image": stage.flops_per_image / 1e9,
+                "compute_share": stage.flops / plan.total_flops,
+            }
+            for stage in plan.stages
+        ],
+        "totals": _totals(plan) | {"remainder_images": plan.remainder_images},
+        "vs": {
+            "recipe": config.vs or "the same as vanilla MAE",
+            "totals": _totals(against),
+            "speedup_flops": against.total_flops / plan.total_flops,
+            # How much the same number of images would have cost at the other plan's cost per image.
+            "flops_same_images": plan.total_images * against.total_flops / against.total_images,
+        },
+    }
+
+
+def _totals(plan: Curriculum) -> dict[str, float]:
+    return {
+        "flops": plan.total_flops,
+        "images": plan.total_images,
+        "passes": plan.total_images / plan.num_images,
+        "steps": plan.total_steps,
+    }
+
+
+def plan_table(report: dict[str, Any]) -> Table:
+    """The stages of a :func:`plan_report` as a table."""
+    heads = ("size", "patches", "visible", "predicted", "batch", "passes", "steps", "images", "GFLOPs/image", "compute")
+    table = Table(title=f"Plan of {report['recipe']}", title_justify="left")
+    for head in heads:
+        table.add_column(head, justify="right")
+    for row in report["stages"]:
+        table.add_row(
+            show_size(row["size_px"]),
+            *(f"{row[key]:,}" for key in ("patches", "num_visible", "num_predicted", "batch_size")),
+            f"{row['passes']:.1f}",
+            f"{row['steps']:,}",
+            f"{row['images']:,}",
+            f"{row['gflops_per_image']:.3g}",
+            f"{row['compute_share']:.1%}",
+        )
+    total = report["totals"]
+    table.add_section()
+    table.add_row(
+        *("total", "", "", "", ""), f"{total['passes']:.1f}", f"{total['steps']:,}", f"{total['images']:,}", "", "100%"
+    )
+    return table
+
+
+def plan_summary(report: dict[str, Any]) -> list[str]:
+    """The comparison, in sentences."""
+    total, vs = report["totals"], report["vs"]
+    return [
+        f"{total['flops']:.3e} training FLOPs; whole steps leave {total['remainder_images']:+.0f} images over",
+        f"{vs['recipe']}: {vs['totals']['flops']:.3e} FLOPs for {vs['totals']['passes']:.1f} passes, "
+        f"{vs['speedup_flops']:.2f}× the cost of this plan",
+        f"the same {total['images']:,} images there: {vs['flops_same_images']:.3e} FLOPs, "
+        f"{vs['flops_same_images'] / total['flops']:.2f}×",
+    ]
+
+
+def ledger_table(ledger: Ledger, curriculum: Curriculum, vanilla_flops_per_image: float) -> Table:
+    """What a run has cost, stage by stage, next to vanilla MAE's FLOPs for the same number of images."""
+    heads = ("size", "steps", "images", "images/s", "seconds", "data wait", "FLOPs", "share", "vanilla FLOPs", "ratio")
+    table = Table(title="Cost, and vanilla MAE's for the same images", title_justify="left")
+    for head in heads:
+        table.add_column(head, justify="right")
+    total = ledger.total
+
+    def row(name: str, account) -> tuple[str, ...]:
+        vanilla = account.images * vanilla_flops_per_image
+        return (
+            name,
+            f"{account.steps:,}",
+            f"{account.images:,}",
+            f"{account.images / account.seconds if account.seconds else 0:,.0f}",
+            f"{account.seconds:,.1f}",
+            f"{account.data_wait:.0%}",
+            f"{account.flops:.2e}",
+            f"{account.flops / total.flops if total.flops else 0:.0%}",
+            f"{vanilla:.2e}",
+            f"{vanilla / account.flops if account.flops else 0:.2f}×",
+        )
+
+    for stage, account in zip(curriculum.stages, ledger.stages, strict=True):
+        table.add_row(*row(show_size(stage.size_px), account))
+    table.add_section()
+    table.add_row(*row("total", total))
+    return table

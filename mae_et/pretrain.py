@@ -1,0 +1,418 @@
+"""Pretraining: one visible loop, `train`. Vanilla MAE is the one-stage curriculum on this same path."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import checkpoint, interop, run_folder, runtime
+from .config import PretrainConfig, to_dict, to_yaml
+from .cost import Ledger, peak_memory_bytes
+from .curriculum import Curriculum, Stage, as_size, grid_of, height_width, show_size
+from .data.decode import center_crop
+from .data.loader import DamageLog, TrainImages, train_batches
+from .data.sources import open_source
+from .data.stream import SampleStream, derive_seed, mask_noise, micro_batches, rank_rows
+from .model import MaskedAutoencoder
+from .optim import adamw, guarded_step, learning_rate, set_learning_rate
+from .picture import draw_reconstruction
+from .plan import build_curriculum, ledger_table, model_kwargs, vanilla_twin
+from .progress import Recorder, console, logging_to_console
+from .runtime import Runtime
+from .spectral import low_frequency_crop
+from .targets import hog_target, pixel_target, reconstruction_loss
+
+log = logging.getLogger(__name__)
+
+#: Fields that may change when a run is resumed: they change neither data nor masks nor the mathematics of a step.
+#: The batch is compared through the planned stages, so that another number of devices may share it out otherwise.
+FREE_ON_RESUME = frozenset(
+    "recipe data_path num_images num_workers pin_mem damaged_limit output_dir log_dir resume overwrite start_epoch device "
+    "precision compile print_steps save_steps save_minutes picture_steps print_config batch_size accum_iter "
+    "total_batch_size world_size local_rank dist_on_itp dist_url job_dir nodes ngpus use_volta32".split()
+)
+
+
+@dataclass
+class Run:
+    """What the loop works on. `step`, `ledger` and the weights move; the rest stays."""
+
+    config: PretrainConfig
+    here: Runtime
+    curriculum: Curriculum
+    model: MaskedAutoencoder
+    network: nn.Module
+    """The model, compiled and averaging over ranks as configured."""
+    optimizer: torch.optim.Optimizer
+    peak_lr: float
+    ledger: Ledger
+    step: int
+    mean: Tensor = field(init=False)
+    std: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        mean, std = (torch.tensor(v) for v in (self.config.pixel_mean, self.config.pixel_std))
+        self.mean, self.std = (255 * v.view(-1, 1, 1).to(self.here.device) for v in (mean, std))
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.output_dir)
+
+    def save(self) -> None:
+        """Everything a resumed run needs, atomically."""
+        if self.here.is_main:
+            state = identity(self.config, self.curriculum) | {
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "step": self.step,
+                "ledger": self.ledger.state_dict(),
+                "precision": self.here.precision,
+            }
+            checkpoint.save(state, self.folder / run_folder.CHECKPOINT)
+            run_folder.write_json(self.folder / run_folder.LEDGER, self.ledger.state_dict())
+
+    def prepare(self, images: Tensor, stage: Stage) -> Tensor:
+        """uint8 [b, C, S, S] from the loader -> normalised float32 [b, C, s, s] at the stage's size, on the device."""
+        images = (images.to(self.here.device, non_blocking=True).float() - self.mean) / self.std
+        return low_frequency_crop(images, stage.size_px) if self.config.lowfreq == "fourier" else images
+
+    def loss(self, images: Tensor, stage: Stage, noise: Tensor) -> Tensor:
+        """Mean loss of a micro-batch of prepared images; noise [b, L]."""
+        with torch.no_grad():
+            if self.config.target == "hog":
+                target = hog_target(images, self.model.patch_size)
+            else:
+                target = pixel_target(images, self.model.patch_size, self.config.norm_pix_loss)
+        with self.here.autocast():
+            output = self.network(images, stage.num_visible, stage.num_predicted, noise)
+        return reconstruction_loss(output.pred, target, output.predicted_ids)
+
+    def patches(self, stage: Stage) -> int:
+        return math.prod(grid_of(stage.size_px, self.model.patch_size))
+
+
+def pretrain(config: PretrainConfig) -> Path:
+    """Run a configuration to its end, or until SIGTERM or SIGINT; returns the run folder.
+
+    Raises ValueError, OSError or CheckpointError, with one line, for whatever the user can mend.
+    """
+    with (
+        runtime.start(config.device, config.precision, config.dist_url) as here,
+        logging_to_console(verbose=here.is_main),
+        stop_signals() as stop,
+    ):
+        # ── plan and model ──
+        source = open_source(config.data_path, "train")
+        curriculum = build_curriculum(config, len(source), here.world_size)
+        vanilla = build_curriculum(vanilla_twin(config), len(source), here.world_size)
+        torch.manual_seed(derive_seed(config.seed, "weights"))
+        model = MaskedAutoencoder(**model_kwargs(config)).to(here.device)
+        optimizer = adamw(model, config.weight_decay)
+        peak_lr = config.blr * vanilla.stages[0].batch_size / 256 if config.lr is None else config.lr
+
+        # ── resume ──
+        step, ledger = _first_step(config, curriculum), Ledger.of(curriculum)
+        resume = resume_path(config)
+        if resume:
+            state = checkpoint.load(resume)
+            check_same_run(state, config, curriculum, resume)
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            step, ledger = state["step"], Ledger.from_state_dict(state["ledger"])
+            if config.precision == "auto":
+                here = dataclasses.replace(here, precision=state["precision"])
+
+        # ── run folder ──
+        network = here.parallel(torch.compile(model, dynamic=False) if config.compile else model)
+        run = Run(config, here, curriculum, model, network, optimizer, peak_lr, ledger, step)
+        if here.is_main:
+            run_folder.prepare(run.folder, keep=bool(resume), overwrite=config.overwrite)
+            run_folder.write_text(run.folder / run_folder.CONFIG, to_yaml(config))
+            facts = run_folder.environment(device=here.describe(), precision=here.precision, devices=here.world_size)
+            run_folder.write_json(run.folder / run_folder.ENVIRONMENT, facts)
+            announce(run, vanilla)
+
+        # ── train ──
+        batches = train_batches(
+            TrainImages(source, curriculum, config.input_size, config.lowfreq, config.in_chans, config.seed),
+            SampleStream(curriculum, config.seed, config.batch_size, step, here.rank, here.world_size),
+            DamageLog(len(source), config.damaged_limit),
+            config.num_workers,
+            pin_memory=config.pin_mem and here.device.type == "cuda",
+        )
+        recorder = Recorder(run.folder, config.log_dir, curriculum, step, on=here.is_main)
+        with contextlib.closing(batches), recorder:
+            train(run, batches, recorder, stop, vanilla.stages[0].flops_per_image)
+
+        # ── what the run leaves behind ──
+        if here.is_main:
+            finished = run.step == curriculum.total_steps
+            if finished:
+                with _clock(run, len(curriculum.stages) - 1):
+                    draw(run, curriculum.stages, run.folder / run_folder.PICTURE)
+                shape = {"mae_et": json.dumps(identity(config, curriculum)["shape"])}
+                checkpoint.save_safetensors(interop.to_timm(model.state_dict()), run.folder / run_folder.ENCODER, shape)
+            run.save()
+            console.print(ledger_table(run.ledger, curriculum, vanilla.stages[0].flops_per_image))
+            if finished:
+                log.info("done: %s", run.folder)
+            else:
+                log.info("stopped and saved after step %d of %d; go on with --resume auto", run.step, curriculum.total_steps)
+        here.barrier()
+        return run.folder
+
+
+def train(run: Run, batches: Iterator[Tensor], recorder: Recorder, stop: Stop, vanilla_flops: float) -> None:
+    """The loop: from `run.step` to the end of the curriculum, or until asked to stop.
+
+    Everything at a step is a function of (seed, step). The host waits for the device only where it reports or saves.
+    """
+    config, here, curriculum = run.config, run.here, run.curriculum
+    index, losses, saved_at = -1, [], time.monotonic()
+    while run.step < curriculum.total_steps:
+        if index != curriculum.index(run.step):
+            index = curriculum.index(run.step)
+            stage, account = curriculum.stages[index], run.ledger.stages[index]
+            account.warmup_seconds += warm_up(run, stage)
+        began = time.perf_counter()
+        position = curriculum.position(run.step)
+        lr = stage.lr_scale * learning_rate(
+            position, peak=run.peak_lr, floor=config.min_lr, warmup=config.warmup_epochs / config.epochs
+        )
+        loss, data_seconds = accumulate_gradients(run, batches, stage)
+        # Over ranks: the sum of their shares of the loss, and of those that were asked to stop.
+        outcome = here.sum(torch.stack([loss, torch.full_like(loss, stop.requested)]))
+        if config.clip_grad is not None:
+            nn.utils.clip_grad_norm_(run.model.parameters(), config.clip_grad)
+        set_learning_rate(run.optimizer, lr)
+        guarded_step(run.optimizer, outcome[0])
+        run.optimizer.zero_grad(set_to_none=True)
+        run.step += 1
+        losses.append(outcome)
+
+        end_of_stage = run.step == curriculum.start(index) + stage.steps
+        save = bool(config.save_steps) and run.step % config.save_steps == 0
+        save = save or end_of_stage or time.monotonic() - saved_at > 60 * config.save_minutes
+        picture = bool(config.picture_steps) and run.step % config.picture_steps == 0
+        report = save or picture or run.step % config.print_steps == 0
+        stopping = False
+        if report or here.device.type == "cpu":
+            values = torch.stack(losses).tolist()  # waits for the device
+            _check_finite([value for value, _ in values], run.step, index, stage)
+            stopping = any(asked for _, asked in values)
+        seconds = time.perf_counter() - began
+        run.ledger.add(index, stage, train_seconds=seconds - data_seconds, data_seconds=data_seconds)
+        if report or stopping:
+            account.peak_memory_bytes = max(account.peak_memory_bytes, peak_memory_bytes(here.device))
+            mean_loss = sum(value for value, _ in values) / len(values)
+            recorder.report(run.step - 1, index, mean_loss, lr, run.ledger, vanilla_flops)
+            losses = []
+        with _clock(run, index):
+            if picture and here.is_main:
+                draw(run, [stage], run.folder / f"reconstruction-{run.step:07d}.png")
+            if save:
+                run.save()
+                saved_at = time.monotonic()
+        if stopping:
+            return
+
+
+def accumulate_gradients(run: Run, batches: Iterator[Tensor], stage: Stage) -> tuple[Tensor, float]:
+    """Forward and backward of this rank's rows of one step; returns its share of the loss and seconds waited for data.
+
+    Ranks and micro-batches may differ in size: every image weighs 1/batch in loss and gradient, however it is split.
+    """
+    here, seconds, loss = run.here, 0.0, torch.zeros((), device=run.here.device)
+    rows = rank_rows(stage.batch_size, here.rank, here.world_size)
+    noise = mask_noise(run.config.seed, run.step, stage.batch_size, run.patches(stage))
+    noise = here.to_device(noise[rows.start : rows.stop])
+    pieces = micro_batches(stage.batch_size, run.config.batch_size, here.rank, here.world_size)
+    for piece in pieces:
+        waiting = time.perf_counter()
+        images = next(batches)
+        seconds += time.perf_counter() - waiting
+        with contextlib.nullcontext() if piece is pieces[-1] else here.local_gradients(run.network):
+            piece_noise = noise[piece.start - rows.start : piece.stop - rows.start]
+            part = run.loss(run.prepare(images, stage), stage, piece_noise) * (len(piece) / stage.batch_size)
+            (part * here.world_size).backward()  # DDP takes the mean over ranks; the sum is meant
+        loss += part.detach()
+    return loss, seconds
+
+
+def warm_up(run: Run, stage: Stage) -> float:
+    """Compile and warm the stage's shapes before its clock starts; weights stay as they are. Returns seconds."""
+    began, here = time.perf_counter(), run.here
+    if here.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(here.device)
+    pieces = micro_batches(stage.batch_size, run.config.batch_size, here.rank, here.world_size)
+    for size in sorted({len(piece) for piece in pieces}):
+        images = torch.zeros(size, run.config.in_chans, *stage.height_width, device=here.device)
+        with here.local_gradients(run.network):
+            run.loss(images, stage, torch.rand(size, run.patches(stage), device=here.device)).backward()
+    run.optimizer.zero_grad(set_to_none=True)
+    here.synchronize()
+    return time.perf_counter() - began
+
+
+@dataclass
+class Stop:
+    """Whether a signal has asked this process to stop."""
+
+    requested: bool = False
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Stop]:
+    """SIGTERM and SIGINT ask for a stop after the current step; a second one stops at once."""
+    stop = Stop()
+
+    def request(number: int, _: Any) -> None:
+        if stop.requested:
+            raise KeyboardInterrupt
+        stop.requested = True
+        log.warning("%s: stopping after this step", signal.Signals(number).name)
+
+    before = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def identity(config: PretrainConfig, curriculum: Curriculum) -> dict[str, Any]:
+    """What a checkpoint says about itself: enough to use its weights, and to refuse to resume another run."""
+    return {
+        "format": checkpoint.FORMAT,
+        "config": to_dict(config),
+        "shape": model_kwargs(config),
+        "target": config.target,
+        "norm_pix_loss": config.norm_pix_loss,
+        "stages": [dataclasses.asdict(stage) for stage in curriculum.stages],
+        "num_images": curriculum.num_images,
+        "mean": list(config.pixel_mean),
+        "std": list(config.pixel_std),
+    }
+
+
+def check_same_run(state: dict[str, Any], config: PretrainConfig, curriculum: Curriculum, path: Path) -> None:
+    """ValueError that names the first difference if a checkpoint is of another run than the configuration's."""
+    if state.get("format") != checkpoint.FORMAT or "optimizer" not in state:
+        raise ValueError(f"--resume {path} is not a pretraining checkpoint of mae_et; to fine-tune it, use main_finetune.py")
+    mine = identity(config, curriculum)
+    for name in mine["config"]:
+        if name not in FREE_ON_RESUME and state["config"].get(name) != mine["config"][name]:
+            theirs, ours = state["config"].get(name), mine["config"][name]
+            raise ValueError(f"--resume {path} is of another configuration: {name} was {theirs}, is {ours}")
+    if state["num_images"] != mine["num_images"]:
+        was, now = state["num_images"], mine["num_images"]
+        raise ValueError(f"--resume {path} was trained on {was} images, --data_path {config.data_path} has {now}")
+    for theirs, ours in zip(state["stages"], mine["stages"], strict=True):
+        for name in ours:
+            if as_size(theirs[name]) != as_size(ours[name]) if name == "size_px" else theirs[name] != ours[name]:
+                raise ValueError(
+                    f"--resume {path}: stage of {ours['size_px']} px had {name} {theirs[name]}, now {ours[name]}; "
+                    "set --total_batch_size to keep the batch on another number of devices"
+                )
+
+
+def resume_path(config: PretrainConfig) -> Path | None:
+    """The checkpoint to go on from, or None to start."""
+    if not config.resume:
+        return None
+    path = Path(config.output_dir if config.resume == "auto" else config.resume)
+    if path.is_dir() or config.resume == "auto":
+        path = path / run_folder.CHECKPOINT
+    if config.resume == "auto" and not path.exists():
+        return None
+    if not path.exists():
+        raise FileNotFoundError(f"--resume {config.resume}: no checkpoint there; give a run folder, a checkpoint or auto")
+    return path
+
+
+def draw(run: Run, stages: list[Stage] | tuple[Stage, ...], path: Path) -> None:
+    """A reconstruction picture of held-out images, or of training images where none are held out."""
+    config = run.config
+    try:
+        source = open_source(config.data_path, "val")
+    except (ValueError, OSError):
+        source = open_source(config.data_path, "train")
+    chosen = [i * len(source) // 6 for i in range(min(6, len(source)))]
+    views = [center_crop(source.read(i)[0], height_width(config.input_size), config.in_chans) for i in chosen]
+    images = (torch.stack(views).to(run.here.device).float() - run.mean) / run.std
+    with run.here.autocast():
+        draw_reconstruction(
+            run.model,
+            images,
+            stages,
+            target=config.target,
+            normalized=config.norm_pix_loss,
+            mean=config.pixel_mean,
+            std=config.pixel_std,
+            path=path,
+            title=f"{config.recipe or config.model} after {run.step} of {run.curriculum.total_steps} steps",
+        )
+
+
+def announce(run: Run, vanilla: Curriculum) -> None:
+    """What is going to run, and what it is going to cost, in a few lines."""
+    config, here, plan = run.config, run.here, run.curriculum
+    parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
+    log.info("%s on %s", config.model, here.describe())
+    log.info("%.1f M parameters · %s images in %s", parameters, f"{plan.num_images:,}", config.data_path)
+    batch = vanilla.stages[0].batch_size
+    pieces = len(micro_batches(batch, config.batch_size, here.rank, here.world_size))
+    log.info(
+        "total batch %d = %d device(s) × %d micro-batch(es) of at most %d · peak lr %.2e",
+        *(batch, here.world_size, pieces, config.batch_size, run.peak_lr),
+    )
+    if config.nodes or config.ngpus or config.use_volta32:
+        log.warning("--nodes, --ngpus and --use_volta32 are a launcher's: start with torchrun for more devices")
+    for i, stage in enumerate(plan.stages):
+        log.info(
+            "stage %d: %s px, %d of %d patches visible, %d predicted, %s steps, %.1f passes, %.0f%% of the compute",
+            *(i + 1, show_size(stage.size_px), stage.num_visible, run.patches(stage), stage.num_predicted),
+            *(f"{stage.steps:,}", plan.passes(stage), 100 * stage.flops / plan.total_flops),
+        )
+    ratio = plan.total_images * vanilla.stages[0].flops_per_image / plan.total_flops
+    log.info("%.2e training FLOPs; vanilla MAE needs %.2f× that for the same images", plan.total_flops, ratio)
+    if run.step:
+        log.info("going on after step %d of %d", run.step, plan.total_steps)
+
+
+def _first_step(config: PretrainConfig, curriculum: Curriculum) -> int:
+    """Step at which --start_epoch begins."""
+    skipped = config.start_epoch / config.epochs
+    if not 0 <= skipped < 1:
+        raise ValueError(f"--start_epoch must be in [0, --epochs {config.epochs:g}), got {config.start_epoch:g}")
+    return next(step for step in range(curriculum.total_steps + 1) if curriculum.position(step) >= skipped)
+
+
+def _check_finite(losses: list[float], next_step: int, index: int, stage: Stage) -> None:
+    for i, loss in enumerate(losses):
+        if not math.isfinite(loss):
+            step = next_step - len(losses) + i
+            raise FloatingPointError(
+                f"loss is {loss} at step {step} in stage {index + 1} ({show_size(stage.size_px)} px); the weights were "
+                "not updated with it and the last checkpoint is intact; try a lower --blr, or --clip_grad 1"
+            )
+
+
+@contextlib.contextmanager
+def _clock(run: Run, index: int) -> Iterator[None]:
+    """Books what is not training under eval_seconds."""
+    began = time.perf_counter()
+    yield
+    run.ledger.stages[index].eval_seconds += time.perf_counter() - began

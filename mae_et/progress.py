@@ -1,0 +1,100 @@
+"""What a person sees of a run: a live display on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+from .cost import Ledger
+from .curriculum import Curriculum, show_size
+from .run_folder import METRICS, Metrics
+
+#: Standard output, for people. Piped, it is as wide as its tables need.
+console = Console(soft_wrap=False) if Console().is_terminal else Console(width=140)
+
+
+@contextlib.contextmanager
+def logging_to_console(verbose: bool = True) -> Iterator[None]:
+    """The package's log messages on the console (on rank 0 all, elsewhere warnings), without repeating handlers."""
+    log = logging.getLogger("mae_et")
+    handler = RichHandler(console=console, show_path=False, show_time=False, show_level=False, markup=False)
+    handler.setLevel(logging.INFO if verbose else logging.WARNING)
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+
+
+class Recorder:
+    """Says how a run goes, on the console, in metrics.jsonl and on TensorBoard. Off on all ranks but one."""
+
+    def __init__(self, folder: Path, log_dir: str | None, curriculum: Curriculum, first_step: int, on: bool) -> None:
+        self.curriculum, self.on, self.live = curriculum, on, on and console.is_terminal
+        self.last_images = self.last_seconds = self.last_data_seconds = 0.0
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:.0f}% of the compute, ETA"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not self.live,
+        )
+        self.task = self.bar.add_task("starting", total=curriculum.total_flops)
+        if on:
+            self.metrics = Metrics(folder / METRICS, first_step)
+            self.board = SummaryWriter(log_dir or str(folder), purge_step=first_step)
+
+    def __enter__(self) -> Recorder:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.stop()
+        if self.on:
+            self.metrics.close()
+            self.board.close()
+
+    def report(self, step: int, index: int, loss: float, lr: float, ledger: Ledger, vanilla_flops: float) -> None:
+        """Record one point: after step number `step`, mean loss since the last point, rates since the last point."""
+        if not self.on:
+            return
+        total, stage = ledger.total, self.curriculum.stages[index]
+        images, seconds = total.images - self.last_images, total.seconds - self.last_seconds
+        data_seconds = total.data_seconds - self.last_data_seconds
+        self.last_images, self.last_seconds, self.last_data_seconds = total.images, total.seconds, total.data_seconds
+        record = {
+            "step": step,
+            "p": self.curriculum.position(step + 1),
+            "stage": index,
+            "size_px": stage.size_px,
+            "loss": loss,
+            "lr": lr,
+            "images": total.images,
+            "images_per_second": images / seconds if seconds else 0.0,
+            "data_wait": data_seconds / seconds if seconds else 0.0,
+            "seconds": total.seconds,
+            "flops": total.flops,
+            "flops_vanilla": total.images * vanilla_flops,
+        }
+        self.metrics.append(record)
+        for name in ("loss", "lr", "images_per_second", "data_wait", "flops", "p"):
+            self.board.add_scalar(f"pretrain/{name}", record[name], step)
+        rest = (1 - record["p"]) / record["p"] * total.seconds if record["p"] else 0.0
+        line = (
+            f"step {step + 1}/{self.curriculum.total_steps} · stage {index + 1}, {show_size(stage.size_px)} px · "
+            f"loss {loss:.4f} · lr {lr:.2e} · {record['images_per_second']:,.0f} img/s · "
+            f"data wait {record['data_wait']:.0%} · {total.flops:.2e} FLOPs, vanilla {record['flops_vanilla']:.2e}"
+        )
+        if self.live:
+            self.bar.update(self.task, completed=total.flops, description=line)
+        else:
+            console.print(f"{line} · ETA {rest:,.0f} s", highlight=False, soft_wrap=True)

@@ -1,0 +1,120 @@
+"""Device, precision and ranks, decided once; the loops have no branch for them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from timm.layers import set_fused_attn
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where a run runs. Every rank has its own; rank 0 alone writes files."""
+
+    device: torch.device
+    precision: str
+    """bf16 or fp32."""
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Context in which matrix products run in the chosen precision."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def parallel(self, model: nn.Module) -> nn.Module:
+        """The model, averaging gradients over ranks where there are several."""
+        if self.world_size == 1:
+            return model
+        devices = [self.device] if self.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+
+    def local_gradients(self, network: nn.Module) -> contextlib.AbstractContextManager:
+        """Context in which backward does not reduce gradients: for all micro-batches of a step but the last."""
+        return network.no_sync() if isinstance(network, DistributedDataParallel) else contextlib.nullcontext()
+
+    def to_device(self, tensor: Tensor) -> Tensor:
+        """Copy without waiting for it."""
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, in place; no host synchronisation."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def synchronize(self) -> None:
+        """Wait for the device, so that a clock read next is honest."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def describe(self) -> str:
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"{os.cpu_count()} cores"
+        ranks = f", {self.world_size} ranks" if self.world_size > 1 else ""
+        return f"{self.device.type} ({name}{ranks}), {self.precision}"
+
+
+@contextlib.contextmanager
+def start(device: str = "auto", precision: str = "auto", dist_url: str = "env://"):
+    """Decide device, precision and ranks (from torchrun's environment); yields a :class:`Runtime`, tidies up after it.
+
+    Raises ValueError for a device that is not there.
+    """
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    chosen = _device(device, int(os.environ.get("LOCAL_RANK", 0)), world_size)
+    if precision == "auto":
+        precision = "bf16" if _fast_bf16(chosen) else "fp32"
+    # On CPU the backward of fused attention in bf16 takes more than half of a step; plain products are faster.
+    set_fused_attn(not (chosen.type == "cpu" and precision == "bf16"))
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if world_size > 1:
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", init_method=dist_url)
+    try:
+        yield Runtime(chosen, precision, rank, world_size)
+    finally:
+        if world_size > 1:
+            dist.destroy_process_group()
+
+
+def _device(name: str, local_rank: int, world_size: int) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"unknown --device {name!r}; choose from auto, cuda, cuda:N, cpu") from None
+    if device.type not in ("cuda", "cpu"):
+        raise ValueError(f"--device {name} is not supported; choose from auto, cuda, cuda:N, cpu")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"--device {name}: no CUDA device here; choose auto or cpu")
+        if device.index is None or world_size > 1:
+            device = torch.device("cuda", local_rank)
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def _fast_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities: Callable[[], dict] = getattr(torch.cpu, "get_capabilities", dict)  # new in torch 2.10
+    known = capabilities()
+    return bool(known.get("amx_bf16") or known.get("avx512_bf16"))

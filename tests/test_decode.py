@@ -1,0 +1,476 @@
+"""Bytes to crops: every pixel format, every kind of damage, and one geometry for all operators."""
+
+from __future__ import annotations
+
+import io
+import zlib
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision.transforms import v2
+
+from mae_et.data import decode
+from mae_et.data.decode import OPERATORS, DamagedImage, center_crop, to_image, train_crop
+from mae_et.data.photos import _photograph
+
+FEW = settings(max_examples=15, deadline=None)
+FULL, SMALL = (64, 64), (32, 32)
+
+
+def encode(image: Image.Image | np.ndarray, kind: str = "PNG", **options) -> bytes:
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def npy(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, pixels)
+    return buffer.getvalue()
+
+
+def tiff(pixels: np.ndarray, **options) -> bytes:
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, pixels, **options)
+    return buffer.getvalue()
+
+
+def oriented(image: Image.Image, orientation: int, kind: str = "JPEG", **options) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encode(image, kind, exif=exif.tobytes(), **options)
+
+
+def crop(item, size_px=SMALL, operator="fourier", seed=0, in_chans=3, augment=0, crop_scale=(0.2, 1.0), full_px=FULL):
+    return train_crop(item, size_px, full_px, operator, crop_scale, augment, seed, in_chans)
+
+
+@pytest.fixture(scope="module")
+def photo() -> Image.Image:
+    """180 x 240 pixels of the coffee cup, small and smooth."""
+    return Image.fromarray(_photograph("coffee")).resize((240, 180), Image.Resampling.LANCZOS)
+
+
+@pytest.fixture(scope="module")
+def jpeg(photo) -> bytes:
+    return encode(photo, "JPEG", quality=90)
+
+
+# ------------------------------------------------------------------------------------------------------ pixel formats
+
+
+def gradient(width=20, height=12) -> np.ndarray:
+    return np.linspace(0, 255, width * height).astype(np.uint8).reshape(height, width)
+
+
+RGB = Image.merge("RGB", [Image.fromarray(gradient()), Image.fromarray(gradient()[::-1]), Image.new("L", (20, 12), 90)])
+FORMATS = {
+    "rgb jpeg": encode(RGB, "JPEG"),
+    "progressive jpeg": encode(RGB, "JPEG", progressive=True),
+    "grey jpeg": encode(RGB.convert("L"), "JPEG"),
+    "cmyk jpeg": encode(RGB.convert("CMYK"), "JPEG"),
+    "rgb png": encode(RGB),
+    "rgba png": encode(RGB.convert("RGBA")),
+    "la png": encode(RGB.convert("LA")),
+    "palette png": encode(RGB.convert("P")),
+    "transparent palette png": encode(RGB.convert("P"), transparency=0),
+    "transparent rgb png": encode(RGB, transparency=(0, 0, 0)),
+    "1-bit png": encode(RGB.convert("1")),
+    "16-bit png": encode(gradient().astype(np.uint16) * 257),
+    "16-bit pgm": encode(gradient().astype(np.uint16) * 257, "PPM"),
+    "ppm": encode(RGB, "PPM"),
+    "bmp": encode(RGB, "BMP"),
+    "webp": encode(RGB, "WEBP"),
+    "animated gif": encode(RGB, "GIF", save_all=True, append_images=[RGB.rotate(180)]),
+    "multi-page tiff": encode(RGB, "TIFF", save_all=True, append_images=[RGB.rotate(180)]),
+    "cmyk tiff": encode(RGB.convert("CMYK"), "TIFF"),
+    "16-bit tiff": tiff(gradient().astype(np.uint16) * 257),
+    "planar 16-bit tiff": tiff(
+        np.stack([gradient().astype(np.uint16) * 257] * 3), planarconfig="separate", photometric="rgb"
+    ),
+    "pillow rgb": RGB,
+    "pillow I;16": Image.fromarray(gradient().astype(np.uint16)),
+    "npy grey": npy(gradient()),
+    "npy rgb": npy(np.asarray(RGB)),
+    "npy fortran": npy(np.asfortranarray(np.asarray(RGB))),
+    "array grey": gradient(),
+    "array [H, W, 1]": gradient()[..., None],
+    "array uint16": gradient().astype(np.uint16) * 257,
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("in_chans", [1, 3])
+def test_every_format_gives_the_asked_channels(name, in_chans):
+    image = to_image(FORMATS[name], in_chans)
+    assert (image.mode, image.size) == ({1: "L", 3: "RGB"}[in_chans], (20, 12))
+    for operator in OPERATORS:
+        out = crop(FORMATS[name], operator=operator, in_chans=in_chans)
+        assert out.dtype == torch.uint8 and out.is_contiguous()
+        assert out.shape == (in_chans, *(FULL if operator == "fourier" else SMALL))
+
+
+@pytest.mark.parametrize("name", ["rgb png", "bmp", "ppm", "multi-page tiff", "npy rgb", "npy fortran", "pillow rgb"])
+def test_lossless_formats_keep_every_pixel(name):
+    assert np.array_equal(np.asarray(to_image(FORMATS[name], 3)), np.asarray(RGB))
+
+
+@pytest.mark.parametrize("name", ["16-bit png", "16-bit pgm", "16-bit tiff", "array uint16", "planar 16-bit tiff"])
+def test_16_bits_are_scaled_not_clipped(name):
+    assert np.array_equal(np.asarray(to_image(FORMATS[name], 3))[..., 1], gradient())
+
+
+def test_16_bits_round():
+    values = np.array([[0, 128, 129, 65535 - 129, 65535]], dtype=np.uint16)
+    assert np.asarray(to_image(values, 1)).tolist() == [[0, 0, 1, 254, 255]]
+
+
+def test_cmyk_comes_out_in_its_own_colours():
+    assert np.abs(np.asarray(to_image(FORMATS["cmyk tiff"], 3), float) - np.asarray(RGB)).max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["PNG", "GIF", "WEBP"])
+def test_transparency_is_composited_on_white(kind):
+    pixels = np.zeros((8, 8, 4), np.uint8)
+    pixels[:, 4:] = (10, 20, 30, 255)
+    options = {"lossless": True} if kind == "WEBP" else {}
+    out = np.asarray(to_image(encode(pixels, kind, **options), 3))
+    assert (out[:, :4] == 255).all() and np.abs(out[:, 4:].astype(int) - (10, 20, 30)).max() <= 3
+
+
+def test_half_transparency_mixes_with_white():
+    assert to_image(encode(Image.new("LA", (4, 4), (0, 128))), 1).getpixel((0, 0)) == 127
+
+
+def test_transparent_colour_of_an_opaque_mode_counts():
+    assert to_image(encode(Image.new("L", (4, 4), 0), transparency=0), 1).getpixel((0, 0)) == 255
+
+
+def test_four_channels_are_kept_apart():
+    pixels = np.zeros((16, 16, 4), np.uint8)
+    pixels[..., 0] = 200  # fully transparent, and still red: a fourth band need not be transparency
+    for item in (encode(pixels), pixels, npy(pixels)):
+        assert np.array_equal(to_image(item, 4), pixels)
+        assert crop(item, operator="lanczos", in_chans=4)[0].unique().tolist() == [200]
+
+
+BANDS = np.random.default_rng(0).integers(0, 65536, (12, 20, 13)).astype(np.uint16)
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        BANDS,
+        npy(BANDS),
+        tiff(BANDS, planarconfig="contig", photometric="minisblack"),
+        tiff(np.moveaxis(BANDS, 2, 0), planarconfig="separate", photometric="minisblack"),
+        tiff(np.moveaxis(BANDS, 2, 0), photometric="minisblack"),  # 13 pages
+        tiff(BANDS, planarconfig="contig", photometric="minisblack", compression="zlib"),
+    ],
+    ids=["array", "npy", "tiff samples", "tiff planes", "tiff pages", "tiff zlib"],
+)
+def test_thirteen_bands(item):
+    expected = np.round(BANDS / 257).astype(np.uint8)
+    assert np.array_equal(to_image(item, 13), expected)
+    for operator in OPERATORS:
+        assert crop(item, operator=operator, in_chans=13).shape[0] == 13
+
+
+def test_thirteen_bands_are_not_taken_for_colours():
+    for item in (BANDS, npy(BANDS), tiff(BANDS, planarconfig="contig", photometric="minisblack")):
+        with pytest.raises(ValueError, match="--in_chans is 3.* has 13") as error:
+            to_image(item, 3)
+        assert not isinstance(error.value, DamagedImage)
+
+
+def test_bands_are_cropped_like_colours(photo):
+    """Channel by channel must be the same picture as Pillow's RGB, whatever the operator."""
+    pixels = np.asarray(photo)
+    for operator in OPERATORS:
+        for seed in range(4):
+            bands = crop(np.concatenate([pixels, pixels[..., :2]], axis=2), operator=operator, in_chans=5, seed=seed)
+            assert torch.equal(bands[:3], crop(pixels, operator=operator, seed=seed))
+
+
+@pytest.mark.parametrize(
+    ("item", "in_chans", "message"),
+    [
+        (FORMATS["rgb jpeg"], 5, "--in_chans 5"),
+        (FORMATS["rgb png"], 2, "--in_chans 2"),
+        (np.zeros((4, 4, 5), np.uint8), 3, "--in_chans is 3"),
+        (np.zeros((4, 4, 3), np.uint8), 4, "--in_chans is 4"),
+        (np.zeros((4, 4), np.float32), 1, "float32"),
+        (npy(np.zeros((4, 4), np.float32)), 1, "float32"),
+        (np.zeros(4, np.uint8), 1, r"\[H, W\]"),
+        (encode(Image.new("F", (4, 4), 0.5), "TIFF"), 3, "no known range"),
+        (encode(Image.new("I", (4, 4), 70000), "TIFF"), 3, "no known range"),
+    ],
+)
+def test_what_cannot_be_meant_is_an_error_not_damage(item, in_chans, message):
+    with pytest.raises(ValueError, match=message) as error:
+        to_image(item, in_chans)
+    assert not isinstance(error.value, DamagedImage)
+
+
+# ------------------------------------------------------------------------------------------------------------- damage
+
+
+def _damaged(photo: Image.Image) -> dict[str, bytes]:
+    png, jpeg, webp = encode(photo), encode(photo, "JPEG"), encode(photo, "WEBP")
+    at = png.index(b"IDAT") + 4
+    return {
+        "truncated jpeg": jpeg[: len(jpeg) // 2],
+        "jpeg without its last rows": jpeg[: len(jpeg) * 97 // 100],
+        "jpeg header only": jpeg[:200],
+        "truncated progressive jpeg": encode(photo, "JPEG", progressive=True)[: len(jpeg) // 2],
+        "truncated png": png[: len(png) // 2],
+        "png with a wrong checksum": png[:29] + bytes(4) + png[33:],
+        "png with broken pixels": png[: at + 40] + bytes(200) + png[at + 240 :],
+        "png header only": png[:33],
+        "half a webp": webp[: len(webp) // 2],
+        "half a gif": encode(photo, "GIF")[:3000],
+        "half a tiff": encode(photo, "TIFF")[:5000],
+        "half a 13-band tiff": tiff(BANDS, planarconfig="contig", photometric="minisblack")[:4000],
+        "tiff magic only": b"II*\0",
+        "half an npy": npy(np.asarray(photo))[:1000],
+        "npy magic only": b"\x93NUMPY",
+        "npy with a broken header": b"\x93NUMPY\x01\x00\x08\x00{'descr(",
+        "npy of objects, which would run code": npy(np.array([[{}]], dtype=object))[:60],
+        "empty": b"",
+        "text": b"this is not a photograph\n",
+        "html": b"<!DOCTYPE html><html><body>404</body></html>",
+        "zip": b"PK\x03\x04" + zlib.compress(bytes(1000)),
+        "random bytes": np.random.default_rng(1).bytes(5000),
+    }
+
+
+DAMAGED = _damaged(RGB.resize((120, 90)))
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damage_is_reported_as_such(name):
+    for operator in OPERATORS:
+        with pytest.raises(DamagedImage):
+            crop(DAMAGED[name], operator=operator)
+    for in_chans in (1, 3, 4, 13):
+        with pytest.raises(ValueError):
+            center_crop(DAMAGED[name], SMALL, in_chans)
+    with pytest.raises(DamagedImage) as error:
+        to_image(DAMAGED[name], 3)
+    assert "\n" not in str(error.value)
+
+
+@settings(max_examples=500, deadline=None, derandomize=True)
+@given(st.sampled_from(["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "npy", "bands"]), st.data())
+def test_any_corruption_is_an_image_or_damage(kind, data):
+    """Nothing but ValueError ever leaves the decoder, whichever bytes are hit."""
+    small = RGB.resize((24, 16))
+    original = {"npy": lambda: npy(np.asarray(small)), "bands": lambda: tiff(np.moveaxis(BANDS, 2, 0))}
+    item = bytearray(original[kind]() if kind in original else encode(small, kind))
+    for _ in range(data.draw(st.integers(1, 6))):
+        near_the_start = data.draw(st.booleans())
+        item[data.draw(st.integers(0, min(200, len(item)) - 1 if near_the_start else len(item) - 1))] = data.draw(
+            st.integers(0, 255)
+        )
+    item = bytes(item[: data.draw(st.integers(0, len(item)))] if data.draw(st.booleans()) else item)
+    for in_chans in (3, 13):
+        try:
+            out = crop(item, operator="scaled", in_chans=in_chans)
+        except ValueError:
+            continue
+        assert out.shape == (in_chans, *SMALL)
+
+
+def test_bombs_are_refused_before_they_are_decoded(monkeypatch):
+    monkeypatch.setattr(decode, "MAX_PIXELS", 239)
+    for name in ("rgb png", "rgb jpeg", "npy rgb", "16-bit tiff"):
+        for operator in OPERATORS:
+            with pytest.raises(DamagedImage, match="limit"):
+                crop(FORMATS[name], operator=operator)
+    monkeypatch.setattr(decode, "MAX_PIXELS", 240)
+    assert to_image(FORMATS["rgb png"], 3).size == (20, 12)
+
+
+def test_broken_exif_does_not_cost_the_image(photo):
+    whole = encode(photo, "JPEG", exif=b"Exif\0\0II*\0" + b"\xff" * 20)
+    assert to_image(whole, 3).size == photo.size
+    assert crop(whole, operator="scaled").shape == (3, *SMALL)
+
+
+# ----------------------------------------------------------------------------------------------------------- geometry
+
+SEEDS = st.integers(0, 2**63 - 1)
+
+
+@FEW
+@given(SEEDS, st.sampled_from(OPERATORS), st.sampled_from([0, 9]))
+def test_the_seed_decides_everything(seed, operator, augment):
+    item = FORMATS["rgb jpeg"]
+    first = crop(item, operator=operator, seed=seed, augment=augment)
+    torch.rand(3)  # the state of the global generator must not matter
+    assert torch.equal(first, crop(item, operator=operator, seed=seed, augment=augment))
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_different_seeds_differ(jpeg, operator):
+    crops = {crop(jpeg, operator=operator, seed=seed).numpy().tobytes() for seed in range(20)}
+    assert len(crops) == 20
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("augment", [0, 5])
+def test_the_global_generator_is_left_alone(jpeg, operator, augment):
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    crop(jpeg, operator=operator, augment=augment)
+    with pytest.raises(DamagedImage):
+        crop(jpeg[:500], operator=operator, augment=augment)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_crop_is_torchvisions(photo):
+    reference = v2.Compose([
+        v2.RandomResizedCrop(FULL, scale=(0.2, 1.0), interpolation=v2.InterpolationMode.BICUBIC),
+        v2.RandomHorizontalFlip(),
+    ])  # fmt: skip
+    for seed in range(10):
+        torch.manual_seed(seed)
+        assert torch.equal(crop(photo, seed=seed), v2.functional.pil_to_tensor(reference(photo)))
+
+
+def test_lanczos_is_the_published_pipeline(photo):
+    for seed in range(3):
+        full = v2.functional.to_pil_image(crop(photo, seed=seed))
+        expected = v2.functional.pil_to_tensor(full.resize(SMALL, Image.Resampling.LANCZOS))
+        assert torch.equal(crop(photo, seed=seed, operator="lanczos"), expected)
+
+
+def test_at_full_size_lanczos_and_fourier_are_the_plain_crop(jpeg):
+    for augment in (0, 9):
+        a, b = (crop(jpeg, FULL, operator, seed=3, augment=augment) for operator in ("lanczos", "fourier"))
+        assert torch.equal(a, b)
+
+
+def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
+    return (10 * torch.log10(255**2 / (a.float() - b.float()).square().mean())).item()
+
+
+@pytest.mark.parametrize("size", [(16, 16), (32, 32), (24, 40)])
+def test_scaled_shows_what_a_full_decode_shows(jpeg, photo, size):
+    """Same seed, same picture: the JPEG at a reduced scale against Lanczos from all pixels."""
+    everything = to_image(jpeg, 3)  # not bytes: decoded in full, then the same single resize
+    for seed in range(20):
+        scaled = crop(jpeg, size, "scaled", seed)
+        assert psnr(scaled, crop(everything, size, "scaled", seed)) > 30
+        assert psnr(scaled, crop(jpeg, size, "lanczos", seed)) > 27
+    assert psnr(crop(jpeg, size, "scaled", 0), crop(jpeg, size, "scaled", 1)) < 20  # what a wrong crop would give
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("at", [(40, 30), (157, 41), (77, 99)])
+def test_scaled_puts_a_dot_where_it_belongs(orientation, at):
+    """Centre of mass of a bright dot, in pixels of the crop; the odd size leaves reduced edges rounded up."""
+    x, y = np.meshgrid(np.arange(201), np.arange(139))
+    dot = (255 * np.exp(-((x - at[0]) ** 2 + (y - at[1]) ** 2) / (2 * 9.0**2))).astype(np.uint8)
+    item = oriented(Image.fromarray(dot), orientation, quality=95)
+    upright = to_image(item, 1)
+    assert upright.size == ((201, 139) if orientation < 5 else (139, 201))
+    seen = 0
+    for seed in range(12):
+        centres = []
+        for source in (item, upright):
+            out = crop(source, (24, 24), "scaled", seed, in_chans=1, crop_scale=(0.5, 1.0))[0].double()
+            out[out < 12] = 0  # ringing
+            centres.append((out.sum(0) @ torch.arange(24.0).double(), out.sum(1) @ torch.arange(24.0).double()))
+            centres[-1] = torch.stack(centres[-1]) / out.sum()
+        if out.sum() > 1500:  # the dot, or most of it, is inside this crop
+            seen += 1
+            assert (centres[0] - centres[1]).abs().max() < 0.1
+    assert seen >= 3
+
+
+@FEW
+@given(st.integers(1, 70), st.integers(1, 70), st.integers(1, 8), SEEDS, st.integers(1, 40), st.integers(1, 40))
+def test_any_size_can_be_cropped(width, height, orientation, seed, out_height, out_width):
+    item = oriented(RGB.resize((width, height)), orientation)
+    for operator in OPERATORS:
+        out = crop(item, (out_height, out_width), operator, seed, full_px=(40, 40))
+        assert out.shape == (3, *((40, 40) if operator == "fourier" else (out_height, out_width)))
+
+
+def test_scaled_decodes_no_more_than_it_needs(photo, monkeypatch):
+    """A crop of the whole picture at 1/8 must be decoded at 1/8, at 1/3 at 1/2: otherwise nothing is gained."""
+    decoded = []
+    resize = decode._resize
+    monkeypatch.setattr(decode, "_resize", lambda image, *rest: decoded.append(image.size) or resize(image, *rest))
+    item = encode(photo.resize((256, 256)), "JPEG")
+    for size in (32, 33, 85, 128, 129):
+        train_crop(item, (size, size), (256, 256), "scaled", (1.0, 1.0), 0, 5, 3)
+    assert decoded == [(32, 32), (64, 64), (128, 128), (128, 128), (256, 256)]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(kind, orientation):
+    picture = Image.new("L", (24, 16), 30)
+    picture.paste(220, (0, 0, 12, 8))  # the stored top left corner is bright
+    upright = np.asarray(to_image(oriented(picture, orientation, kind), 1))
+    assert upright.shape == ((16, 24) if orientation < 5 else (24, 16))
+    bright = {1: "tl", 2: "tr", 3: "br", 4: "bl", 5: "tl", 6: "tr", 7: "br", 8: "bl"}[orientation]
+    corners = {"tl": (1, 1), "tr": (1, -2), "bl": (-2, 1), "br": (-2, -2)}
+    assert {name: bool(upright[at] > 120) for name, at in corners.items()} == {n: n == bright for n in corners}
+
+
+def test_upright_pictures_are_not_turned_again(photo):
+    once = to_image(oriented(photo, 6), 3)
+    assert to_image(once, 3).size == once.size == (180, 240)
+
+
+@pytest.mark.parametrize("in_chans", [1, 3])
+def test_augment_changes_the_picture_after_the_same_crop(jpeg, in_chans):
+    changed = [not torch.equal(*(crop(jpeg, augment=a, seed=s, in_chans=in_chans) for a in (0, 30))) for s in range(8)]
+    assert sum(changed) >= 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"operator": "nearest"}, "fourier, lanczos, scaled"),
+        ({"augment": 31}, r"0\.\.30"),
+        ({"augment": 5, "in_chans": 4}, "augment .*--in_chans"),
+    ],
+)
+def test_wrong_arguments(jpeg, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        crop(jpeg, **arguments)
+
+
+@pytest.mark.parametrize("crop_pct", [1.0, 224 / 256, 0.5])
+@pytest.mark.parametrize("size", [(240, 180), (180, 240), (97, 53), (50, 50)])
+def test_center_crop_is_torchvisions(photo, size, crop_pct):
+    image = photo.resize(size)
+    reference = v2.Compose([
+        v2.Resize(int(48 / crop_pct), interpolation=v2.InterpolationMode.BICUBIC),
+        v2.CenterCrop(48),
+    ])  # fmt: skip
+    assert torch.equal(center_crop(image, (48, 48), 3, crop_pct), v2.functional.pil_to_tensor(reference(image)))
+
+
+@FEW
+@given(*[st.integers(1, 60)] * 4, st.floats(0.3, 1.0), st.sampled_from([1, 3, 5]))
+def test_center_crop_covers_any_shape(height, width, out_height, out_width, crop_pct, in_chans):
+    out = center_crop(np.full((height, width, in_chans), 77, np.uint8), (out_height, out_width), in_chans, crop_pct)
+    assert out.shape == (in_chans, out_height, out_width)
+    assert (out == 77).all()  # nothing outside the picture was padded in
+
+
+def test_center_crop_refuses_an_impossible_share(photo):
+    with pytest.raises(ValueError, match="crop_pct"):
+        center_crop(photo, SMALL, 3, crop_pct=0.0)
