@@ -1,6 +1,6 @@
 """State on disk: written atomically, read without running code; and weights from wherever they come.
 
-A file is written beside its target, forced to disk and renamed, so a crash or a full disk leaves the previous file whole.
+A file is written beside its target, forced to disk and renamed: a crash or a full disk leaves the previous file whole.
 Everything is read with `weights_only=True`. What can be read as pretrained weights is listed in `ACCEPTED`.
 """
 
@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import re
+import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -32,6 +33,17 @@ FORMAT = "mae_et/1"
 """Value of the key `format` in the checkpoints of this package."""
 METADATA_KEY = "mae_et"
 """Metadata of `encoder.safetensors` under which its shape stands as JSON."""
+#: What torch raises on damaged, cut or foreign files besides UnpicklingError: it has no error of its own for them.
+NOT_A_CHECKPOINT = (
+    RuntimeError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    struct.error,
+)
 EXPORT_FORMATS = ("timm", "facebook", "huggingface")
 ACCEPTED = (
     "a run folder, a checkpoint .pt, a .safetensors or .pth encoder of timm, a .pth of facebookresearch/mae, "
@@ -76,7 +88,7 @@ def save_safetensors(state: Mapping[str, Tensor], path: Path, metadata: Mapping[
 def load(path: Path, map_location: str | torch.device = "cpu") -> dict:
     """Read a file of `torch.save` without running any code from it (`weights_only=True`).
 
-    `argparse.Namespace`, a plain holder of values, is let through: training checkpoints of facebookresearch/mae hold one.
+    `argparse.Namespace`, a plain holder of values, is let through: checkpoints of facebookresearch/mae hold one.
     Raises FileNotFoundError; CheckpointError if the file is cut short, is something else, or would run code.
     """
     path = Path(path)
@@ -91,8 +103,7 @@ def load(path: Path, map_location: str | torch.device = "cpu") -> dict:
         raise CheckpointError(f"{path}: not a checkpoint of torch.save, or cut short") from error
     except OSError as error:
         raise CheckpointError(f"{path}: can't be read: {error.strerror or error}") from error
-    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
-        # What torch raises on a zip without its end, on text and on other zips: it has no error of its own for them.
+    except NOT_A_CHECKPOINT as error:
         raise CheckpointError(f"{path}: not a checkpoint of torch.save, or cut short") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a dict")
@@ -133,12 +144,12 @@ def write_export(
     norm_pix_loss: bool | None = None,
     encoder_only: bool = False,
 ) -> None:
-    """Write weights in our layout for others: "timm" a .safetensors file, "facebook" a .pth file, "huggingface" a folder.
+    """Write weights in our layout for others: "timm" a .safetensors file, "facebook" a .pth, "huggingface" a folder.
 
     shape: arguments of `create_mae`. norm_pix_loss: default: what `source` knows. encoder_only: leave out the decoder
     ("timm" always does).
-    Raises ValueError on an unknown format, weights that are no model of this package, or a decoder that the format can't
-    hold; CheckpointError if nothing could be written.
+    Raises ValueError on an unknown format, weights that are no model of this package, or a decoder that the format
+    can't hold; CheckpointError if the file can't be written.
     """
     if format not in EXPORT_FORMATS:
         raise ValueError(f"unknown export format {format!r}; choose from {', '.join(EXPORT_FORMATS)}")

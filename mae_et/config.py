@@ -35,8 +35,8 @@ PRECISIONS = ("auto", "bf16", "fp32")
 class PretrainConfig:
     """Pretrain a masked autoencoder, with vanilla MAE or with a low-frequency curriculum on the same engine.
 
-    With no flags at all, recipe `demo` runs on photographs that ship with scikit-image. With flags but no --recipe,
-    the defaults are facebookresearch/mae's and the curriculum is vanilla.
+    With neither --recipe nor --data_path, recipe `demo` runs on photographs that ship with scikit-image. With
+    --data_path but no --recipe, the defaults are facebookresearch/mae's and the curriculum is vanilla.
     """
 
     recipe: str = ""
@@ -236,16 +236,16 @@ def choice(name: str, value: str, legal: typing.Iterable[str]) -> str:
 
 
 def parse(config_type: type[Config], argv: list[str], default_recipe: str = "", prog: str | None = None) -> Config:
-    """Command line -> config. A `--recipe` gives the defaults; no flags at all means `default_recipe`.
+    """Command line -> config. `--recipe` gives the defaults; without it and `--data_path`, `default_recipe` does.
 
-    Prints help or one line of error and exits, as a command-line parser does.
+    Prints help and exits where it is asked for. Raises ValueError, with one line, for what it can't understand.
     """
-    recipe = _recipe_flag(argv) or ("" if argv else default_recipe)
-    default = from_recipe(config_type, recipe) if recipe else config_type()
+    recipe = _flag(argv, "recipe") or ("" if _flag(argv, "data_path") else default_recipe)
+    defaults = {"default": from_recipe(config_type, recipe)} if recipe else {}
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            return tyro.cli(config_type, args=argv, default=default, prog=prog, use_underscores=True)
+            return tyro.cli(config_type, args=argv, prog=prog, use_underscores=True, **defaults)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
@@ -257,10 +257,11 @@ def parse(config_type: type[Config], argv: list[str], default_recipe: str = "", 
         raise ValueError(message) from None
 
 
-def _recipe_flag(argv: list[str]) -> str:
+def _flag(argv: list[str], name: str) -> str:
+    """Value of --name in a command line, before it is parsed; "" if it is not there."""
     for i, word in enumerate(argv):
         flag, equals, value = word.partition("=")
-        if flag == "--recipe":
+        if flag.replace("-", "_") == f"__{name}":
             return value if equals else (argv[i + 1] if i + 1 < len(argv) else "")
     return ""
 
@@ -332,10 +333,10 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        for kind in (kind for kind in arguments if kind is not type(None)):
-            if (typing.get_origin(kind) or kind) is tuple or not isinstance(value, (list, tuple)):
-                if (typing.get_origin(kind) or kind) is not tuple or isinstance(value, (list, tuple)):
-                    return _typed(value, kind, where)
+        sequence = isinstance(value, (list, tuple))
+        for kind in arguments:
+            if kind is not type(None) and (typing.get_origin(kind) is tuple) == sequence:
+                return _typed(value, kind, where)
     elif origin is tuple and isinstance(value, (list, tuple)):
         kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
         if len(kinds) == len(value):

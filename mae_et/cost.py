@@ -21,7 +21,7 @@ from .targets import hog_flops
 def flops_per_image(model: MaskedAutoencoder, stage: Stage, training: bool = True) -> int:
     """FLOPs of the model on one image at a stage (only its `num_visible` and `num_predicted` matter).
 
-    Patch embedding and encoder on the visible patches, decoder on visible and predicted ones, head on the predicted ones.
+    Patch embedding and encoder on the visible patches, decoder on visible and predicted ones, head on predicted ones.
     training: forward and backward, which costs twice the forward, except that no gradient goes to the pixels.
     """
     visible, predicted = stage.num_visible, stage.num_predicted

@@ -49,7 +49,9 @@ def grid_of(size_px: SizePx, patch_px: int) -> tuple[int, int]:
     """Patches (rows, columns) of an image. ValueError if a side is not a positive multiple of the patch."""
     height, width = height_width(size_px)
     if height < patch_px or width < patch_px or height % patch_px or width % patch_px:
-        raise ValueError(f"size {show_size(size_px)} px is not divisible by the patch ({patch_px} px): {_near(size_px, patch_px)}")
+        raise ValueError(
+            f"size {show_size(size_px)} px is not divisible by the patch ({patch_px} px): {_near(size_px, patch_px)}"
+        )
     return height // patch_px, width // patch_px
 
 

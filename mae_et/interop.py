@@ -1,8 +1,8 @@
 """Weights to and from timm, facebookresearch/mae and Hugging Face transformers: dict -> dict, strict, both ways.
 
-D encoder width · E decoder width · L patches at full size. "Ours" is `MaskedAutoencoder.state_dict()`: the encoder under
-`encoder.` with timm's names, the decoder beside it with facebookresearch/mae's. An encoder without a decoder is legal
-everywhere. Every adapter names each key it expects: a dict with a key too few or too many is refused.
+D encoder width · E decoder width · L patches at full size. "Ours" is `MaskedAutoencoder.state_dict()`: the encoder
+under `encoder.` with timm's names, the decoder beside it with facebookresearch/mae's. An encoder without a decoder is
+legal everywhere. Every adapter names each key it expects: a dict with a key too few or too many is refused.
 
 Two facts make the difference between the layouts: transformers splits query, key and value, which ours, timm and
 facebookresearch/mae fuse; and theirs store the decoder's fixed position table, which ours computes.
@@ -36,9 +36,9 @@ TABLE_TOLERANCE = 1e-5
 class Layout:
     """Where another project keeps what ours keeps.
 
-    who: named in errors. encoder, decoder: our parameter -> theirs, for everything but the blocks. *_blocks: their prefix
-    of the blocks. block: our module of a block -> theirs, three where they split query, key and value. decoder_table: the
-    position table of the decoder, if they store it.
+    who: named in errors. encoder, decoder: our parameter -> theirs, for everything but the blocks. *_blocks: their
+    prefix of the blocks. block: our module of a block -> theirs, three where they split query, key and value.
+    decoder_table: the position table of the decoder, if they store it.
     """
 
     who: str
@@ -260,8 +260,8 @@ def huggingface_config(shape: Mapping, norm_pix_loss: bool | None = None, mask_r
         patches = math.prod(grid_of(shape["img_size"], shape["patch_size"]))
         if math.isqrt(patches) ** 2 != patches:
             raise ValueError(
-                f"transformers can't build a ViTMAE decoder for {patches} patches, which is not a square number: export "
-                "the encoder only"
+                f"transformers can't build a ViTMAE decoder for {patches} patches, which is not a square number: "
+                "export the encoder only"
             )
         config |= {theirs: shape[ours] for ours, (theirs, _) in HF_DECODER_CONFIG.items()}
         config |= {"architectures": ["ViTMAEForPreTraining"], "norm_pix_loss": bool(norm_pix_loss)}
@@ -386,8 +386,8 @@ def _grid(state: State, img_size: SizePx | None) -> tuple[int, int]:
     if grid := next(tables, square[0] if square else None):
         return grid
     raise ValueError(
-        f"the grid of {patches} patches can't be told from encoder.pos_embed, which is neither square nor MAE's sin-cos "
-        "table: pass img_size"
+        f"the grid of {patches} patches can't be told from encoder.pos_embed, which is neither square nor MAE's "
+        "sin-cos table: pass img_size"
     )
 
 

@@ -1,6 +1,6 @@
 """Masked autoencoder: a timm ViT on the visible patches, a light decoder on visible and predicted ones.
 
-B batch · L patches of the image's grid · V visible · P predicted · D width (encoder) · E width (decoder) · T values per patch.
+B batch · L patches of the image's grid · V visible · P predicted · D encoder width · E decoder width · T values a patch.
 The model returns predictions, never a loss. Source: MAE, arXiv 2111.06377.
 """
 
@@ -22,11 +22,11 @@ NORM_EPS = 1e-6  # MAE, as in ViT
 
 #: Encoder width, depth, heads and patch of each size (MAE, Sec. 4; tiny and small as in DeiT, arXiv 2012.12877).
 SIZES = {
-    "tiny": dict(embed_dim=192, depth=12, num_heads=3, patch_size=16),
-    "small": dict(embed_dim=384, depth=12, num_heads=6, patch_size=16),
-    "base": dict(embed_dim=768, depth=12, num_heads=12, patch_size=16),
-    "large": dict(embed_dim=1024, depth=24, num_heads=16, patch_size=16),
-    "huge": dict(embed_dim=1280, depth=32, num_heads=16, patch_size=14),
+    "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3, "patch_size": 16},
+    "small": {"embed_dim": 384, "depth": 12, "num_heads": 6, "patch_size": 16},
+    "base": {"embed_dim": 768, "depth": 12, "num_heads": 12, "patch_size": 16},
+    "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16, "patch_size": 16},
+    "huge": {"embed_dim": 1280, "depth": 32, "num_heads": 16, "patch_size": 14},
 }
 MODELS = tuple(f"mae_vit_{size}_patch{shape['patch_size']}" for size, shape in SIZES.items())
 
@@ -197,9 +197,7 @@ def sincos_table(width: int, grid: tuple[int, int], full_grid: tuple[int, int]) 
     Patch i of g sits at (i + ½)·G/g − ½ in coordinates of the full grid G, so that a place in the image keeps its
     code when the grid grows. At g = G it is MAE's own table, bit for bit.
     """
-    y, x = (
-        (torch.arange(g, dtype=torch.float64) + 0.5) * G / g - 0.5 for g, G in zip(grid, full_grid, strict=True)
-    )
+    y, x = ((torch.arange(g, dtype=torch.float64) + 0.5) * G / g - 0.5 for g, G in zip(grid, full_grid, strict=True))
     omega = 1.0 / 10000 ** (torch.arange(width // 4, dtype=torch.float64) / (width / 4))
 
     def axis(position: Tensor) -> Tensor:

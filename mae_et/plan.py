@@ -61,19 +61,19 @@ def build_curriculum(config: PretrainConfig, num_images: int, devices: int = 1) 
             config.input_size, stage.size_px, config.in_chans, config.lowfreq, config.target
         )
 
-    common = dict(
-        epochs=config.epochs,
-        num_images=num_images,
-        batch_size=batch_size,
-        full_size_px=config.input_size,
-        patch_px=model.patch_size,
-        mask_ratio=config.mask_ratio,
-        predict_ratio=config.predict_ratio,
-        allocation=config.allocation,
-        crop_scale=config.crop_scale,
-        augment=config.augment,
-        flops_per_image=flops,
-    )
+    common = {
+        "epochs": config.epochs,
+        "num_images": num_images,
+        "batch_size": batch_size,
+        "full_size_px": config.input_size,
+        "patch_px": model.patch_size,
+        "mask_ratio": config.mask_ratio,
+        "predict_ratio": config.predict_ratio,
+        "allocation": config.allocation,
+        "crop_scale": config.crop_scale,
+        "augment": config.augment,
+        "flops_per_image": flops,
+    }
     if config.curriculum == "custom":
         _check_sizes(config)
         return plan_stages(config.stages, share_of=config.share_of, **common)

@@ -39,9 +39,12 @@ log = logging.getLogger(__name__)
 #: Fields that may change when a run is resumed: they change neither data nor masks nor the mathematics of a step.
 #: The batch is compared through the planned stages, so that another number of devices may share it out otherwise.
 FREE_ON_RESUME = frozenset(
-    "recipe data_path num_images num_workers pin_mem damaged_limit output_dir log_dir resume overwrite start_epoch device "
-    "precision compile print_steps save_steps save_minutes picture_steps print_config batch_size accum_iter "
-    "total_batch_size world_size local_rank dist_on_itp dist_url job_dir nodes ngpus use_volta32".split()
+    """
+    recipe data_path num_images num_workers pin_mem damaged_limit output_dir log_dir resume overwrite start_epoch
+    device precision compile print_steps save_steps save_minutes picture_steps print_config
+    batch_size accum_iter total_batch_size
+    world_size local_rank dist_on_itp dist_url job_dir nodes ngpus use_volta32
+    """.split()
 )
 
 
@@ -169,7 +172,9 @@ def pretrain(config: PretrainConfig) -> Path:
             if finished:
                 log.info("done: %s", run.folder)
             else:
-                log.info("stopped and saved after step %d of %d; go on with --resume auto", run.step, curriculum.total_steps)
+                log.info(
+                    "stopped and saved after step %d of %d; go on with --resume auto", run.step, curriculum.total_steps
+                )
         here.barrier()
         return run.folder
 
@@ -310,7 +315,9 @@ def identity(config: PretrainConfig, curriculum: Curriculum) -> dict[str, Any]:
 def check_same_run(state: dict[str, Any], config: PretrainConfig, curriculum: Curriculum, path: Path) -> None:
     """ValueError that names the first difference if a checkpoint is of another run than the configuration's."""
     if state.get("format") != checkpoint.FORMAT or "optimizer" not in state:
-        raise ValueError(f"--resume {path} is not a pretraining checkpoint of mae_et; to fine-tune it, use main_finetune.py")
+        raise ValueError(
+            f"--resume {path} is not a pretraining checkpoint of mae_et; to fine-tune it, use main_finetune.py"
+        )
     mine = identity(config, curriculum)
     for name in mine["config"]:
         if name not in FREE_ON_RESUME and state["config"].get(name) != mine["config"][name]:
@@ -338,7 +345,9 @@ def resume_path(config: PretrainConfig) -> Path | None:
     if config.resume == "auto" and not path.exists():
         return None
     if not path.exists():
-        raise FileNotFoundError(f"--resume {config.resume}: no checkpoint there; give a run folder, a checkpoint or auto")
+        raise FileNotFoundError(
+            f"--resume {config.resume}: no checkpoint there; give a run folder, a checkpoint or auto"
+        )
     return path
 
 

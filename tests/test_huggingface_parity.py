@@ -1,8 +1,8 @@
 """Our loss and gradients equal those of an independent MAE, transformers' ViTMAE, through our own converters.
 
-Gradients are compared tensor by tensor: max |ours - theirs| / max |theirs|, where theirs, in their layout, are brought into
-ours by the same converter as the weights. The position tables are written here from the formula, since transformers 5
-builds a model with zeros in their place.
+Gradients are compared tensor by tensor: max |ours - theirs| / max |theirs|, where theirs are brought into our layout by
+the same converter as the weights. The position tables are written here from the formula, since transformers 5 builds a
+model with zeros in their place.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def test_loss_and_gradients_equal_the_reference(size_px, norm_pix_loss):
     wanted = interop.from_huggingface(gradients)
     found = {name: parameter.grad for name, parameter in ours.named_parameters() if parameter.requires_grad}
     assert set(found) == set(wanted) - {"encoder.pos_embed"}
-    for name, gradient in found.items():
+    for name in found:
         assert wanted[name].abs().max() > 1e-4, f"{name}: nothing to compare"
     differences = {name: difference(gradient, wanted[name]) for name, gradient in found.items()}
     worst = max(differences, key=differences.get)

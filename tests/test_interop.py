@@ -42,7 +42,8 @@ def small_mae(**overrides) -> MaskedAutoencoder:
 def assert_identical(found: dict, wanted: dict) -> None:
     assert set(found) == set(wanted)
     for key, tensor in wanted.items():
-        assert found[key].dtype == tensor.dtype and torch.equal(found[key], tensor), key
+        assert found[key].dtype == tensor.dtype, key
+        assert torch.equal(found[key], tensor), key
 
 
 def facebook_keys(depth: int, decoder_depth: int) -> set[str]:
@@ -120,7 +121,8 @@ def test_a_dict_with_a_key_too_few_or_too_many_is_refused(pair):
         partial = {k: t for k, t in complete.items() if k != key}
         with pytest.raises(ValueError, match="1 missing") as error:
             read(partial)
-        assert f"(first: {key})" in str(error.value) and "unexpected" not in str(error.value)
+        assert f"(first: {key})" in str(error.value)
+        assert "unexpected" not in str(error.value)
     with pytest.raises(ValueError, match=r"2 unexpected \(first: extra\.2\)"):
         read(complete | {"extra.2": torch.zeros(1), "extra.10": torch.zeros(1)})
     with pytest.raises(ValueError, match="missing"):

@@ -21,10 +21,9 @@ from mae_et.reconstruct import ReconstructConfig, reconstruct
 from mae_et.targets import hog_target, pixel_target, target_dim
 
 PATCH = 4
-SHAPE = dict(
-    patch_size=PATCH, embed_dim=16, depth=1, num_heads=2, decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2
-)
-GREY_STATISTICS = dict(mean=(0.5,) * 3, std=(0.25,) * 3)
+SHAPE = {"patch_size": PATCH, "embed_dim": 16, "depth": 1, "num_heads": 2}
+SHAPE |= {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}
+GREY_STATISTICS = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
 
 
 def tiny_model(img_size=(24, 16), in_chans=3, target="pixel", **shape) -> MaskedAutoencoder:
@@ -152,15 +151,27 @@ def test_strokes_are_as_bright_as_the_histogram_and_keep_their_place():
     hog[0, 1, 4 * 4 + 2] = 1.0  # patch at row 0, column 1; bin 4; cell row 1, cell column 0
     hog[0, 2, 4 * 4 + 0] = 0.25
     cells = rearrange(hog_strokes(hog, (2, 2), 9)[0], "(h y) (w x) -> h w y x", y=9, x=9).amax((2, 3))
-    assert cells[1, 2] == 1 and 0 < cells[2, 0] < 1
+    assert cells[1, 2] == 1
+    assert 0 < cells[2, 0] < 1
     assert (cells > 0).sum() == 2
+
+
+@pytest.mark.parametrize("orientation", range(9))
+def test_a_stroke_is_as_long_as_its_magnitude_says(orientation):
+    hog = torch.zeros(2, 1, 36)
+    hog[0, 0, 4 * orientation], hog[1, 0, 4 * orientation] = 1.0, 0.5
+    lit = (hog_strokes(hog, (1, 1), 41)[:, :41, :41] > 0.3).float()
+    place = torch.arange(41.0) - 20
+    full, half = (2 * (torch.hypot(*torch.meshgrid(place, place, indexing="ij")) * stroke).max() for stroke in lit)
+    assert 38 <= full <= 44
+    assert 18 <= half <= 24
 
 
 # ----------------------------------------------------------------------------------------------------- the PNG file
 
 
 @pytest.mark.parametrize("target", ["pixel", "hog"])
-def test_six_photographs_at_224_px_stay_below_the_file_size(tmp_path, target):
+def test_six_photographs_at_224_px_stay_below_the_file_size(tmp_path, monkeypatch, target):
     source = open_source("photos")
     tiles = [Image.fromarray(np.asarray(source.read(i * 192)[0])).convert("RGB").resize((224, 224)) for i in range(6)]
     images = torch.stack([torch.from_numpy(np.array(tile)).movedim(-1, 0) for tile in tiles]) / 63.75 - 2
@@ -168,10 +179,17 @@ def test_six_photographs_at_224_px_stay_below_the_file_size(tmp_path, target):
     path = tmp_path / "new" / "folder" / "picture.png"
     model = perfect_model(224, target, patch_size=16)
     draw_reconstruction(model, images, stages, target=target, normalized=False, path=path, **GREY_STATISTICS)
-    assert path.stat().st_size <= 300_000
+    size, side = path.stat().st_size, Image.open(path).width
+    assert size <= picture.MAX_BYTES == 300_000
     assert [file.name for file in path.parent.iterdir()] == ["picture.png"]
     with Image.open(path) as drawn:
-        assert drawn.format == "PNG" and min(drawn.size) > 500
+        assert drawn.format == "PNG"
+        assert min(drawn.size) > 500
+
+    monkeypatch.setattr(picture, "MAX_BYTES", size // 2)
+    draw_reconstruction(model, images, stages, target=target, normalized=False, path=path, **GREY_STATISTICS)
+    assert path.stat().st_size <= size // 2
+    assert Image.open(path).width < side
 
 
 def test_every_stage_and_image_appears_with_its_counts(tmp_path, blocks):
@@ -205,10 +223,11 @@ def test_what_was_not_predicted_is_striped_and_what_was_is_not(tmp_path, blocks)
     assert ((prediction == 191).all(1)).sum() == 3
     assert ((pasted == 191).all(1)).sum() == 5
     striped = [len(np.unique(patch)) == 2 for patch in pasted]
-    assert sum(striped) == 3 and striped == [len(np.unique(patch)) == 2 for patch in prediction]
+    assert sum(striped) == 3
+    assert striped == [len(np.unique(patch)) == 2 for patch in prediction]
 
 
-@pytest.mark.parametrize("statistics, says", [("visible", "guessed from visible patches only"), ("true", "LEAK")])
+@pytest.mark.parametrize(("statistics", "says"), [("visible", "guessed from visible patches only"), ("true", "LEAK")])
 def test_the_caption_says_where_patch_statistics_come_from(tmp_path, blocks, statistics, says):
     draw_reconstruction(
         tiny_model(), random_images(1, 3, 24, 16), [Stage((24, 16), 6, 18, 1)], target="pixel", normalized=True,
@@ -218,7 +237,7 @@ def test_the_caption_says_where_patch_statistics_come_from(tmp_path, blocks, sta
     assert ("LEAK" in blocks[0][0]) == (statistics == "true")
 
 
-@pytest.mark.parametrize("channels, says", [(1, None), (2, "channel 1 of 2 shown"), (5, "channels 1–3 of 5 shown")])
+@pytest.mark.parametrize(("channels", "says"), [(1, None), (2, "channel 1 of 2 shown"), (5, "channels 1–3 of 5 shown")])
 def test_other_numbers_of_channels(tmp_path, blocks, channels, says):
     draw_reconstruction(
         tiny_model(in_chans=channels), random_images(1, channels, 24, 16), [Stage((24, 16), 6, 18, 1)], target="pixel",
@@ -234,7 +253,6 @@ def test_other_numbers_of_channels(tmp_path, blocks, channels, says):
 def test_the_training_flag_is_restored_even_after_an_error(tmp_path, training):
     model = tiny_model().train(training)
     during = []
-    model.encoder.register_forward_pre_hook(lambda *_: None)
     model.decoder_norm.register_forward_hook(lambda module, *_: during.append(module.training))
     draw = dict(target="pixel", normalized=False, path=tmp_path / "a.png", **GREY_STATISTICS)
     draw_reconstruction(model, random_images(1, 3, 24, 16), [Stage((24, 16), 6, 18, 1)], **draw)
@@ -255,7 +273,7 @@ def test_the_same_seed_draws_the_same_picture(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "wrong, message",
+    ("wrong", "message"),
     [
         ({"target": "sift"}, "unknown target 'sift'; choose from pixel, hog"),
         ({"statistics": "none"}, "unknown statistics 'none'; choose from visible, true"),
@@ -271,21 +289,22 @@ def test_wrong_arguments_are_refused(tmp_path, wrong, message):
 # ------------------------------------------------------------------------------------------------------ reconstruct
 
 
-def write_run(folder, data_path="photos", target="pixel", norm_pix_loss=False):
+def write_run(folder, data_path="photos", target="pixel", norm_pix_loss=False, mean=0.5, **shape):
     """As much of a run folder as a picture needs."""
     folder.mkdir()
-    model = tiny_model(32, target=target)
+    torch.manual_seed(0)
+    model = tiny_model(32, target=target, **shape)
     stages = [Stage(16, 4, 12, 8, steps=1), Stage(32, 16, 40, 8, steps=1)]
     state = {
         "format": checkpoint.FORMAT,
         "model": model.state_dict(),
-        "shape": SHAPE | {"img_size": 32, "in_chans": 3, "target_dim": model.target_dim},
+        "shape": SHAPE | shape | {"img_size": 32, "in_chans": 3, "target_dim": model.target_dim},
         "target": target,
         "norm_pix_loss": norm_pix_loss,
         "stages": [dataclasses.asdict(stage) for stage in stages],
         "config": {"data_path": str(data_path)},
         "step": 2,
-        "mean": [0.5, 0.5, 0.5],
+        "mean": [mean] * 3,
         "std": [0.25, 0.25, 0.25],
     }
     checkpoint.save(state, folder / "checkpoint.pt")
@@ -300,12 +319,13 @@ def write_images(folder, count=3):
     return folder
 
 
-@pytest.mark.parametrize("target, norm_pix_loss, says", [("pixel", True, "guessed"), ("hog", False, "strokes")])
+@pytest.mark.parametrize(("target", "norm_pix_loss", "says"), [("pixel", True, "guessed"), ("hog", False, "strokes")])
 def test_a_run_folder_is_drawn_with_its_own_stages_and_images(tmp_path, blocks, target, norm_pix_loss, says):
     run = write_run(tmp_path / "run", target=target, norm_pix_loss=norm_pix_loss)
     assert reconstruct(ReconstructConfig(str(run), num_images=2)) == run / "reconstruction.png"
     assert [caption.split(" ")[0] for caption, _ in blocks] == ["16×16", "32×32"]
-    assert "40 predicted, 8 neither" in blocks[1][0] and says in blocks[1][0]
+    assert "40 predicted, 8 neither" in blocks[1][0]
+    assert says in blocks[1][0]
     assert [len(rows) for _, rows in blocks] == [2, 2]
     with Image.open(run / "reconstruction.png") as drawn:
         assert drawn.width > 400
@@ -320,7 +340,8 @@ def test_held_out_images_are_drawn_where_there_are_any(tmp_path, blocks):
     flat = write_images(tmp_path / "flat", 2)
     out = tmp_path / "other.png"
     assert reconstruct(ReconstructConfig(str(run / "checkpoint.pt"), images=str(flat), out=str(out))) == out
-    assert [len(rows) for _, rows in blocks] == [2, 2] and out.is_file()
+    assert [len(rows) for _, rows in blocks] == [2, 2]
+    assert out.is_file()
 
 
 def test_the_input_is_drawn_in_its_own_colours(tmp_path, blocks):
@@ -332,8 +353,18 @@ def test_the_input_is_drawn_in_its_own_colours(tmp_path, blocks):
         assert np.abs(np.asarray(rows[0][0], dtype=int) - (200, 100, 50)).max() <= 1
 
 
+def test_the_model_is_fed_with_the_mean_of_its_run(tmp_path, blocks):
+    def prediction(name, mean):
+        reconstruct(ReconstructConfig(str(write_run(tmp_path / name, mean=mean)), num_images=1))
+        return np.asarray(blocks[1][1][0][2])
+
+    assert np.array_equal(prediction("a", 0.5), prediction("b", 0.5))
+    assert not np.array_equal(prediction("c", 0.5), prediction("d", 0.1))
+
+
 def test_a_foreign_checkpoint_is_drawn_at_the_sizes_of_et_pp(tmp_path, blocks):
-    run = write_run(tmp_path / "run")
+    # Foreign files don't say how many heads there are: widths from which that can be told.
+    run = write_run(tmp_path / "run", embed_dim=64, num_heads=1, decoder_num_heads=16)
     pretrained = checkpoint.read_pretrained(run)
     foreign = tmp_path / "foreign.pth"
     checkpoint.write_export(pretrained, pretrained.shape, "facebook", foreign)
@@ -341,7 +372,8 @@ def test_a_foreign_checkpoint_is_drawn_at_the_sizes_of_et_pp(tmp_path, blocks):
     picture_file = reconstruct(ReconstructConfig(str(foreign), images=str(images)))
     assert picture_file == tmp_path / "reconstruction.png"
     assert [caption.split("  ·  ")[0] for caption, _ in blocks] == ["16×16 px", "24×24 px", "32×32 px"]
-    assert "16 of 64 patches visible, 48 predicted" in blocks[2][0] and "as predicted" in blocks[2][0]
+    assert "16 of 64 patches visible, 48 predicted" in blocks[2][0]
+    assert "as predicted" in blocks[2][0]
     reconstruct(ReconstructConfig(str(foreign), images=str(images), norm_pix_loss=True, true_statistics=True))
     assert "LEAK" in blocks[2][0]
     with pytest.raises(ValueError, match="--images is needed"):
@@ -358,15 +390,15 @@ def test_bad_input_is_named_in_one_line(tmp_path):
     checkpoint.write_export(pretrained, pretrained.shape, "timm", encoder)
     hog = write_run(tmp_path / "hog", target="hog")
     for config, message in (
-        (dict(run=str(tmp_path / "no_run")), "no_run: no such run folder or checkpoint"),
-        (dict(run=str(run)), "--images .*gone does not exist"),
-        (dict(run=str(run), images=str(tmp_path / "empty")), "--images .*empty: no images"),
-        (dict(run=str(run), images=str(tmp_path / "damaged")), "--images: .*a.png: "),
-        (dict(run=str(run), true_statistics=True), "--true_statistics: .* doesn't predict normalised pixels"),
-        (dict(run=str(hog), norm_pix_loss=True), "--norm_pix_loss: the decoder of .* predicts hog"),
-        (dict(run=str(encoder)), "encoder.safetensors: has no decoder.*checkpoint.pt of a run folder has one"),
-        (dict(run=str(run), num_images=0), "--num_images must be positive"),
-        (dict(run=str(run), out="picture.jpg"), "--out must be a .png file, got picture.jpg"),
+        ({"run": str(tmp_path / "no_run")}, "no_run: no such run folder or checkpoint"),
+        ({"run": str(run)}, "--images .*gone does not exist"),
+        ({"run": str(run), "images": str(tmp_path / "empty")}, "--images .*empty: no images"),
+        ({"run": str(run), "images": str(tmp_path / "damaged")}, "--images: .*a.png: "),
+        ({"run": str(run), "true_statistics": True}, "--true_statistics: .* doesn't predict normalised pixels"),
+        ({"run": str(hog), "norm_pix_loss": True}, "--norm_pix_loss: the decoder of .* predicts hog"),
+        ({"run": str(encoder)}, "encoder.safetensors: has no decoder.*checkpoint.pt of a run folder has one"),
+        ({"run": str(run), "num_images": 0}, "--num_images must be positive"),
+        ({"run": str(run), "out": "picture.jpg"}, "--out must be a .png file, got picture.jpg"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
             reconstruct(ReconstructConfig(**config))

@@ -36,7 +36,8 @@ def names(source) -> list[str]:
 
 def one_line(error) -> str:
     message = str(error.value)
-    assert "--data_path" in message and "\n" not in message
+    assert "--data_path" in message
+    assert "\n" not in message
     return message
 
 
@@ -60,7 +61,9 @@ def test_photos_hold_every_class_equally():
         assert len(source) == 17 * per_class
         for index in range(0, len(source), 41):
             tile, label = source.read(index)
-            assert tile.shape[:2] == (96, 96) and tile.dtype == np.uint8 and label == source.labels[index]
+            assert tile.shape[:2] == (96, 96)
+            assert tile.dtype == np.uint8
+            assert label == source.labels[index]
 
 
 def test_photos_train_and_val_never_share_a_pixel():
@@ -70,10 +73,12 @@ def test_photos_train_and_val_never_share_a_pixel():
         for index in range(len(source)):
             label, left, top = source.position(index)
             height, width = photos._photograph(source.classes[label]).shape[:2]
-            assert 0 <= left <= width - 96 and 0 <= top <= height - 96
+            assert 0 <= left <= width - 96
+            assert 0 <= top <= height - 96
             seen[split].setdefault(label, set()).add((left, top))
     for label in range(17):
-        assert len(seen["train"][label]) == 192 and len(seen["val"][label]) == 24  # no tile twice
+        assert len(seen["train"][label]) == 192
+        assert len(seen["val"][label]) == 24
         for x, y in seen["train"][label]:
             assert not any(abs(x - left) < 96 and abs(y - top) < 96 for left, top in seen["val"][label])
 
@@ -108,9 +113,11 @@ def test_photos_come_from_the_wheels_alone(monkeypatch):
 def test_class_folders(labelled):
     train, val = open_source(labelled), open_source(str(labelled), "val")
     assert train.classes == val.classes == ["ant", "bee", "cat"]
-    assert train.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2] and val.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert train.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert val.labels.tolist() == [0, 0, 1, 1, 2, 2]
     data, label = val.read(3)
-    assert (np.asarray(to_image(data, 1)) == 101).all() and label == 1
+    assert (np.asarray(to_image(data, 1)) == 101).all()
+    assert label == 1
     assert val.name(3) == str(labelled / "val" / "bee" / "1.png")
 
 
@@ -146,7 +153,8 @@ def test_images_directly_in_train_have_no_labels(tmp_path):
     write_image(tmp_path / "train" / "1.png")
     write_image(tmp_path / "train" / "more" / "2.png")
     source = open_source(tmp_path)
-    assert len(source) == 2 and source.classes is source.labels is None
+    assert len(source) == 2
+    assert source.classes is source.labels is None
     assert source.read(0)[1] is None
 
 
@@ -174,7 +182,8 @@ def test_every_extension_is_found_and_decodes(tmp_path):
     assert len(source) == len(EXTENSIONS)
     for index in range(len(source)):
         image = to_image(source.read(index)[0], 3)
-        assert image.size == (6, 4) and abs(image.getpixel((0, 0))[1] - 200) < 3
+        assert image.size == (6, 4)
+        assert abs(image.getpixel((0, 0))[1] - 200) < 3
 
 
 def test_names_that_are_not_unicode(tmp_path):
@@ -231,12 +240,14 @@ def test_what_is_missing_is_said_in_one_line(tmp_path, split):
             open_source(tmp_path / "data", split)
         return one_line(error)
 
-    assert "does not exist" in message() and "photos" in message()
+    assert "does not exist" in message()
+    assert "photos" in message()
     (tmp_path / "data").mkdir()
     assert {"train": "jpg jpeg png", "val": "val/ or validation/ or test/"}[split] in message()
     (tmp_path / "data" / "train" / "cat").mkdir(parents=True)  # class folders, and nothing in them
     (tmp_path / "data" / "val" / "cat").mkdir(parents=True)
-    assert "no images in" in message() and str(tmp_path / "data" / split) in message()
+    assert "no images in" in message()
+    assert str(tmp_path / "data" / split) in message()
 
 
 def test_a_flat_folder_has_no_val(tmp_path):
@@ -285,10 +296,13 @@ def test_idx_folders(tmp_path, stem, gz):
     root = write_idx(tmp_path / "mnist", stem, gz)
     for split, images in (("train", IMAGES), ("val", IMAGES[::-1])):
         source = open_source(root, split)
-        assert source.classes == list("0123456789") and np.array_equal(source.labels, LABELS)
+        assert source.classes == list("0123456789")
+        assert np.array_equal(source.labels, LABELS)
         image, label = source.read(12)
-        assert np.array_equal(image, images[12]) and label == 2
-        assert source.name(12).endswith("[12]") and stem.format("")[-12:] in source.name(12)
+        assert np.array_equal(image, images[12])
+        assert label == 2
+        assert source.name(12).endswith("[12]")
+        assert stem.format("")[-12:] in source.name(12)
         assert len(pickle.dumps(source)) < 500
         assert np.array_equal(pickle.loads(pickle.dumps(source)).read(12)[0], image)
 
@@ -302,7 +316,8 @@ def test_idx_test_names_and_more_classes(tmp_path):
 
 def test_idx_without_labels(tmp_path):
     source = open_source(write_idx(tmp_path, labels=None))
-    assert source.classes is source.labels is None and source.read(0)[1] is None
+    assert source.classes is source.labels is None
+    assert source.read(0)[1] is None
 
 
 def test_idx_unpacked_file_wins_over_its_archive(tmp_path):
@@ -337,7 +352,7 @@ def test_idx_damage(tmp_path, content, message):
 def test_idx_missing_or_ambiguous_split(tmp_path):
     write_idx(tmp_path)
     (tmp_path / "t10k-images-idx3-ubyte.gz").unlink()
-    with pytest.raises(FileNotFoundError, match="t10k-images-idx3-ubyte.*found none") as error:
+    with pytest.raises(FileNotFoundError, match=r"t10k-images-idx3-ubyte.*found none") as error:
         open_source(tmp_path, "val")
     one_line(error)
     write_idx(tmp_path, "emnist-mnist-{}-images-idx3-ubyte")
@@ -358,9 +373,11 @@ def test_torch_data_sets(tmp_path, monkeypatch):
     for data_path in (f"torch/fashion_mnist:{tmp_path}", "torch/fashion_mnist"):
         for split, images in (("train", IMAGES), ("val", IMAGES[::-1])):
             source = open_source(data_path, split)
-            assert source.classes == FashionMNIST.classes and np.array_equal(source.labels, LABELS)
+            assert source.classes == FashionMNIST.classes
+            assert np.array_equal(source.labels, LABELS)
             image, label = source.read(12)
-            assert np.array_equal(np.asarray(image), images[12]) and label == 2
+            assert np.array_equal(np.asarray(image), images[12])
+            assert label == 2
             assert source.name(12) == f"{data_path}[12]"
             assert len(pickle.dumps(source)) < 500
             assert np.array_equal(np.asarray(pickle.loads(pickle.dumps(source)).read(12)[0]), images[12])
@@ -379,7 +396,8 @@ def test_torch_failures_are_one_line(tmp_path, monkeypatch):
     ):
         with pytest.raises((FileNotFoundError, ValueError)) as error:
             open_source(data_path)
-        assert expected in one_line(error) and data_path in one_line(error)
+        assert expected in one_line(error)
+        assert data_path in one_line(error)
 
 
 @pytest.mark.parametrize("data_path", ["wds/imagenet", "tfds/cifar10", "hfids/x/y", "WDS/x"])
@@ -420,7 +438,8 @@ def test_hugging_face_splits_and_columns(monkeypatch):
     source = open_source("hfds/me/Pets:/cache", "val")
     assert asked == [("hfds/me/Pets", "/cache", "validation")]
     assert (source.classes, source.labels.tolist()) == (["a", "b"], [0, 1])
-    assert source.read(1) == (b"bytes", 1) and source.name(1) == "hfds/me/Pets:/cache[1.png]"
+    assert source.read(1) == (b"bytes", 1)
+    assert source.name(1) == "hfds/me/Pets:/cache[1.png]"
 
     def no_label(self, index):
         raise KeyError("label")
@@ -438,7 +457,8 @@ def test_tar_files(labelled, tmp_path_factory):
             tar.add(labelled / split, arcname=".")
     for split, length in (("train", 9), ("val", 6)):
         source, folder = open_source(root / "train.tar", split), open_source(labelled, split)
-        assert len(source) == length and source.classes == ["ant", "bee", "cat"]
+        assert len(source) == length
+        assert source.classes == ["ant", "bee", "cat"]
         assert np.array_equal(source.labels, folder.labels)
         assert [source.read(i) for i in range(length)] == [folder.read(i) for i in range(length)]
         assert "bee/0.png" in source.name(length // 3)
@@ -477,7 +497,8 @@ def test_subsets_are_balanced_nested_and_reproducible(labels, data, seed):
     size = data.draw(st.integers(1, len(labels)))
     part = subset(source, size, seed)
     images = [part.read(i)[0] for i in range(len(part))]
-    assert len(part) == size == len(set(images)) and images == sorted(images)
+    assert len(part) == size == len(set(images))
+    assert images == sorted(images)
     assert [part.name(i) for i in range(size)] == [f"numbers[{i}]" for i in images]
     assert part.labels.tolist() == [part.read(i)[1] for i in range(size)] == [labels[i] for i in images]
     assert part.classes == source.classes

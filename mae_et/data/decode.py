@@ -147,8 +147,8 @@ def center_crop(
 ) -> torch.Tensor:
     """The view used in evaluation: bicubic resize until `size_px` / `crop_pct` is covered, then the centre.
 
-    `size_px` is (height, width), `crop_pct` lies in (0, 1]; MAE evaluates 224 with 224/256. Returns uint8 [C, *size_px].
-    Raises DamagedImage for unreadable bytes, ValueError for other misfits.
+    `size_px` is (height, width), `crop_pct` lies in (0, 1]; MAE evaluates 224 with 224/256.
+    Returns uint8 [C, *size_px]. Raises DamagedImage for unreadable bytes, ValueError for other misfits.
     """
     if not 0 < crop_pct <= 1:
         raise ValueError(f"crop_pct is {crop_pct}; it must lie in (0, 1]")

@@ -74,7 +74,11 @@ class DamageLog:
 
 
 def train_batches(
-    dataset: TrainImages, stream: SampleStream, damage: DamageLog, num_workers: int | None = None, pin_memory: bool = False
+    dataset: TrainImages,
+    stream: SampleStream,
+    damage: DamageLog,
+    num_workers: int | None = None,
+    pin_memory: bool = False,
 ) -> Iterator[Tensor]:
     """Micro-batches, uint8 [b, C, h, w], of the stream, in order, whatever the number of workers."""
     workers = default_workers() if num_workers is None else num_workers
@@ -104,7 +108,7 @@ def _collate(batch: list[tuple[Tensor, list[Damage]]]) -> tuple[Tensor, list[Dam
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:
-    """Ctrl-C reaches the whole process group: the trainer saves and stops its workers; they must not die first."""
+    """Ctrl-C, `timeout` and Slurm signal the whole process group; the trainer saves and ends its workers itself."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)

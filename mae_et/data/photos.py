@@ -38,7 +38,7 @@ _FILES = {
 CLASSES = list(_FILES)
 
 TILE_PX = 96
-"""Three times the demo's 32 px: even a crop of a fifth of the area, 43 px a side, is larger than what the model sees."""
+"""Three times the demo's 32 px: even a crop of a fifth of the area, 43 px a side, is more than the model sees."""
 
 TRAIN_GRID = 16, 12  # rows, columns: 192 tiles of each photograph, 3264 in all
 VAL_GRID = 12, 2  # 24 of each, 408 in all

@@ -139,10 +139,9 @@ class FolderSource:
 
 def _open_folder(root: Path, split: str) -> FolderSource:
     train = root / "train"
+    folder = train if train.is_dir() else root
     if split == "val":
         folder = _val_sibling(train, "", str(root))
-    else:
-        folder = train if train.is_dir() else root
     paths = find_images(folder)
     if not paths:
         raise FileNotFoundError(
@@ -348,7 +347,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _timm_classes(dataset, reader) -> list[str] | None:
-    """Class names in the order of the labels: a list in torchvision, a dict in timm's readers; None if there are none."""
+    """Class names in the order of the labels: a list in torchvision, a dict in timm's readers; None without labels."""
     for holder in (dataset, reader):
         names = getattr(holder, "classes", None)
         if names:  # ImageNet's names are tuples of synonyms

@@ -69,7 +69,13 @@ class SampleStream(Sampler[list[Sample]]):
     """Micro-batches of samples, from `first_step` to the end of the curriculum, for one rank."""
 
     def __init__(
-        self, curriculum: Curriculum, seed: int, micro_size: int, first_step: int = 0, rank: int = 0, world_size: int = 1
+        self,
+        curriculum: Curriculum,
+        seed: int,
+        micro_size: int,
+        first_step: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         self.curriculum, self.seed, self.micro_size = curriculum, seed, micro_size
         self.first_step, self.rank, self.world_size = first_step, rank, world_size

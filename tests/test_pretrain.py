@@ -1,0 +1,321 @@
+"""The real script, end to end: it trains, stops, resumes bit for bit, and explains mistakes in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from mae_et import checkpoint
+from mae_et.config import PretrainConfig, from_dict
+from mae_et.model import create_mae
+from mae_et.pretrain import pretrain
+
+ROOT = Path(__file__).parent.parent
+TINY = {
+    "model": "mae_vit_tiny_patch16",
+    "input_size": 32,
+    "patch_size": 8,
+    "embed_dim": 24,
+    "depth": 2,
+    "num_heads": 2,
+    "decoder_embed_dim": 16,
+    "decoder_depth": 1,
+    "decoder_num_heads": 2,
+    "curriculum": "custom",
+    "stages": [{"size_px": 16, "share": 0.5, "crop_scale": [0.5, 1.0]}, {"size_px": 32, "share": 0.5}],
+    "epochs": 2,
+    "warmup_epochs": 0.5,
+    "batch_size": 6,
+    "num_workers": 0,
+    "precision": "fp32",
+    "lr": 1e-3,
+    "device": "cpu",
+    "print_steps": 3,
+}
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 small smooth images, flat and unlabelled."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for i in range(20):
+        small = Image.fromarray(rng.integers(0, 256, (2, 3, 3), dtype=np.uint8))
+        small.resize((60, 48), Image.Resampling.BICUBIC).save(folder / f"{i:02}.png")
+    return folder
+
+
+def tiny(photos: Path, out: Path, **changes) -> PretrainConfig:
+    return from_dict(PretrainConfig, TINY | {"data_path": str(photos), "output_dir": str(out)} | changes, "test")
+
+
+def script(*flags: str, program: tuple[str, ...] = (), **kwargs) -> subprocess.Popen:
+    command = [*(program or (sys.executable,)), str(ROOT / "main_pretrain.py"), *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, **kwargs
+    )
+
+
+def recipe_file(config: dict, path: Path) -> Path:
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.load(folder / "checkpoint.pt")["model"]
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for key in a:
+        assert torch.equal(a[key], b[key]), key
+
+
+@pytest.fixture(scope="session")
+def whole(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run, on one thread as the scripts of these tests run."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    folder = pretrain(tiny(photos, tmp_path_factory.mktemp("whole") / "run"))
+    torch.set_num_threads(threads)
+    return folder
+
+
+def test_run_folder(whole: Path) -> None:
+    for name in ("config.yaml", "environment.json", "encoder.safetensors", "reconstruction.png"):
+        assert (whole / name).stat().st_size > 0, name
+    assert list(whole.glob("events.out.tfevents.*"))
+    ledger = json.loads((whole / "ledger.json").read_text())
+    small, large = ledger["stages"]
+    assert (small["size_px"], large["size_px"]) == (16, 32)
+    assert (
+        small["images"] == 6 * small["steps"] == pytest.approx(80, abs=3)
+    )  # one epoch's compute at a quarter of the area
+    assert small["visible_patches"] == small["images"] * 1
+    assert small["predicted_patches"] == small["images"] * 3
+    assert large["visible_patches"] == large["images"] * 4
+    assert ledger["total"]["flops"] == small["flops"] + large["flops"] > 0
+    assert small["train_seconds"] > 0 and small["peak_memory_bytes"] > 0 and large["eval_seconds"] > 0
+    records = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert records[-1]["p"] == 1 and records[-1]["step"] == small["steps"] + large["steps"] - 1
+    assert {r["size_px"] for r in records} == {16, 32}
+    assert from_dict(PretrainConfig, yaml.safe_load((whole / "config.yaml").read_text()), "").curriculum == "custom"
+
+
+def test_learns(photos: Path, tmp_path: Path) -> None:
+    folder = pretrain(tiny(photos, tmp_path / "run", epochs=40, warmup_epochs=2, lr=3e-3, print_steps=10))
+    losses = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_kill_at_any_step_and_resume_bit_for_bit(photos: Path, tmp_path: Path, whole: Path) -> None:
+    """`kill -9` three times, the last time in the second stage, past the end of the data; then to the end."""
+    recipe = recipe_file(TINY | {"data_path": str(photos), "output_dir": str(tmp_path / "run")}, tmp_path / "r.yaml")
+    flags = ("--recipe", str(recipe), "--resume", "auto", "--save_steps", "1", "--print_steps", "1")
+    last = 0
+    for steps in (3, 9, 15):
+        process = script(*flags, "--num_workers", "1")
+        _wait_for_step(tmp_path / "run", steps, process)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        last = checkpoint.load(tmp_path / "run" / "checkpoint.pt")["step"]
+        assert last >= steps
+    assert last > 14, "the last kill must come after the first stage"
+    process = script(*flags)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert_same(weights(tmp_path / "run"), weights(whole))
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps)), "no step is reported twice"
+
+
+def _wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 100
+    while time.monotonic() < deadline:
+        if (folder / "metrics.jsonl").exists():
+            lines = (folder / "metrics.jsonl").read_text().splitlines()
+            # Reported steps are saved a moment later, so wait for one more than is asked for.
+            if lines and lines[-1].endswith("}") and json.loads(lines[-1])["step"] > step:
+                return
+        if process.poll() is not None:
+            return  # it was faster than us; it has then saved its last step
+        time.sleep(0.02)
+    process.kill()
+    raise AssertionError(process.communicate()[0])
+
+
+def test_sigterm_saves_and_resume_goes_on(photos: Path, tmp_path: Path) -> None:
+    config = TINY | {"data_path": str(photos), "output_dir": str(tmp_path / "run"), "epochs": 400, "warmup_epochs": 1}
+    recipe = recipe_file(config | {"print_steps": 1}, tmp_path / "r.yaml")
+    # As Slurm does, signal the whole process group, loader processes included.
+    process = script("--recipe", str(recipe), "--num_workers", "2", start_new_session=True)
+    _wait_for_step(tmp_path / "run", 5, process)
+    os.killpg(process.pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert "stopped and saved" in output
+    saved = checkpoint.load(tmp_path / "run" / "checkpoint.pt")["step"]
+    assert saved == json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["step"] + 1
+
+
+def test_two_ranks_equal_one(photos: Path, tmp_path: Path, whole: Path) -> None:
+    """Same data, masks and total batch, in uneven micro-batches on two ranks: the same weights up to rounding."""
+    config = TINY | {"data_path": str(photos), "output_dir": str(tmp_path / "run")}
+    config |= {"total_batch_size": 6, "batch_size": 2}
+    recipe = recipe_file(config, tmp_path / "r.yaml")
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    process = script("--recipe", str(recipe), program=torchrun)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert "2 ranks" in output
+    one, two = weights(whole), weights(tmp_path / "run")
+    for key in one:
+        if not key.endswith("qkv.bias"):  # its key part has no gradient but rounding noise, which Adam scales up
+            torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=2e-5, msg=key)
+    losses = [[json.loads(line)["loss"] for line in (f / "metrics.jsonl").open()] for f in (whole, tmp_path / "run")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    ledgers = [json.loads((folder / "ledger.json").read_text())["total"] for folder in (whole, tmp_path / "run")]
+    assert ledgers[0]["images"] == ledgers[1]["images"] and ledgers[0]["flops"] == ledgers[1]["flops"]
+
+
+@pytest.mark.parametrize("change", [{"target": "hog"}, {"lowfreq": "lanczos"}, {"lowfreq": "scaled"}])
+def test_variants_run(photos: Path, tmp_path: Path, change: dict) -> None:
+    folder = pretrain(tiny(photos, tmp_path / "run", epochs=0.6, clip_grad=1.0, precision="bf16", **change))
+    assert json.loads((folder / "ledger.json").read_text())["total"]["steps"] > 2
+    assert (folder / "reconstruction.png").exists()
+
+
+def test_compiles_whole_at_every_stage() -> None:
+    """One graph without breaks per stage shape, as `--compile` needs it; a cheap backend stands in for inductor."""
+    model = create_mae(
+        img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=2, decoder_embed_dim=16, decoder_depth=1
+    )
+    compiled = torch.compile(model, dynamic=False, backend="eager", fullgraph=True)
+    for size, visible in ((16, 1), (32, 4)):
+        images, noise = torch.randn(2, 3, size, size), torch.rand(2, (size // 8) ** 2)
+        with torch.autocast("cpu", torch.bfloat16):
+            expected, got = model(images, visible, None, noise), compiled(images, visible, None, noise)
+        torch.testing.assert_close(got.pred, expected.pred, rtol=0.02, atol=0.02)
+        got.pred.float().square().mean().backward()
+
+
+def test_non_square_grey(photos: Path, tmp_path: Path) -> None:
+    folder = pretrain(
+        tiny(photos, tmp_path / "run", in_chans=1, input_size=[32, 16], curriculum="et_pp", mask_ratio=0.5)
+    )
+    assert [s["size_px"] for s in json.loads((folder / "ledger.json").read_text())["stages"]] == [
+        [16, 8],
+        [24, 16],
+        [32, 16],
+    ]
+
+
+def test_non_finite_loss_stops_before_the_update(photos: Path, tmp_path: Path) -> None:
+    config = tiny(photos, tmp_path / "run", lr=1e30, warmup_epochs=0, save_steps=1)
+    with pytest.raises(FloatingPointError, match=r"loss is \w+ at step \d+ in stage 1 \(16 px\)"):
+        pretrain(config)
+    assert all(torch.isfinite(v).all() for v in weights(tmp_path / "run").values())
+
+
+def test_refuses_to_resume_another_run(photos: Path, tmp_path: Path, whole: Path) -> None:
+    def refused(match: str, **changes) -> None:
+        before = (whole / "checkpoint.pt").read_bytes()
+        with pytest.raises((ValueError, OSError, checkpoint.CheckpointError), match=match):
+            pretrain(tiny(photos, whole, **changes))
+        assert (whole / "checkpoint.pt").read_bytes() == before
+
+    refused("mask_ratio was 0.75, is 0.5", resume="auto", mask_ratio=0.5)
+    refused("total_batch_size", resume="auto", batch_size=5)
+    refused("already holds a run")
+    (tmp_path / "torn.pt").write_bytes((whole / "checkpoint.pt").read_bytes()[:5000])
+    refused("torn.pt", resume=str(tmp_path / "torn.pt"))
+    torch.save({"model": {}}, tmp_path / "foreign.pt")
+    refused("not a pretraining checkpoint", resume=str(tmp_path / "foreign.pt"))
+    refused("no checkpoint there", resume=str(tmp_path / "missing.pt"))
+    # A finished run that is resumed stays finished.
+    assert_same(weights(pretrain(replace(tiny(photos, whole), resume="auto"))), weights(whole))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--data_path {tmp}/none", ["--data_path", "none"]),
+        ("--data_path {tmp}/empty", ["--data_path", "empty", "png"]),
+        ("--input_size 30", ["30", "divisible", "32"]),
+        ("--recipe dmo", ["--recipe", "did you mean demo", "in1k_vitb_etpp400_hog"]),
+        ("--model vit_bas_patch16", ["vit_bas_patch16", "mae_vit_base_patch16"]),
+        ("--lowfreq furier", ["--lowfreq", "fourier, lanczos, scaled"]),
+        ("--mask_ratio 0.999", ["mask_ratio", "visible"]),
+        ("--mask_ratio 0", ["mask_ratio", "visible"]),
+        ("--target hog --norm_pix_loss", ["--norm_pix_loss", "--target hog"]),
+        ("--epoch 3", ["--epoch", "perhaps you meant --epochs"]),
+        ("--device cuda:99", ["--device", "auto"]),
+        ("--recipe {tmp}/shares.yaml", ["shares", "add to 1", "0.9"]),
+        ("--recipe {tmp}/unknown.yaml", ["unknown key 'epoch'", "epochs"]),
+        ("--output_dir {tmp}/file/run", ["--output_dir"]),
+    ],
+)
+def test_bad_input_is_one_line(
+    photos: Path, tmp_path: Path, flags: str, words: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    from mae_et.cli import main_pretrain
+
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    recipe_file(TINY | {"stages": [{"size_px": 16, "share": 0.9}]}, tmp_path / "shares.yaml")
+    recipe_file(TINY | {"epoch": 3}, tmp_path / "unknown.yaml")
+    base = [] if "--recipe" in flags else ["--recipe", str(recipe_file(TINY, tmp_path / "tiny.yaml"))]
+    if "--mask_ratio" in flags or "--input_size" in flags or "--model" in flags:
+        base += ["--curriculum", "vanilla"]
+    data = [] if "--data_path" in flags else ["--data_path", str(photos)]
+    output = [] if "--output_dir" in flags else ["--output_dir", str(tmp_path / "run")]
+    with pytest.raises(SystemExit) as stop:
+        main_pretrain(base + data + output + flags.format(tmp=tmp_path).split())
+    assert stop.value.code not in (0, None)
+    lines = [line for line in capfd.readouterr().err.splitlines() if "error:" in line]
+    assert len(lines) == 1, lines
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+def test_damaged_images(photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for image in photos.iterdir():
+        (folder / image.name).write_bytes(image.read_bytes())
+    (folder / "07.png").write_bytes((photos / "07.png").read_bytes()[:900])
+    with pytest.raises(ValueError, match=r"07\.png.*|damaged_limit"):
+        pretrain(tiny(folder, tmp_path / "strict"))
+    pretrain(tiny(folder, tmp_path / "lenient", damaged_limit=0.05))
+    assert "07.png" in capfd.readouterr().out.replace("\n", "")
+
+
+def test_command_of_facebookresearch_mae(photos: Path, tmp_path: Path) -> None:
+    """PRETRAIN.md's command, with only sizes reduced by further flags."""
+    command = (
+        f"--job_dir {tmp_path}/job --nodes 8 --use_volta32 --batch_size 64 --model mae_vit_large_patch16 "
+        f"--norm_pix_loss --mask_ratio 0.75 --epochs 800 --warmup_epochs 40 --blr 1.5e-4 "
+        f"--weight_decay 0.05 --data_path {photos} "
+    )
+    smaller = (
+        "--input_size 32 --depth 1 --embed_dim 16 --num_heads 2 --decoder_depth 1 --decoder_embed_dim 16 "
+        "--decoder_num_heads 2 --epochs 4 --warmup_epochs 1 --batch_size 8 --device cpu --num_workers 0"
+    )
+    process = script(*command.split(), *smaller.split())
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert len(json.loads((tmp_path / "job" / "ledger.json").read_text())["stages"]) == 1
+    assert "torchrun" in output  # what was asked of the launcher is not done silently
