@@ -156,7 +156,8 @@ def write_export(
     if isinstance(source, Pretrained):
         norm_pix_loss = source.norm_pix_loss if norm_pix_loss is None else norm_pix_loss
         source = source.state
-    state, shape, out = interop.encoder_only(source) if encoder_only else dict(source), dict(shape), Path(out)
+    state, out = interop.encoder_only(source) if encoder_only else dict(source), Path(out)
+    shape = _complete(shape, state)
     # Everything is converted before anything is written.
     if format == "timm":
         exported = interop.to_timm(state)
@@ -217,7 +218,9 @@ def _read_own(content: Mapping, path: Path, encoder_only: bool) -> Pretrained:
     decoder = interop.has_decoder(state)
     target = content["target"] if decoder else None
     norm_pix_loss = content["norm_pix_loss"] if decoder else None
-    return Pretrained(state, dict(content["shape"]), decoder, f"mae_et checkpoint {path}", norm_pix_loss, target)
+    with _naming(path):
+        shape = _complete(content["shape"], state)
+    return Pretrained(state, shape, decoder, f"mae_et checkpoint {path}", norm_pix_loss, target)
 
 
 def _read_huggingface(folder: Path, encoder_only: bool) -> Pretrained:
@@ -257,6 +260,12 @@ def _download(name: str) -> Pretrained:
     state = interop.from_timm(weights)
     heads, img_size = model.blocks[0].attn.num_heads, model.patch_embed.img_size
     return Pretrained(state, interop.infer_shape(state, heads, img_size=img_size), False, f"timm model {name}")
+
+
+def _complete(shape: Mapping, state: Mapping[str, Tensor]) -> dict:
+    """A shape that leaves out what equals a default of `MaskedAutoencoder`, with what the weights say about it."""
+    told = interop.infer_shape(state, shape.get("num_heads"), shape.get("decoder_num_heads"), shape.get("img_size"))
+    return told | dict(shape)
 
 
 def _without_decoder(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

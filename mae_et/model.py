@@ -1,6 +1,6 @@
 """Masked autoencoder: a timm ViT on the visible patches, a light decoder on visible and predicted ones.
 
-B batch · L patches of the image's grid · V visible · P predicted · D encoder width · E decoder width · T values a patch.
+B batch · L patches of the image's grid · V visible · P predicted · D encoder width · E decoder width · T values/patch.
 The model returns predictions, never a loss. Source: MAE, arXiv 2111.06377.
 """
 

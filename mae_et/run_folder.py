@@ -14,7 +14,7 @@ from typing import Any
 
 CHECKPOINT, CONFIG, ENVIRONMENT = "checkpoint.pt", "config.yaml", "environment.json"
 METRICS, LEDGER, ENCODER, PICTURE = "metrics.jsonl", "ledger.json", "encoder.safetensors", "reconstruction.png"
-PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "simplejpeg")
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow")
 
 
 def prepare(path: Path, keep: bool, overwrite: bool) -> None:

@@ -322,7 +322,7 @@ def test_reads_timm_models_by_name(monkeypatch):
     assert_pretrained(found, found.state, shape, has_decoder=False)
     assert found.origin == "timm model vit_tiny_patch16_224"
 
-    for name in ("resnet18", "vit_small_patch14_dinov2", "deit3_small_patch16_224", "vit_tiny_patch16_224.nonsense"):
+    for name in ("resnet18", "vit_small_patch14_dinov2", "flexivit_small", "vit_tiny_patch16_224.nonsense"):
         asked.clear()
         with pytest.raises(ValueError, match=f"timm model {name}: ") as error:
             read_pretrained(name)
@@ -375,6 +375,17 @@ def test_exports_are_read_back(format, state, tmp_path):
     assert not found.has_decoder
     for key, tensor in interop.encoder_only(state).items():
         assert torch.equal(found.state[key], tensor)
+
+
+def test_a_shape_may_leave_out_defaults(state, tmp_path):
+    brief = {key: SHAPE[key] for key in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")}
+    save(own(state, shape=brief), tmp_path / "checkpoint.pt")
+    pretrained = read_pretrained(tmp_path)
+    assert_pretrained(pretrained, state, SHAPE, has_decoder=True)
+    write_export(pretrained, brief, "huggingface", tmp_path / "folder")
+    found = read_pretrained(tmp_path / "folder")
+    assert_pretrained(found, state, SHAPE, has_decoder=True)
+    assert found.norm_pix_loss is True
 
 
 def test_exports_say_what_is_wrong(state, tmp_path):

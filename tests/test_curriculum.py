@@ -24,7 +24,7 @@ from mae_et.curriculum import (
     vanilla,
 )
 
-MANY = settings(max_examples=150, deadline=None)
+MANY = settings(max_examples=80, deadline=None)
 IMAGENET = {"num_images": 1_281_167, "batch_size": 4096}
 
 

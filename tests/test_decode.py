@@ -262,7 +262,7 @@ def test_damage_is_reported_as_such(name):
         with pytest.raises(DamagedImage):
             crop(DAMAGED[name], operator=operator)
     for in_chans in (1, 3, 4, 13):
-        with pytest.raises(ValueError, match="."):  # DamagedImage, or --in_chans where no picture has so many
+        with pytest.raises(ValueError, match=r"."):  # DamagedImage, or --in_chans where no picture has so many
             center_crop(DAMAGED[name], SMALL, in_chans)
     with pytest.raises(DamagedImage) as error:
         to_image(DAMAGED[name], 3)

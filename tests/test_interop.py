@@ -82,6 +82,7 @@ def test_round_trips_are_the_identity(grid, depth, decoder_depth, widths, in_cha
     state = interop.encoder_only(state) if encoder_only else state
     for write, read in PAIRS.values():
         theirs = write(state)
+        assert {tensor.dtype for tensor in theirs.values()} == {dtype}
         ours = read(theirs)
         assert_identical(ours, state)
         assert_identical(write(ours), theirs)

@@ -469,6 +469,17 @@ def test_tar_files(labelled, tmp_path_factory):
     one_line(error)
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="open files are listed on Linux only")
+def test_tar_files_are_not_left_open(labelled, tmp_path):
+    """Workers forked after a read would share one file offset and read each other's bytes."""
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        tar.add(labelled / "train", arcname=".")
+    source = open_source(tmp_path / "train.tar")
+    source.read(0)
+    open_files = [os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]
+    assert not any(path.endswith("train.tar") for path in open_files)
+
+
 # ------------------------------------------------------------------------------------------------------------- subset
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mae_et.data.decode import train_crop
 from mae_et.spectral import crop_flops, low_frequency_crop
 
-MANY = settings(max_examples=100, deadline=None)
+MANY = settings(max_examples=40, deadline=None)
 FULL, SMALL = 224, 96  # of ET++, first stage
 
 
@@ -38,7 +38,7 @@ def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Ten
 
 
 @st.composite
-def shapes(draw, largest: int = 40):
+def shapes(draw, largest: int = 32):
     """Image and smaller size, any parity, sides equal or not."""
     H, W = draw(st.integers(1, largest)), draw(st.integers(1, largest))
     return (H, W), (draw(st.integers(1, H)), draw(st.integers(1, W)))
@@ -55,10 +55,8 @@ def test_it_equals_the_fft(shape, seed):
     wanted = definition(images, size)
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
         small = low_frequency_crop(images.to(dtype), size)
-        assert small.dtype == dtype
-        assert small.shape == (2, *size)
-        assert (small - definition(images.to(dtype), size)).abs().max() <= tolerance
-        assert (small - wanted).abs().max() <= max(tolerance, 1e-5 * (dtype == torch.float32))
+        assert (small.dtype, small.shape) == (dtype, (2, *size))
+        assert (small - wanted).abs().max() <= tolerance
 
 
 @pytest.mark.parametrize("size", [96, 98, 160, 192, (96, 161), (224, 96), (96, 224)])
@@ -90,7 +88,7 @@ def test_sinusoids_below_the_cut_off_stay_and_those_above_vanish(shape, k, m, ph
     (H, W), (h, w) = shape
     k, m = k % (H // 2 + 1), m % (W // 2 + 1)
     if any(2 * f == s < N for f, s, N in ((k, h, H), (m, w, W))):
-        return  # the unpaired frequency of an even size: half of it is kept
+        reject()  # the unpaired frequency of an even size: half of it is kept
 
     def wave(rows: int, columns: int) -> Tensor:
         y, x = torch.arange(rows, dtype=torch.float64) / rows, torch.arange(columns, dtype=torch.float64) / columns

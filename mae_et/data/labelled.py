@@ -1,0 +1,161 @@
+"""Labelled images for fine-tuning and probes: training crops augmented by sample number, and centre crops."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from timm.data import create_transform
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+
+from .decode import DamagedImage, center_crop, train_crop
+from .loader import MOST_DAMAGED_IN_A_ROW, Damage, DamageLog, default_workers
+from .sources import Source, open_source, subset
+from .stream import Sample, SampleStream, derive_seed
+
+CROP_SCALE = (0.08, 1.0)  # MAE, Tables 9 and 10: the usual random resized crop, wider than in pretraining
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What happens to a training crop beside cropping and flipping; by default nothing."""
+
+    policy: str = ""
+    """timm's RandAugment or AutoAugment policy; "" is off."""
+    color_jitter: float | None = None
+    """Without a policy: strength of colour jitter."""
+    reprob: float = 0.0
+    """Probability of random erasing."""
+    remode: str = "pixel"
+    """pixel, rand or const."""
+    recount: int = 1
+    """Most erased boxes."""
+
+
+def open_labelled(data_path: str, split: str, num_images: int | None, seed: int) -> Source:
+    """A split with labels, or `num_images` of it with balanced classes. ValueError if there are no labels."""
+    source = open_source(data_path, split)
+    if source.labels is None or source.classes is None:
+        raise ValueError(
+            f"--data_path {data_path} ({split}) has no labels: fine-tuning and probes need a sub-folder per class, or a "
+            "data set that comes with labels"
+        )
+    if num_images is None:
+        return source
+    if num_images > len(source):
+        flag = "--train_images" if split == "train" else "--eval_images"
+        raise ValueError(f"{flag} {num_images}: {data_path} ({split}) has {len(source)}")
+    return subset(source, num_images, derive_seed(seed, "subset", split))
+
+
+class TrainCrops(Dataset):
+    """Samples -> normalised float32 crops [C, H, W] and labels; all randomness is a function of (seed, sample number).
+
+    A damaged image is replaced by the next one that can be read, label included, the same each time.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        size_px: tuple[int, int],
+        mean: Sequence[float],
+        std: Sequence[float],
+        augmentation: Augmentation,
+        seed: int,
+    ) -> None:
+        self.source, self.size_px, self.in_chans, self.seed = source, size_px, len(mean), seed
+        a = augmentation
+        common = dict(input_size=size_px, is_training=True, separate=True, interpolation="bicubic", color_jitter=None)
+        fill = tuple(mean) * (3 if self.in_chans == 1 else 1)
+        colours = common | dict(color_jitter=a.color_jitter, auto_augment=a.policy or None, mean=fill)
+        self.colours = create_transform(**colours)[1] if a.policy or a.color_jitter else None
+        erasing = dict(re_prob=a.reprob, re_mode=a.remode, re_count=a.recount)
+        self.finish = create_transform(**common, **erasing, mean=tuple(mean), std=tuple(std))[2]
+
+    def __getitem__(self, sample: Sample) -> tuple[Tensor, int, list[Damage]]:
+        damaged: list[Damage] = []
+        for offset in range(min(MOST_DAMAGED_IN_A_ROW, len(self.source))):
+            index = (sample.index + offset) % len(self.source)
+            try:
+                item, label = self.source.read(index)
+                return self._crop(item, derive_seed(self.seed, "augment", sample.number)), label, damaged
+            except (DamagedImage, OSError) as error:
+                damaged.append((index, self.source.name(index), str(error)))
+        raise ValueError(f"--data_path: {len(damaged)} damaged images in a row, from {damaged[0][1]}: {damaged[0][2]}")
+
+    def _crop(self, item, seed: int) -> Tensor:
+        crop = train_crop(item, self.size_px, self.size_px, "fourier", CROP_SCALE, 0, seed, self.in_chans)
+        with seeded(derive_seed(seed, "colours")):
+            if self.colours is not None:  # policies are for RGB; grey stays grey on the way there and back
+                picture = self.colours(to_pil_image(crop).convert("RGB"))
+                crop = pil_to_tensor(picture if self.in_chans == 3 else picture.convert("L"))
+            return self.finish(crop.float() / 255)
+
+
+class EvalCrops(Dataset):
+    """Index -> uint8 centre crop [C, H, W] and label. A damaged image is an error, since accuracy must count them all."""
+
+    def __init__(self, source: Source, size_px: tuple[int, int], in_chans: int, crop_pct: float) -> None:
+        self.source, self.size_px, self.in_chans, self.crop_pct = source, size_px, in_chans, crop_pct
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        item, label = self.source.read(index)
+        try:
+            return center_crop(item, self.size_px, self.in_chans, self.crop_pct), label
+        except DamagedImage as error:
+            raise ValueError(f"--data_path: {self.source.name(index)}: {error}") from error
+
+
+def labelled_batches(
+    dataset: TrainCrops, stream: SampleStream, damage: DamageLog, num_workers: int | None, pin_memory: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Micro-batches of the stream: images float32 [b, C, H, W] and labels int64 [b]."""
+    workers = default_workers() if num_workers is None else num_workers
+    loader = DataLoader(dataset, batch_sampler=stream, num_workers=workers, pin_memory=pin_memory, collate_fn=_collate)
+    for images, labels, damaged in loader:
+        damage.add(damaged)
+        yield images, labels
+
+
+def eval_batches(
+    dataset: EvalCrops, rank: int, world_size: int, num_workers: int | None, pin_memory: bool, batch_size: int = 256
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """A rank's share of the centre crops, each image once: uint8 [b, C, H, W] and labels int64 [b], in order."""
+    workers = default_workers() if num_workers is None else num_workers
+    indices = range(len(dataset) * rank // world_size, len(dataset) * (rank + 1) // world_size)
+    yield from DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=indices,
+        num_workers=workers if len(indices) > batch_size else 0,  # processes cost more than a few images
+        pin_memory=pin_memory,
+    )
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """The global generators of Python, NumPy and torch (CPU) start at `seed` inside and are restored outside."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.default_generator.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+def _collate(batch: list[tuple[Tensor, int, list[Damage]]]) -> tuple[Tensor, Tensor, list[Damage]]:
+    images, labels, damaged = zip(*batch, strict=True)
+    return default_collate(list(images)), torch.tensor(labels), [damage for each in damaged for damage in each]

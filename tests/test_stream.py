@@ -1,0 +1,220 @@
+"""Which image at which step is a function of (seed, step): not of ranks, micro-batches, workers or restarts."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mae_et.curriculum import Curriculum, Stage
+from mae_et.data.decode import train_crop
+from mae_et.data.loader import DamageLog, TrainImages, train_batches
+from mae_et.data.stream import SampleStream, derive_seed, image_index, mask_noise, micro_batches, rank_rows
+
+FEW = settings(max_examples=30, deadline=None)
+
+
+def curriculum(num_images: int, *stages: tuple[int, int], size_px: int = 16) -> Curriculum:
+    """Stages given as (batch size, steps), of growing size."""
+    planned = [Stage(size_px + 8 * i, 4, 12, batch, steps, 1.0) for i, (batch, steps) in enumerate(stages)]
+    return Curriculum(tuple(planned), num_images)
+
+
+def samples_by_step(plan: Curriculum, seed=0, micro_size=10**9, first_step=0, world_size=1) -> list[list]:
+    """Every step's samples: the rows of rank 0, then those of rank 1, and so on."""
+    steps = [[] for _ in range(first_step, plan.total_steps)]
+    for rank in range(world_size):
+        stream = iter(SampleStream(plan, seed, micro_size, first_step, rank, world_size))
+        for step in range(first_step, plan.total_steps):
+            for rows in micro_batches(plan.at(step).batch_size, micro_size, rank, world_size):
+                micro = next(stream)
+                assert len(micro) == len(rows) <= micro_size
+                steps[step - first_step] += micro
+        assert next(stream, None) is None
+    return steps
+
+
+# ------------------------------------------------------------------------------------------------------------- order
+
+
+@FEW
+@given(num_images=st.integers(1, 60), batch=st.integers(1, 25), seed=st.integers(0, 9))
+def test_every_image_comes_once_per_epoch(num_images, batch, seed):
+    plan = curriculum(num_images, (batch, 1 + num_images // batch), (2 * batch, 1 + num_images // batch))
+    samples = [sample for step in samples_by_step(plan, seed) for sample in step]
+    assert [sample.number for sample in samples] == list(range(plan.total_images))
+    for epoch in range(len(samples) // num_images):
+        indices = [sample.index for sample in samples[epoch * num_images : (epoch + 1) * num_images]]
+        assert sorted(indices) == list(range(num_images))
+    assert [s.index for s in samples] == [image_index(seed, s.number, num_images) for s in samples]
+    assert {s.stage for s in samples[: plan.stages[0].images]} == {0}
+    assert {s.stage for s in samples[plan.stages[0].images :]} == {1}
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    orders = {tuple(image_index(seed, epoch * 50 + i, 50) for i in range(50)) for seed in (0, 1) for epoch in (0, 1, 2)}
+    assert len(orders) == 6
+    assert tuple(range(50)) not in orders
+
+
+@FEW
+@given(data=st.data(), world_size=st.integers(1, 7), micro_size=st.integers(1, 30), seed=st.integers(0, 99))
+def test_order_depends_on_neither_ranks_nor_micro_batches_nor_restarts(data, world_size, micro_size, seed):
+    stages = data.draw(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 4)), min_size=1, max_size=3))
+    plan = curriculum(data.draw(st.integers(1, 50)), *stages)
+    first_step = data.draw(st.integers(0, plan.total_steps))
+    whole = samples_by_step(plan, seed)
+    assert samples_by_step(plan, seed, micro_size, first_step, world_size) == whole[first_step:]
+
+
+@FEW
+@given(batch=st.integers(1, 200), world_size=st.integers(1, 16), micro_size=st.integers(1, 64))
+def test_ranks_share_a_batch_evenly(batch, world_size, micro_size):
+    shares = [rank_rows(batch, rank, world_size) for rank in range(world_size)]
+    assert [row for share in shares for row in share] == list(range(batch))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    for rank, share in enumerate(shares):
+        micro = micro_batches(batch, micro_size, rank, world_size)
+        assert [row for rows in micro for row in rows] == list(share)
+        assert all(0 < len(rows) <= micro_size for rows in micro)
+
+
+def test_mask_noise_is_drawn_for_the_whole_batch():
+    noise = mask_noise(seed=3, step=5, batch_size=10, patches=36)
+    assert noise.shape == (10, 36)
+    assert 0 <= noise.min() < 0.05 < 0.95 < noise.max() < 1
+    assert len(noise.flatten().unique()) > 350
+    shares = [noise[list(rank_rows(10, rank, 3))] for rank in range(3)]
+    assert torch.cat(shares).equal(noise)
+    torch.rand(7)  # the global generator has no part in it
+    assert mask_noise(3, 5, 10, 36).equal(noise)
+    assert not mask_noise(3, 6, 10, 36).equal(noise)
+    assert not mask_noise(4, 5, 10, 36).equal(noise)
+
+
+def test_seeds_are_independent_by_purpose():
+    purposes = [
+        (0, "order", 1),
+        (0, "mask", 1),
+        (0, "augment", 1),
+        (1, "order", 1),
+        (0, "order", 11),
+        (0, "order", 1, 1),
+    ]
+    seeds = {derive_seed(*purpose) for purpose in purposes}
+    assert len(seeds) == len(purposes)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert derive_seed(0, "order", 1) == derive_seed(0, "order", 1)
+
+
+# ------------------------------------------------------------------------------------------------------------ loader
+
+
+class Noise:
+    """A source of random pictures; those in `damaged` can't be decoded, those in `gone` can't be read."""
+
+    def __init__(self, num_images: int, damaged: tuple[int, ...] = (), gone: tuple[int, ...] = ()) -> None:
+        self.num_images, self.damaged, self.gone = num_images, damaged, gone
+
+    def __len__(self) -> int:
+        return self.num_images
+
+    def read(self, index: int) -> tuple[np.ndarray | bytes, None]:
+        if index in self.gone:
+            raise OSError(f"no file {index}")
+        if index in self.damaged:
+            return b"neither JPEG nor PNG", None
+        return np.random.default_rng(index).integers(0, 256, (20, 24, 3), dtype=np.uint8), None
+
+    def name(self, index: int) -> str:
+        return f"noise/{index}.png"
+
+
+def batches(source: Noise, plan: Curriculum, operator="lanczos", limit=0.5, workers=0, **stream) -> list[torch.Tensor]:
+    dataset = TrainImages(source, plan, 32, operator, in_chans=3, seed=7)
+    stream = SampleStream(plan, 7, **{"micro_size": 3} | stream)
+    return list(train_batches(dataset, stream, DamageLog(len(source), limit), num_workers=workers))
+
+
+def alone(source: Noise, index: int, number: int, stage: Stage, operator="lanczos") -> torch.Tensor:
+    """One crop, made without the loader."""
+    size, seed = stage.height_width, derive_seed(7, "augment", number)
+    return train_crop(source.read(index)[0], size, (32, 32), operator, stage.crop_scale, stage.augment, seed, 3)
+
+
+def test_batches_do_not_depend_on_the_number_of_workers():
+    source, plan = Noise(11, damaged=(4,)), curriculum(11, (5, 3), (7, 2))
+    wanted = batches(source, plan)
+    assert [tuple(batch.shape) for batch in wanted] == [(3, 3, 16, 16), (2, 3, 16, 16)] * 3 + [
+        (3, 3, 24, 24),
+        (3, 3, 24, 24),
+        (1, 3, 24, 24),
+    ] * 2
+    assert {batch.dtype for batch in wanted} == {torch.uint8}
+    for workers in (1, 2):
+        found = batches(source, plan, workers=workers)
+        assert len(found) == len(wanted)
+        assert all(a.equal(b) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("operator", ["fourier", "lanczos"])
+def test_a_restart_on_other_ranks_goes_on_with_the_same_images(operator):
+    source, plan = Noise(9), curriculum(9, (6, 2), (4, 3))
+    whole = batches(source, plan, operator, micro_size=100)
+    ranks = [batches(source, plan, operator, micro_size=100, first_step=1, rank=r, world_size=2) for r in (0, 1)]
+    assert len(whole) == 5
+    for step, shares in enumerate(zip(*ranks, strict=True), start=1):
+        assert torch.cat(shares).equal(whole[step])
+    for step, numbers in ((0, range(6)), (2, range(12, 16))):
+        images = [alone(source, image_index(7, g, 9), g, plan.at(step), operator) for g in numbers]
+        assert torch.stack(images).equal(whole[step])
+
+
+def test_a_damaged_image_is_replaced_by_the_next_one_that_can_be_read(caplog):
+    source, plan = Noise(10, damaged=(3, 9), gone=(4,)), curriculum(10, (10, 3))
+    replaced = {3: 5, 4: 5, 9: 0}
+    with caplog.at_level(logging.WARNING, logger="mae_et.data.loader"):
+        found = torch.cat(batches(source, plan))
+    counted = [record.getMessage() for record in caplog.records if "damaged image skipped" in record.getMessage()]
+    for number, image in enumerate(found):
+        index = image_index(7, number, 10)
+        # The replacement takes the sample's own augmentation, so it depends on nothing but the sample.
+        assert image.equal(alone(source, replaced.get(index, index), number, plan.stages[0]))
+    assert torch.cat(batches(source, plan, workers=2)).equal(found)
+
+    assert len(counted) == 3  # each named once
+    for name in ("noise/3.png", "noise/4.png: no file 4", "noise/9.png"):
+        assert any(name in message for message in counted)
+    assert "(3 so far)" in counted[2]
+
+
+def test_damage_below_the_limit_goes_on_and_above_it_stops(caplog):
+    plan = curriculum(10, (10, 2))
+    assert len(batches(Noise(10, damaged=(3, 4)), plan, limit=0.2)) == 8
+    for workers in (0, 1):
+        with pytest.raises(
+            ValueError, match=r"3 of 10 images are damaged, more than --damaged_limit 0\.2; .*noise/\d"
+        ) as error:
+            batches(Noise(10, damaged=(3, 4, 8)), plan, limit=0.2, workers=workers)
+        assert "--data_path" in str(error.value)
+        assert "\n" not in str(error.value)
+    assert len(batches(Noise(10), plan, limit=0.0)) == 8
+    with pytest.raises(ValueError, match=r"1 of 10 images are damaged, more than --damaged_limit 0;"):
+        batches(Noise(10, damaged=(3,)), plan, limit=0.0)
+
+
+def test_the_limit_counts_images_not_sightings():
+    damage = DamageLog(num_images=100, limit=0.02)
+    for _ in range(5):
+        damage.add([(1, "a", "broken"), (2, "b", "broken")])
+    with pytest.raises(ValueError, match=r"3 of 100 images .* the last is c: cut short"):
+        damage.add([(1, "a", "broken"), (3, "c", "cut short")])
+
+
+def test_data_of_which_nothing_can_be_read_stop_the_run():
+    with pytest.raises(ValueError, match=r"--data_path: 4 damaged images in a row, from noise/\d.png"):
+        batches(Noise(4, damaged=(0, 1, 2, 3)), curriculum(4, (2, 1)), limit=0.9)
