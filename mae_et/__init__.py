@@ -6,11 +6,11 @@ import os
 # else on the machine; with six busy processes on 2 cores the demo ran some 40 times slower for it.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from .cost import flops_per_image  # noqa: E402
-from .curriculum import Curriculum, Stage, efficient_train, efficient_train_pp, vanilla  # noqa: E402
-from .model import MaskedAutoencoder, create_mae  # noqa: E402
-from .spectral import low_frequency_crop  # noqa: E402
-from .targets import hog_target, pixel_target  # noqa: E402
+from .cost import flops_per_image
+from .curriculum import Curriculum, Stage, efficient_train, efficient_train_pp, vanilla
+from .model import MaskedAutoencoder, create_mae
+from .spectral import low_frequency_crop
+from .targets import hog_target, pixel_target
 
 __all__ = [
     "Curriculum",

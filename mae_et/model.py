@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -101,7 +102,8 @@ class MaskedAutoencoder(nn.Module):
         )
         self.decoder_norm = _norm(decoder_embed_dim)
         self.decoder_pred = nn.Linear(decoder_embed_dim, self.target_dim)
-        self._tables: dict[tuple, Tensor] = {}
+        self._tables: dict[tuple, tuple[Tensor, Tensor]] = {}
+        self.register_load_state_dict_post_hook(lambda model, _: model._tables.clear())
         self.reset_parameters()
 
     @torch.no_grad()
@@ -161,17 +163,19 @@ class MaskedAutoencoder(nn.Module):
         # Channel-first patches, so that timm's convolution weight, flattened, is the linear map; gathered before it,
         # so that only visible patches are embedded.
         x = rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=self.patch_size, q=self.patch_size)
-        position = self._positions(self.embed_dim, grid).expand(len(images), -1, -1)  # [B, L, D]
+        table, _ = self.positions(grid)  # [1, 1+L, D]
+        position = table[:, 1:].expand(len(images), -1, -1)  # [B, L, D]
         if visible_ids is not None:
             x, position = _take(x, visible_ids), _take(position, visible_ids)
         projection = self.encoder.patch_embed.proj
         x = F.linear(x, projection.weight.flatten(1), projection.bias) + position  # [B, V, D]
-        x = torch.cat([self.encoder.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)  # [B, 1+V, D]
+        cls = (self.encoder.cls_token + table[:, :1]).expand(len(x), -1, -1)
+        x = torch.cat([cls.to(x.dtype), x], dim=1)  # [B, 1+V, D]
         return self.encoder.norm(self.encoder.blocks(x))
 
     def _decode(self, latent: Tensor, grid: tuple[int, int], visible_ids: Tensor, predicted_ids: Tensor) -> Tensor:
         # Attention doesn't care about order and every token carries its position, so nothing is unshuffled.
-        table = self._positions(self.decoder_embed_dim, grid).expand(len(latent), -1, -1)  # [B, L, E]
+        table = self.positions(grid)[1].expand(len(latent), -1, -1)  # [B, L, E]
         x = self.decoder_embed(latent)  # [B, 1+V, E]
         cls, visible = x[:, :1], x[:, 1:] + _take(table, visible_ids)
         queries = self.mask_token + _take(table, predicted_ids)  # [B, P, E]
@@ -182,12 +186,26 @@ class MaskedAutoencoder(nn.Module):
     def _grid_of(self, images: Tensor) -> tuple[int, int]:
         return grid_of(tuple(images.shape[-2:]), self.patch_size)
 
-    def _positions(self, width: int, grid: tuple[int, int]) -> Tensor:
-        """Fixed position table of a stage's grid, [1, L, width]."""
-        device = self.mask_token.device
-        key = (width, grid, device)
+    def positions(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Position tables of a grid: encoder [1, 1+L, D], class token first, and decoder [1, L, E].
+
+        The encoder's is `encoder.pos_embed`. On other grids that is MAE's formula again; a learned table, which foreign
+        weights may bring, is interpolated.
+        """
+        stored = self.encoder.pos_embed
+        key = (grid, stored.device)
         if key not in self._tables:
-            self._tables[key] = sincos_table(width, grid, self.grid)[None].to(device)
+            decoder = sincos_table(self.decoder_embed_dim, grid, self.grid)[None].to(stored.device)
+            if grid == self.grid:
+                encoder = stored
+            elif torch.allclose(
+                stored[0, 1:].float().cpu(), sincos_table(self.embed_dim, self.grid, self.grid), atol=1e-4
+            ):
+                table = sincos_table(self.embed_dim, grid, self.grid)[None].to(stored)
+                encoder = torch.cat([stored.detach()[:, :1], table], dim=1)
+            else:
+                encoder = resample_abs_pos_embed(stored.detach(), list(grid), list(self.grid), num_prefix_tokens=1)
+            self._tables[key] = encoder, decoder
         return self._tables[key]
 
 

@@ -261,6 +261,7 @@ def warm_up(run: Run, stage: Stage) -> float:
     began, here = time.perf_counter(), run.here
     if here.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(here.device)
+    run.model.positions(grid_of(stage.size_px, run.model.patch_size))  # cached, so that no compiled graph builds them
     pieces = micro_batches(stage.batch_size, run.config.batch_size, here.rank, here.world_size)
     for size in sorted({len(piece) for piece in pieces}):
         images = torch.zeros(size, run.config.in_chans, *stage.height_width, device=here.device)

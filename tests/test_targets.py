@@ -23,8 +23,9 @@ def integers(*shape: int, high: int = 256, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("channels", [1, 3, 5])
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize(("height", "width", "patch"), [(8, 8, 4), (6, 15, 3), (16, 8, 8)])
-def test_pixel_target_equals_a_slow_loop(channels, normalize, height, width, patch):
-    images = integers(2, channels, height, width)
+@pytest.mark.parametrize("contrast", [1.0, 1e-5])  # 1e-5: the 1e-6 beside the variance counts
+def test_pixel_target_equals_a_slow_loop(channels, normalize, height, width, patch, contrast):
+    images = contrast * integers(2, channels, height, width)
     wanted = []
     for image in images.double().numpy():
         for top in range(0, height, patch):

@@ -1,0 +1,102 @@
+"""What the other tests of the model (parity, cost, pictures) do not say: positions, masking, errors."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import timm
+import torch
+
+from mae_et import create_mae
+from mae_et.model import MODELS, sincos_table
+
+SHAPE = {"embed_dim": 32, "depth": 2, "num_heads": 2, "decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}
+
+
+def build(**shape):
+    torch.manual_seed(0)
+    return create_mae(img_size=32, patch_size=8, **(SHAPE | shape)).eval()
+
+
+def test_position_table_is_maes_on_the_full_grid_and_keeps_places_on_others() -> None:
+    """Against MAE's formula written out for single patches (arXiv 2111.06377: x half first, then y)."""
+    table = sincos_table(32, (3, 5), (3, 5)).view(3, 5, 32)
+    for y, x, i in ((0, 0, 0), (2, 4, 3), (1, 3, 7)):
+        omega = 1 / 10000 ** (i / 8)
+        expected = [math.sin(x * omega), math.cos(x * omega), math.sin(y * omega), math.cos(y * omega)]
+        torch.testing.assert_close(table[y, x, [i, 8 + i, 16 + i, 24 + i]], torch.tensor(expected))
+    # The centre of the one patch of a 1×1 grid lies in the middle of a 3×3 grid.
+    torch.testing.assert_close(sincos_table(32, (1, 1), (3, 3))[0], sincos_table(32, (3, 3), (3, 3))[4])
+
+
+def test_learned_positions_are_used_and_interpolated() -> None:
+    """Foreign weights may bring any table; timm's own model is the reference, at its size and at another."""
+    model = build()
+    images = torch.randn(2, 3, 32, 32)
+    model.encode(torch.randn(1, 3, 16, 16))  # fills the cache, which loading must empty
+    state = model.state_dict()
+    state["encoder.pos_embed"] = torch.randn_like(state["encoder.pos_embed"])
+    model.load_state_dict(state)
+    torch.testing.assert_close(model.encode(images), model.encoder.forward_features(images), rtol=1e-4, atol=1e-5)
+    other = timm.create_model(
+        "vit_tiny_patch16_224", img_size=16, patch_size=8, num_classes=0, embed_dim=32, depth=2, num_heads=2
+    ).eval()
+    table = timm.layers.resample_abs_pos_embed(state["encoder.pos_embed"], [2, 2], [4, 4], num_prefix_tokens=1)
+    encoder = {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")}
+    other.load_state_dict(encoder | {"pos_embed": table})
+    small = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(model.encode(small), other.forward_features(small), rtol=1e-4, atol=1e-5)
+
+
+def test_masked_pixels_never_reach_the_prediction() -> None:
+    model, images, noise = build(), torch.randn(2, 3, 32, 32), torch.rand(2, 16)
+    output = model(images, 4, 6, noise)
+    hidden = output.mask.view(2, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    changed = model(torch.where(hidden == 1, torch.randn_like(images), images), 4, 6, noise)
+    assert torch.equal(output.pred, changed.pred)
+    assert output.pred.shape == (2, 6, 192)
+    assert output.mask.sum(1).tolist() == [12, 12]
+    assert torch.all(output.mask.gather(1, output.predicted_ids) == 1)
+    visible = model(torch.where(hidden == 0, torch.randn_like(images), images), 4, 6, noise)
+    assert not torch.allclose(output.pred, visible.pred)
+
+
+def test_partial_prediction_predicts_the_next_lowest_noise() -> None:
+    model, noise = build(), torch.tensor([[0.9, 0.1, 0.5, 0.2, 0.3, *[0.95] * 11]])
+    output = model(torch.randn(1, 3, 32, 32), 2, 2, noise)
+    assert output.mask[0].nonzero().flatten().tolist() == [0, 2, *range(4, 16)]
+    assert output.predicted_ids.tolist() == [[4, 2]]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_sizes_build_and_match_timms_names(name: str) -> None:
+    with torch.device("meta"):
+        model, reference = create_mae(name), timm.create_model(name.removeprefix("mae_") + "_224", num_classes=0)
+    assert model.num_patches == reference.patch_embed.num_patches
+    ours = {key: value.shape for key, value in model.encoder.state_dict().items()}
+    assert ours == {key: value.shape for key, value in reference.state_dict().items()}
+
+
+def test_initialisation() -> None:
+    """MAE, Appendix A.1: xavier-uniform linears, the patch embedding as one of them, tokens N(0, 0.02), biases zero."""
+    model = create_mae("mae_vit_small_patch16", depth=1, decoder_depth=1)
+    projection = model.encoder.patch_embed.proj.weight.flatten(1)
+    bound = math.sqrt(6 / sum(projection.shape))
+    assert 0.95 * bound < projection.abs().max() <= bound
+    assert all(p.abs().max() == 0 for name, p in model.named_parameters() if name.endswith("bias"))
+    assert model.mask_token.std().item() == pytest.approx(0.02, rel=0.2)
+    assert not model.encoder.pos_embed.requires_grad
+
+
+def test_errors_name_the_numbers() -> None:
+    model = build()
+    with pytest.raises(ValueError, match="30×32 px is not divisible by the patch"):
+        model.encode(torch.randn(1, 3, 30, 32))
+    for visible, predicted in ((0, None), (16, None), (4, 13), (4, 0)):
+        with pytest.raises(ValueError, match="grid of 16"):
+            model(torch.randn(1, 3, 32, 32), visible, predicted)
+    with pytest.raises(ValueError, match="mae_vit_base_patch16"):
+        create_mae("mae_vit_bas_patch16")
+    with pytest.raises(ValueError, match="decoder_embed_dim 18"):
+        create_mae(decoder_embed_dim=18)
