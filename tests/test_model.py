@@ -11,7 +11,8 @@ import torch
 from mae_et import create_mae
 from mae_et.model import MODELS, sincos_table
 
-SHAPE = {"embed_dim": 32, "depth": 2, "num_heads": 2, "decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}
+SHAPE = {"embed_dim": 32, "depth": 2, "num_heads": 2}
+SHAPE |= {f"decoder_{name}": value for name, value in {"embed_dim": 16, "depth": 1, "num_heads": 2}.items()}
 
 
 def build(**shape):
