@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import math
 import types
 import typing
 from dataclasses import dataclass
@@ -186,8 +187,8 @@ class PretrainConfig:
         object.__setattr__(self, "input_size", as_size(self.input_size))
         for name in ("batch_size", "accum_iter", "total_batch_size", "in_chans", "epochs", "print_steps", "num_images"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"--{name} must be positive, got {value}")
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"--{name} must be positive and finite, got {value}")
         for name in ("mask_ratio", "damaged_limit"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be in [0, 1), got {getattr(self, name)}")
@@ -213,6 +214,7 @@ class PretrainConfig:
             raise ValueError("--resume goes on with a run and --overwrite replaces it; give one of them")
         if self.job_dir:
             object.__setattr__(self, "output_dir", self.job_dir)
+            object.__setattr__(self, "job_dir", "")  # or it would overrule --output_dir where this is a recipe
 
     @property
     def pixel_mean(self) -> tuple[float, ...]:
@@ -253,7 +255,8 @@ def parse(config_type: type[Config], argv: list[str], default_recipe: str = "", 
         lines = [line.strip("│ ").strip() for line in box.getvalue().splitlines()[1:]]
         end = next((i for i, line in enumerate(lines) if line.startswith("───")), len(lines))
         hint = next((lines[i + 1] for i, line in enumerate(lines[:-1]) if line.startswith("Perhaps you meant")), "")
-        message = " ".join(lines[:end]) + (f"; perhaps you meant {hint}" if hint else "; see --help")
+        message = " ".join(lines[:end]).removeprefix(f"Error parsing {config_type.__name__}: ")
+        message += f"; perhaps you meant {hint}" if hint else "; see --help"
         raise ValueError(message) from None
 
 

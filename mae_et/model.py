@@ -198,15 +198,20 @@ class MaskedAutoencoder(nn.Module):
             decoder = sincos_table(self.decoder_embed_dim, grid, self.grid)[None].to(stored.device)
             if grid == self.grid:
                 encoder = stored
-            elif torch.allclose(
-                stored[0, 1:].float().cpu(), sincos_table(self.embed_dim, self.grid, self.grid), atol=1e-4
-            ):
+            elif self._has_sincos_positions():
                 table = sincos_table(self.embed_dim, grid, self.grid)[None].to(stored)
                 encoder = torch.cat([stored.detach()[:, :1], table], dim=1)
             else:
                 encoder = resample_abs_pos_embed(stored.detach(), list(grid), list(self.grid), num_prefix_tokens=1)
             self._tables[key] = encoder, decoder
         return self._tables[key]
+
+    def _has_sincos_positions(self) -> bool:
+        stored = self.encoder.pos_embed
+        if stored.is_meta:
+            return True
+        table = sincos_table(self.embed_dim, self.grid, self.grid).to(stored.device)
+        return torch.allclose(stored[0, 1:].float(), table, atol=1e-4)
 
 
 def sincos_table(width: int, grid: tuple[int, int], full_grid: tuple[int, int]) -> Tensor:
