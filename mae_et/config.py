@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 import yaml
 
-from .curriculum import ALLOCATIONS, SCHEDULES, SHARES_OF, StageRow, as_size
+from .curriculum import ALLOCATIONS, SCHEDULES, SHARES_OF, StageRow, as_size, check_views
 from .spectral import OPERATORS
 from .targets import TARGETS
 
@@ -30,6 +30,11 @@ Config = TypeVar("Config")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CURRICULA = (*SCHEDULES, "custom")
 PRECISIONS = ("auto", "bf16", "fp32")
+POSITIVE = (
+    *("batch_size", "accum_iter", "total_batch_size", "in_chans", "epochs", "print_steps", "num_images", "clip_grad"),
+    *("patch_size", "embed_dim", "depth", "num_heads", "decoder_embed_dim", "decoder_depth", "decoder_num_heads"),
+    *("world_size", "save_minutes"),
+)
 
 
 @dataclass(frozen=True)
@@ -161,7 +166,7 @@ class PretrainConfig:
 
     # ── launchers, as facebookresearch/mae has them; torchrun sets what is needed ──
     world_size: int = 1
-    """Accepted; torchrun decides."""
+    """Devices that `plan` plans for; in training torchrun decides."""
     local_rank: int = -1
     """Accepted; torchrun decides."""
     dist_on_itp: bool = False
@@ -185,16 +190,33 @@ class PretrainConfig:
         choice("--allocation", self.allocation, ALLOCATIONS)
         choice("--precision", self.precision, PRECISIONS)
         object.__setattr__(self, "input_size", as_size(self.input_size))
-        for name in ("batch_size", "accum_iter", "total_batch_size", "in_chans", "epochs", "print_steps", "num_images"):
+        for name in POSITIVE:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"--{name} must be positive and finite, got {value}")
+        for name in (
+            "weight_decay",
+            "lr",
+            "blr",
+            "min_lr",
+            "warmup_epochs",
+            "num_workers",
+            "save_steps",
+            "picture_steps",
+        ):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"--{name} must not be negative, got {value}")
         for name in ("mask_ratio", "damaged_limit"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be in [0, 1), got {getattr(self, name)}")
-        low, high = self.crop_scale
-        if not 0 < low <= high <= 1:
-            raise ValueError(f"--crop_scale must be two areas 0 < low <= high <= 1, got {low} {high}")
+        check_views("--", self.crop_scale, self.augment)
+        if self.in_chans not in (1, 3) and any(
+            augment for augment in (self.augment, *(s.augment for s in self.stages))
+        ):
+            raise ValueError(
+                f"--augment (RandAugment) is for 1 or 3 channels, not for --in_chans {self.in_chans}; set it to 0"
+            )
         if (self.curriculum == "custom") != bool(self.stages):
             if self.curriculum == "custom":
                 raise ValueError("--curriculum custom needs a recipe with `stages`")
@@ -204,17 +226,25 @@ class PretrainConfig:
             raise ValueError("--norm_pix_loss normalises pixels and contradicts --target hog; drop one of them")
         if self.total_batch_size and self.accum_iter:
             raise ValueError("--accum_iter contradicts total_batch_size, which sets it; give one of them")
-        if self.warmup_epochs > self.epochs:
-            raise ValueError(f"--warmup_epochs {self.warmup_epochs:g} is longer than --epochs {self.epochs:g}")
         for name in ("mean", "std"):
             value = getattr(self, name)
             if value is not None and len(value) != self.in_chans:
                 raise ValueError(f"--{name} has {len(value)} numbers for --in_chans {self.in_chans}")
+        if min(self.pixel_std) <= 0:
+            raise ValueError(f"--std must be positive, got {min(self.pixel_std)}")
+        self._check_folders()
         if self.resume and self.overwrite:
             raise ValueError("--resume goes on with a run and --overwrite replaces it; give one of them")
         if self.job_dir:
             object.__setattr__(self, "output_dir", self.job_dir)
             object.__setattr__(self, "job_dir", "")  # or it would overrule --output_dir where this is a recipe
+
+    def _check_folders(self) -> None:
+        if not self.data_path:
+            raise ValueError("--data_path is empty; give a folder, a timm dataset name, or photos")
+        data, out = Path(self.data_path).resolve(), Path(self.output_dir).resolve()
+        if data.is_dir() and (out == data or data in out.parents):
+            raise ValueError(f"--output_dir {self.output_dir} is inside --data_path: its pictures would become data")
 
     @property
     def pixel_mean(self) -> tuple[float, ...]:

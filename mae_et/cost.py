@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .curriculum import Curriculum, SizePx, Stage, height_width
+from .curriculum import Curriculum, SizePx, Stage
 from .model import MaskedAutoencoder
 from .spectral import crop_flops
-from .targets import hog_flops
 
 
 def flops_per_image(model: MaskedAutoencoder, stage: Stage, training: bool = True) -> int:
@@ -36,12 +35,9 @@ def flops_per_image(model: MaskedAutoencoder, stage: Stage, training: bool = Tru
     return 3 * forward - embedding if training else forward
 
 
-def input_flops_per_image(
-    full_size_px: SizePx, size_px: SizePx, in_chans: int, operator: str = "fourier", target: str = "pixel"
-) -> int:
-    """FLOPs on the device before the model: the spectral crop and the HOG target. They belong to the method's cost."""
-    crop = in_chans * crop_flops(full_size_px, size_px) if operator == "fourier" else 0
-    return crop + (hog_flops(*height_width(size_px), in_chans) if target == "hog" else 0)
+def input_flops_per_image(full_size_px: SizePx, size_px: SizePx, in_chans: int, operator: str = "fourier") -> int:
+    """FLOPs of the spectral crop on the device, part of the method's cost; the other operators run in the loader."""
+    return in_chans * crop_flops(full_size_px, size_px) if operator == "fourier" else 0
 
 
 def encoder_flops_per_image(model: MaskedAutoencoder, num_patches: int) -> int:

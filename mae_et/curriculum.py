@@ -97,6 +97,15 @@ class Stage:
         return self.images * self.flops_per_image
 
 
+def check_views(prefix: str, crop_scale: tuple[float, float], augment: int) -> None:
+    """ValueError unless the areas of a random crop and the magnitude of RandAugment (0 to 30) are possible."""
+    low, high = crop_scale
+    if not 0 < low <= high <= 1:
+        raise ValueError(f"{prefix}crop_scale must be two areas 0 < low <= high <= 1, got {low} {high}")
+    if not 0 <= augment <= 30:
+        raise ValueError(f"{prefix}augment must be a RandAugment magnitude from 0 (off) to 30, got {augment}")
+
+
 @dataclass(frozen=True)
 class StageRow:
     """One row of a schedule as a user writes it: ratios and shares. Counts, where given, win over ratios."""
@@ -124,6 +133,9 @@ class StageRow:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "size_px", as_size(self.size_px))
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"stages: batch_size must be positive, got {self.batch_size}")
+        check_views("stages: ", self.crop_scale or (1.0, 1.0), self.augment or 0)
 
 
 @dataclass(frozen=True)

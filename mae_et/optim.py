@@ -34,7 +34,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def guarded_step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-    """Update the weights unless the loss is not finite. Decided on the device, so the host need not wait for it.
+    """Update the weights unless `loss`, any number that must be finite, is not. The host does not wait for it.
 
     `found_inf` is how torch's own GradScaler tells a fused optimiser to skip; the step counter doesn't move either.
     """

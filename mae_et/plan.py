@@ -53,12 +53,10 @@ def build_curriculum(config: PretrainConfig, num_images: int, devices: int = 1) 
     """The stages of a configuration in whole steps, for a data set of `num_images` on so many devices."""
     model = describe_model(config)
     batch_size = config.total_batch_size or config.batch_size * (config.accum_iter or 1) * devices
-    if batch_size < devices:
-        raise ValueError(f"total_batch_size {batch_size} is smaller than the number of devices, {devices}")
 
     def flops(stage: Stage) -> float:
         return flops_per_image(model, stage) + input_flops_per_image(
-            config.input_size, stage.size_px, config.in_chans, config.lowfreq, config.target
+            config.input_size, stage.size_px, config.in_chans, config.lowfreq
         )
 
     common = {
@@ -76,8 +74,15 @@ def build_curriculum(config: PretrainConfig, num_images: int, devices: int = 1) 
     }
     if config.curriculum == "custom":
         _check_sizes(config)
-        return plan_stages(config.stages, share_of=config.share_of, **common)
-    return scheduled(config.curriculum, **common)
+        curriculum = plan_stages(config.stages, share_of=config.share_of, **common)
+    else:
+        curriculum = scheduled(config.curriculum, **common)
+    smallest = min(stage.batch_size for stage in curriculum.stages)
+    if smallest < devices:
+        raise ValueError(
+            f"total_batch_size: a stage's batch of {smallest} is smaller than the number of devices, {devices}"
+        )
+    return curriculum
 
 
 def _check_sizes(config: PretrainConfig) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -21,7 +23,7 @@ from . import checkpoint, interop, run_folder, runtime
 from .config import PretrainConfig, to_dict, to_yaml
 from .cost import Ledger, peak_memory_bytes
 from .curriculum import Curriculum, Stage, as_size, grid_of, height_width, show_size
-from .data.decode import center_crop
+from .data.decode import DamagedImage, center_crop
 from .data.loader import DamageLog, TrainImages, train_batches
 from .data.sources import open_source
 from .data.stream import SampleStream, derive_seed, mask_noise, micro_batches, rank_rows
@@ -111,13 +113,20 @@ def pretrain(config: PretrainConfig) -> Path:
 
     Raises ValueError, OSError or CheckpointError, with one line, for whatever the user can mend.
     """
+    resume = resume_path(config)
+    state = checkpoint.load(resume) if resume else {}
+    if config.world_size > 1 and "WORLD_SIZE" not in os.environ:
+        raise ValueError(f"--world_size {config.world_size}: start with torchrun --nproc_per_node={config.world_size}")
+    # A resumed run keeps its precision, which also decides how attention is computed.
+    precision = state.get("precision", "auto") if config.precision == "auto" else config.precision
     with (
-        runtime.start(config.device, config.precision, config.dist_url) as here,
+        runtime.start(config.device, precision, config.dist_url) as here,
         logging_to_console(verbose=here.is_main),
         stop_signals() as stop,
     ):
         # ── plan and model ──
-        source = open_source(config.data_path, "train")
+        with here.main_first():
+            source = open_source(config.data_path, "train")
         curriculum = build_curriculum(config, len(source), here.world_size)
         vanilla = build_curriculum(vanilla_twin(config), len(source), here.world_size)
         torch.manual_seed(derive_seed(config.seed, "weights"))
@@ -127,46 +136,47 @@ def pretrain(config: PretrainConfig) -> Path:
 
         # ── resume ──
         step, ledger = _first_step(config, curriculum), Ledger.of(curriculum)
-        resume = resume_path(config)
         if resume:
-            state = checkpoint.load(resume)
             check_same_run(state, config, curriculum, resume)
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             step, ledger = state["step"], Ledger.from_state_dict(state["ledger"])
-            if config.precision == "auto":
-                here = dataclasses.replace(here, precision=state["precision"])
+        del state
+        here.agree(step=step, images=len(source), steps=curriculum.total_steps)
+
+        # ── data: the first batch before anything on disk is replaced ──
+        stream = SampleStream(curriculum, config.seed, config.batch_size, step, here.rank, here.world_size)
+        images = TrainImages(source, curriculum, config.input_size, config.lowfreq, config.in_chans, config.seed)
+        damage = DamageLog(len(source), config.damaged_limit)
+        pin_memory = config.pin_mem and here.device.type == "cuda"
+        loader = train_batches(images, stream, damage, config.num_workers, pin_memory)
+        batches = itertools.chain(list(itertools.islice(loader, 1)), loader)
 
         # ── run folder ──
         network = here.parallel(torch.compile(model, dynamic=False) if config.compile else model)
         run = Run(config, here, curriculum, model, network, optimizer, peak_lr, ledger, step)
         if here.is_main:
-            run_folder.prepare(run.folder, keep=bool(resume), overwrite=config.overwrite)
-            run_folder.write_text(run.folder / run_folder.CONFIG, to_yaml(config))
+            same = resume is not None and resume.parent.resolve() == run.folder.resolve()
+            run_folder.prepare(run.folder, keep=same, overwrite=config.overwrite)
+            lasting = dataclasses.replace(config, resume="", overwrite=False)  # it is a recipe: no one-off flags
+            run_folder.write_text(run.folder / run_folder.CONFIG, to_yaml(lasting))
             facts = run_folder.environment(device=here.describe(), precision=here.precision, devices=here.world_size)
             run_folder.write_json(run.folder / run_folder.ENVIRONMENT, facts)
             announce(run, vanilla)
 
         # ── train ──
-        batches = train_batches(
-            TrainImages(source, curriculum, config.input_size, config.lowfreq, config.in_chans, config.seed),
-            SampleStream(curriculum, config.seed, config.batch_size, step, here.rank, here.world_size),
-            DamageLog(len(source), config.damaged_limit),
-            config.num_workers,
-            pin_memory=config.pin_mem and here.device.type == "cuda",
-        )
-        recorder = Recorder(run.folder, config.log_dir, curriculum, step, on=here.is_main)
-        with contextlib.closing(batches), recorder:
+        recorder = Recorder(run.folder, config.log_dir, curriculum, step, ledger, on=here.is_main)
+        with contextlib.closing(loader), recorder:
             train(run, batches, recorder, stop, vanilla.stages[0].flops_per_image)
 
         # ── what the run leaves behind ──
         if here.is_main:
             finished = run.step == curriculum.total_steps
             if finished:
+                shape = {checkpoint.METADATA_KEY: json.dumps(model_kwargs(config))}
+                checkpoint.save_safetensors(interop.to_timm(model.state_dict()), run.folder / run_folder.ENCODER, shape)
                 with _clock(run, len(curriculum.stages) - 1):
                     draw(run, curriculum.stages, run.folder / run_folder.PICTURE)
-                shape = {"mae_et": json.dumps(identity(config, curriculum)["shape"])}
-                checkpoint.save_safetensors(interop.to_timm(model.state_dict()), run.folder / run_folder.ENCODER, shape)
             run.save()
             console.print(ledger_table(run.ledger, curriculum, vanilla.stages[0].flops_per_image))
             if finished:
@@ -185,7 +195,7 @@ def train(run: Run, batches: Iterator[Tensor], recorder: Recorder, stop: Stop, v
     Everything at a step is a function of (seed, step). The host waits for the device only where it reports or saves.
     """
     config, here, curriculum = run.config, run.here, run.curriculum
-    index, losses, saved_at = -1, [], time.monotonic()
+    index, outcomes, saved_at = -1, [], time.monotonic()
     while run.step < curriculum.total_steps:
         if index != curriculum.index(run.step):
             index = curriculum.index(run.step)
@@ -199,31 +209,32 @@ def train(run: Run, batches: Iterator[Tensor], recorder: Recorder, stop: Stop, v
         loss, data_seconds = accumulate_gradients(run, batches, stage)
         # Over ranks: the sum of their shares of the loss, and of those that were asked to stop.
         outcome = here.sum(torch.stack([loss, torch.full_like(loss, stop.requested)]))
+        norm = nn.utils.get_total_norm(p.grad for p in run.model.parameters() if p.grad is not None)
         if config.clip_grad is not None:
-            nn.utils.clip_grad_norm_(run.model.parameters(), config.clip_grad)
+            nn.utils.clip_grads_with_norm_(run.model.parameters(), config.clip_grad, norm)
         set_learning_rate(run.optimizer, lr)
-        guarded_step(run.optimizer, outcome[0])
+        guarded_step(run.optimizer, outcome[0] + norm)  # finite only if both are
         run.optimizer.zero_grad(set_to_none=True)
         run.step += 1
-        losses.append(outcome)
+        outcomes.append(torch.cat([outcome, norm[None]]))
 
         end_of_stage = run.step == curriculum.start(index) + stage.steps
         save = bool(config.save_steps) and run.step % config.save_steps == 0
         save = save or end_of_stage or time.monotonic() - saved_at > 60 * config.save_minutes
         picture = bool(config.picture_steps) and run.step % config.picture_steps == 0
-        report = save or picture or run.step % config.print_steps == 0
+        report = save or picture or run.step % config.print_steps == 0 or (here.world_size == 1 and stop.requested)
         stopping = False
         if report or here.device.type == "cpu":
-            values = torch.stack(losses).tolist()  # waits for the device
-            _check_finite([value for value, _ in values], run.step, index, stage)
-            stopping = any(asked for _, asked in values)
+            values = torch.stack(outcomes).tolist()  # waits for the device
+            _check_finite(values, run.step, index, stage)
+            stopping = any(asked for _, asked, _ in values)
         seconds = time.perf_counter() - began
         run.ledger.add(index, stage, train_seconds=seconds - data_seconds, data_seconds=data_seconds)
         if report or stopping:
             account.peak_memory_bytes = max(account.peak_memory_bytes, peak_memory_bytes(here.device))
-            mean_loss = sum(value for value, _ in values) / len(values)
+            mean_loss = sum(value for value, *_ in values) / len(values)
             recorder.report(run.step - 1, index, mean_loss, lr, run.ledger, vanilla_flops)
-            losses = []
+            outcomes = []
         with _clock(run, index):
             if picture and here.is_main:
                 draw(run, [stage], run.folder / f"reconstruction-{run.step:07d}.png")
@@ -281,11 +292,14 @@ class Stop:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Stop]:
-    """SIGTERM and SIGINT ask for a stop after the current step; a second one stops at once."""
+    """SIGTERM and SIGINT ask for a stop after the current step; a second Ctrl-C stops at once.
+
+    Launchers often send SIGTERM twice, to the group and to each process, so only Ctrl-C counts.
+    """
     stop = Stop()
 
     def request(number: int, _: Any) -> None:
-        if stop.requested:
+        if stop.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         stop.requested = True
         log.warning("%s: stopping after this step", signal.Signals(number).name)
@@ -359,8 +373,13 @@ def draw(run: Run, stages: list[Stage] | tuple[Stage, ...], path: Path) -> None:
         source = open_source(config.data_path, "val")
     except (ValueError, OSError):
         source = open_source(config.data_path, "train")
-    chosen = [i * len(source) // 6 for i in range(min(6, len(source)))]
-    views = [center_crop(source.read(i)[0], height_width(config.input_size), config.in_chans) for i in chosen]
+    views = []
+    for i in range(0, len(source), max(1, len(source) // 6)):
+        with contextlib.suppress(DamagedImage, OSError):  # training has named it, or never needs it
+            views.append(center_crop(source.read(i)[0], height_width(config.input_size), config.in_chans))
+    if not views:
+        log.warning("no picture: none of the held-out images tried can be read")
+        return
     images = (torch.stack(views).to(run.here.device).float() - run.mean) / run.std
     with run.here.autocast():
         draw_reconstruction(
@@ -398,6 +417,8 @@ def announce(run: Run, vanilla: Curriculum) -> None:
         )
     ratio = plan.total_images * vanilla.stages[0].flops_per_image / plan.total_flops
     log.info("%.2e training FLOPs; vanilla MAE needs %.2f× that for the same images", plan.total_flops, ratio)
+    if abs(plan.remainder_images) > 0.1 * plan.total_images:
+        log.warning("whole steps are %+.0f images off what was asked for", -plan.remainder_images)
     if run.step:
         log.info("going on after step %d of %d", run.step, plan.total_steps)
 
@@ -410,13 +431,14 @@ def _first_step(config: PretrainConfig, curriculum: Curriculum) -> int:
     return next(step for step in range(curriculum.total_steps + 1) if curriculum.position(step) >= skipped)
 
 
-def _check_finite(losses: list[float], next_step: int, index: int, stage: Stage) -> None:
-    for i, loss in enumerate(losses):
-        if not math.isfinite(loss):
-            step = next_step - len(losses) + i
+def _check_finite(values: list[list[float]], next_step: int, index: int, stage: Stage) -> None:
+    for i, (loss, _, norm) in enumerate(values):
+        if not math.isfinite(loss + norm):
+            step = next_step - len(values) + i
             raise FloatingPointError(
-                f"loss is {loss} at step {step} in stage {index + 1} ({show_size(stage.size_px)} px); the weights were "
-                "not updated with it and the last checkpoint is intact; try a lower --blr, or --clip_grad 1"
+                f"loss is {loss} and the gradient's norm {norm} at step {step} in stage {index + 1} "
+                f"({show_size(stage.size_px)} px); the weights were not updated with it, the last checkpoint is intact; "
+                "try a lower --blr"
             )
 
 

@@ -37,9 +37,12 @@ def logging_to_console(verbose: bool = True) -> Iterator[None]:
 class Recorder:
     """Says how a run goes, on the console, in metrics.jsonl and on TensorBoard. Off on all ranks but one."""
 
-    def __init__(self, folder: Path, log_dir: str | None, curriculum: Curriculum, first_step: int, on: bool) -> None:
+    def __init__(
+        self, folder: Path, log_dir: str | None, curriculum: Curriculum, first_step: int, ledger: Ledger, on: bool
+    ) -> None:
         self.curriculum, self.on, self.live = curriculum, on, on and console.is_terminal
-        self.last_images = self.last_seconds = self.last_data_seconds = 0.0
+        before = ledger.total
+        self.last_images, self.last_seconds, self.last_data_seconds = before.images, before.seconds, before.data_seconds
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -88,7 +91,7 @@ class Recorder:
         self.metrics.append(record)
         for name in ("loss", "lr", "images_per_second", "data_wait", "flops", "p"):
             self.board.add_scalar(f"pretrain/{name}", record[name], step)
-        rest = (1 - record["p"]) / record["p"] * total.seconds if record["p"] else 0.0
+        rest = (1 - record["p"]) * self.curriculum.total_flops / total.flops * total.seconds
         line = (
             f"step {step + 1}/{self.curriculum.total_steps} · stage {index + 1}, {show_size(stage.size_px)} px · "
             f"loss {loss:.4f} · lr {lr:.2e} · {record['images_per_second']:,.0f} img/s · "

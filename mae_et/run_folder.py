@@ -34,8 +34,8 @@ def prepare(path: Path, keep: bool, overwrite: bool) -> None:
     if overwrite:
         for old in (CHECKPOINT, METRICS, LEDGER, ENCODER, PICTURE, *path.glob("eval-*.json")):
             (path / old).unlink(missing_ok=True)
-        for events in path.glob("events.out.tfevents.*"):
-            events.unlink()
+        for old in (*path.glob("events.out.tfevents.*"), *path.glob("reconstruction-*.png")):
+            old.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,9 @@ import torch.distributed as dist
 from timm.layers import set_fused_attn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+#: How other launchers say that there are several processes; without torchrun's RANK each would think it is alone.
+OTHER_LAUNCHERS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE")
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,29 @@ class Runtime:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
+    def agree(self, **numbers: int) -> None:
+        """ValueError unless all ranks have the same numbers; a rank that differed would hang or spoil the others."""
+        if self.world_size == 1:
+            return
+        mine = torch.tensor(list(numbers.values()), device=self.device)
+        low, high = mine.clone(), mine.clone()
+        dist.all_reduce(low, dist.ReduceOp.MIN)
+        dist.all_reduce(high, dist.ReduceOp.MAX)
+        for name, a, b in zip(numbers, low.tolist(), high.tolist(), strict=True):
+            if a != b:
+                raise ValueError(
+                    f"ranks differ in {name}: {a} to {b}; do all see the same --data_path and --output_dir?"
+                )
+
+    @contextlib.contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Rank 0 enters before the others, who find what it has downloaded."""
+        if not self.is_main:
+            self.barrier()
+        yield
+        if self.is_main:
+            self.barrier()
+
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()
@@ -76,6 +102,8 @@ def start(device: str = "auto", precision: str = "auto", dist_url: str = "env://
 
     Raises ValueError for a device that is not there.
     """
+    if "RANK" not in os.environ and any(int(os.environ.get(name, 1)) > 1 for name in OTHER_LAUNCHERS):
+        raise ValueError(f"several processes without torchrun's RANK ({', '.join(OTHER_LAUNCHERS)} > 1): use torchrun")
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     chosen = _device(device, int(os.environ.get("LOCAL_RANK", 0)), world_size)
     if precision == "auto":
@@ -85,12 +113,12 @@ def start(device: str = "auto", precision: str = "auto", dist_url: str = "env://
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if world_size > 1:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", init_method=dist_url)
-    try:
-        yield Runtime(chosen, precision, rank, world_size)
-    finally:
-        if world_size > 1:
-            dist.destroy_process_group()
+        dist.init_process_group(
+            "nccl" if chosen.type == "cuda" else "gloo", init_method=dist_url, rank=rank, world_size=world_size
+        )
+    yield Runtime(chosen, precision, rank, world_size)
+    if world_size > 1:  # not after an error: tearing down would wait for ranks that wait for this one
+        dist.destroy_process_group()
 
 
 def _device(name: str, local_rank: int, world_size: int) -> torch.device:

@@ -43,10 +43,10 @@ def hog_target(images: Tensor, patch_size: int) -> Tensor:
     cell = patch_size // 2
     with torch.autocast(images.device.type, enabled=False):
         padded = F.pad(images.float(), (1, 1, 1, 1), mode="reflect")
-        sobel = torch.tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]], device=images.device)
-        kernels = torch.stack([sobel, sobel.T]).unsqueeze(1)  # [2, 1, 3, 3]
-        gradients = F.conv2d(rearrange(padded, "b c h w -> (b c) 1 h w"), kernels)
-        gx, gy = rearrange(gradients, "(b c) xy h w -> xy b c h w", c=images.shape[1])
+        # Sobel by slices, not as a convolution, which a GPU would round to TF32.
+        rows = padded[..., :-2, :] + 2 * padded[..., 1:-1, :] + padded[..., 2:, :]  # smoothed along y
+        columns = padded[..., :-2] + 2 * padded[..., 1:-1] + padded[..., 2:]  # smoothed along x
+        gx, gy = rows[..., :-2] - rows[..., 2:], columns[..., :-2, :] - columns[..., 2:, :]
         magnitude = torch.hypot(gx, gy)
         orientation = torch.floor(torch.atan2(gx, gy) / math.pi * HOG_BINS).remainder(HOG_BINS)
         # One bin at a time: a histogram of the cells needs no [B, C, 9, H, W] tensor.
@@ -60,11 +60,6 @@ def hog_target(images: Tensor, patch_size: int) -> Tensor:
 def target_dim(target: str, patch_size: int, in_chans: int) -> int:
     """D: values per patch that the decoder predicts."""
     return {"pixel": patch_size**2 * in_chans, "hog": in_chans * HOG_BINS * 4}[target]
-
-
-def hog_flops(height_px: int, width_px: int, in_chans: int) -> int:
-    """FLOPs of the two 3×3 gradient filters of one image; the rest is element-wise and not counted."""
-    return 2 * 2 * 9 * in_chans * height_px * width_px
 
 
 def reconstruction_loss(prediction: Tensor, target: Tensor, predicted_ids: Tensor) -> Tensor:

@@ -225,9 +225,44 @@ def test_non_square_grey(photos: Path, tmp_path: Path) -> None:
 
 def test_non_finite_loss_stops_before_the_update(photos: Path, tmp_path: Path) -> None:
     config = tiny(photos, tmp_path / "run", lr=1e30, warmup_epochs=0, save_steps=1)
-    with pytest.raises(FloatingPointError, match=r"loss is \w+ at step \d+ in stage 1 \(16 px\)"):
+    with pytest.raises(FloatingPointError, match=r"at step \d+ in stage 1 \(16 px\)"):
         pretrain(config)
     assert all(torch.isfinite(v).all() for v in weights(tmp_path / "run").values())
+
+
+def test_non_finite_gradient_never_reaches_the_weights(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A finite loss with an infinite gradient at a step that saves: the saved weights stay finite."""
+    module = sys.modules["mae_et.pretrain"]
+    original = module.accumulate_gradients
+
+    def broken(run, batches, stage):
+        result = original(run, batches, stage)
+        if run.step == 4:
+            run.model.mask_token.grad.fill_(float("inf"))
+        return result
+
+    monkeypatch.setattr(module, "accumulate_gradients", broken)
+    with pytest.raises(FloatingPointError, match="norm inf at step 4"):
+        pretrain(tiny(photos, tmp_path / "run", save_steps=1, print_steps=1, clip_grad=1.0))
+    state = checkpoint.load(tmp_path / "run" / "checkpoint.pt")
+    assert state["step"] == 4
+    assert all(torch.isfinite(v).all() for v in state["model"].values())
+
+
+def test_overwrite_keeps_the_old_run_until_the_new_one_has_data(photos: Path, tmp_path: Path) -> None:
+    folder = pretrain(tiny(photos, tmp_path / "run", epochs=0.6))
+    before = (folder / "checkpoint.pt").read_bytes()
+    junk = tmp_path / "junk"
+    junk.mkdir()
+    (junk / "0.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="damaged"):
+        pretrain(tiny(junk, folder, overwrite=True))
+    assert (folder / "checkpoint.pt").read_bytes() == before
+    pretrain(tiny(photos, folder, epochs=0.7, overwrite=True))
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["epochs"] == 0.7 and config["overwrite"] is False
 
 
 def test_refuses_to_resume_another_run(photos: Path, tmp_path: Path, whole: Path) -> None:
@@ -245,6 +280,10 @@ def test_refuses_to_resume_another_run(photos: Path, tmp_path: Path, whole: Path
     torch.save({"model": {}}, tmp_path / "foreign.pt")
     refused("not a pretraining checkpoint", resume=str(tmp_path / "foreign.pt"))
     refused("no checkpoint there", resume=str(tmp_path / "missing.pt"))
+    # Going on from elsewhere must not replace the run that the output folder holds.
+    other = pretrain(tiny(photos, tmp_path / "other", epochs=1))
+    with pytest.raises(FileExistsError, match="already holds a run"):
+        pretrain(tiny(photos, other, resume=str(whole)))
     # A finished run that is resumed stays finished.
     assert_same(weights(pretrain(replace(tiny(photos, whole), resume="auto"))), weights(whole))
 
@@ -266,6 +305,11 @@ def test_refuses_to_resume_another_run(photos: Path, tmp_path: Path, whole: Path
         ("--recipe {tmp}/shares.yaml", ["shares", "add to 1", "0.9"]),
         ("--recipe {tmp}/unknown.yaml", ["unknown key 'epoch'", "epochs"]),
         ("--output_dir {tmp}/file/run", ["--output_dir"]),
+        ("--output_dir {data}/run", ["--output_dir", "inside --data_path"]),
+        ("--num_heads 0", ["--num_heads", "positive"]),
+        ("--epochs inf", ["--epochs", "finite"]),
+        ("--augment 50", ["--augment", "30"]),
+        ("--world_size 4", ["--world_size", "torchrun"]),
     ],
 )
 def test_bad_input_is_one_line(
@@ -283,7 +327,7 @@ def test_bad_input_is_one_line(
     data = [] if "--data_path" in flags else ["--data_path", str(photos)]
     output = [] if "--output_dir" in flags else ["--output_dir", str(tmp_path / "run")]
     with pytest.raises(SystemExit) as stop:
-        main_pretrain(base + data + output + flags.format(tmp=tmp_path).split())
+        main_pretrain(base + data + output + flags.format(tmp=tmp_path, data=photos).split())
     assert stop.value.code not in (0, None)
     lines = [line for line in capfd.readouterr().err.splitlines() if "error:" in line]
     assert len(lines) == 1, lines
