@@ -6,28 +6,23 @@ B batch · C channels · K classes · L patches · D width.
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from . import checkpoint, interop, run_folder
-from .config import PretrainConfig, to_dict
+from .config import PretrainConfig
 from .cost import encoder_flops_per_image
 from .curriculum import SizePx, grid_of, height_width
-from .data.labelled import EvalCrops, eval_batches
-from .data.sources import Source
 from .finetune_config import FinetuneConfig
 from .model import NORM_EPS, MaskedAutoencoder, model_shape, sincos_table
-from .runtime import Runtime
 
 HEAD_STD = 2e-5  # MAE, as in facebookresearch/mae's fine-tuning
 SHAPE_FLAGS = ("patch_size", "in_chans", "embed_dim", "depth", "num_heads")
@@ -74,7 +69,7 @@ def find_start(config: FinetuneConfig) -> Start:
         _check_architecture(config, shape, pretrained.origin)
     elif config.model:
         given = {name: getattr(config, name) for name in SHAPE_FLAGS if getattr(config, name) is not None}
-        shape = dict(in_chans=3, img_size=config.input_size or 224) | model_shape(config.model) | given
+        shape = {"in_chans": 3, "img_size": config.input_size or 224} | model_shape(config.model) | given
     else:
         raise ValueError("from scratch (without --finetune), --model or --like must say what to train")
     if config.finetune:
@@ -88,6 +83,8 @@ def find_start(config: FinetuneConfig) -> Start:
     for name, value in (("mean", mean), ("std", std)):
         if len(value) != shape["in_chans"]:
             raise ValueError(f"--{name} has {len(value)} numbers for {shape['in_chans']} channels")
+    if min(std) <= 0:
+        raise ValueError(f"--std must be positive, got {min(std)}")
     data_path = config.data_path or record.get("config", {}).get("data_path", "")
     if not data_path:
         raise ValueError("--data_path is needed: the checkpoint doesn't say what it was trained on")
@@ -166,122 +163,6 @@ def adapt_positions(table: Tensor, old_grid: tuple[int, int], new_grid: tuple[in
     return resample_abs_pos_embed(table, list(new_grid), list(old_grid), num_prefix_tokens=1)
 
 
-def check_classes(config: FinetuneConfig, data_path: str, train: Source | None, val: Source | None) -> list[str]:
-    """Names of the classes. ValueError if the splits, or --nb_classes, disagree."""
-    if train is not None and val is not None and len(train.classes) != len(val.classes):
-        raise ValueError(f"--data_path {data_path}: train has {len(train.classes)} classes, val {len(val.classes)}")
-    classes = (train or val).classes
-    if config.nb_classes not in (None, len(classes)):
-        raise ValueError(f"--nb_classes {config.nb_classes}, but {data_path} has {len(classes)} classes")
-    return classes
-
-
-def eval_crops(config: FinetuneConfig, start: Start, source: Source) -> EvalCrops:
-    """Centre crops as the protocol wants them."""
-    size = height_width(start.input_size)
-    crop_pct = config.crop_pct or (0.875 if 96 <= max(size) <= 224 else 1.0)
-    return EvalCrops(source, size, start.shape["in_chans"], crop_pct)
-
-
-class Normalize:
-    """uint8 [B, C, H, W] -> normalised float32 on the device."""
-
-    def __init__(self, mean: Sequence[float], std: Sequence[float], here: Runtime) -> None:
-        self.here = here
-        self.mean, self.std = (255 * torch.tensor(v, device=here.device).view(-1, 1, 1) for v in (mean, std))
-
-    def __call__(self, images: Tensor) -> Tensor:
-        return (images.to(self.here.device, non_blocking=True).float() - self.mean) / self.std
-
-
-class Tally:
-    """Counts of what was classified how; everything that is reported follows from them. Stays on the device."""
-
-    def __init__(self, num_classes: int, device: torch.device) -> None:
-        self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)  # [true, predicted]
-        self.in_top5 = torch.zeros((), dtype=torch.int64, device=device)
-
-    def add(self, scores: Tensor, labels: Tensor) -> None:
-        """scores: [B, K]. labels: [B]."""
-        classes = len(self.confusion)
-        top = scores.topk(min(5, classes), dim=1).indices
-        self.confusion += torch.bincount(labels * classes + top[:, 0], minlength=classes**2).view(classes, classes)
-        self.in_top5 += (top == labels[:, None]).sum()
-
-    def over(self, here: Runtime) -> Tally:
-        """Summed over the ranks."""
-        here.sum(self.confusion)
-        here.sum(self.in_top5)
-        return self
-
-    @property
-    def top1(self) -> float:
-        """Per cent."""
-        return 100 * self.confusion.diagonal().sum().item() / max(1, self.confusion.sum().item())
-
-    def result(self) -> dict[str, Any]:
-        """top1 and top5 in per cent (top5 from 5 classes on) and the number of images."""
-        count = self.confusion.sum().item()
-        top5 = {"top5": 100 * self.in_top5.item() / count} if len(self.confusion) >= 5 else {}
-        return {"top1": self.top1, **top5, "num_images": count}
-
-    def details(self, classes: Sequence[str]) -> dict[str, Any]:
-        """Per-class accuracy in per cent (None without images) and the confusion matrix, rows true, columns predicted."""
-        rows = self.confusion.tolist()
-        accuracy = {
-            c: 100 * row[i] / sum(row) if sum(row) else None
-            for i, (c, row) in enumerate(zip(classes, rows, strict=True))
-        }
-        return {"per_class_accuracy": accuracy, "confusion": rows}
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module, crops: EvalCrops, normalize: Normalize, config: FinetuneConfig, num_classes: int
-) -> Tally:
-    """Classify all centre crops, shared out among the ranks, in evaluation mode."""
-    here = normalize.here
-    tally = Tally(num_classes, here.device)
-    model.eval()
-    pin = config.pin_mem and here.device.type == "cuda"
-    for images, labels in eval_batches(crops, here.rank, here.world_size, config.num_workers, pin):
-        with here.autocast():
-            logits = model(normalize(images))
-        tally.add(logits.float(), labels.to(here.device))
-    return tally.over(here)
-
-
-def write_result(
-    config: FinetuneConfig, start: Start, here: Runtime, result: Mapping[str, Any], began: float, flops: float
-) -> list[Path]:
-    """eval-<protocol>.json in the run folder of the checkpoint, and in --output_dir if given or if there is no such."""
-    record = {
-        "protocol": config.protocol,
-        **result,
-        "checkpoint": config.finetune or config.resume or config.like,
-        "origin": start.origin,
-        "cost": {"seconds": time.perf_counter() - began, "flops": flops},
-        "flags": to_dict(config),
-        "environment": run_folder.environment(
-            device=here.describe(), precision=here.precision, devices=here.world_size
-        ),
-    }
-    folders = [start.folder] if start.folder else []
-    if config.output_dir or not folders or config.protocol.startswith("finetune"):
-        folders.append(output_folder(config, start))
-    paths = [folder / f"eval-{config.protocol}.json" for folder in dict.fromkeys(folders)]
-    for path in paths:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        run_folder.write_json(path, record)
-    return paths
-
-
-def output_folder(config: FinetuneConfig, start: Start) -> Path:
-    """Where a fine-tuning run lives."""
-    default = start.folder / "finetune" if start.folder else Path("./output_dir")
-    return Path(config.output_dir) if config.output_dir else default
-
-
 def _check_architecture(config: FinetuneConfig, shape: Mapping[str, Any], origin: str) -> None:
     """ValueError that names both if flags ask for another architecture than the checkpoint's."""
     wanted = model_shape(config.model) if config.model else {}
@@ -293,6 +174,29 @@ def _check_architecture(config: FinetuneConfig, shape: Mapping[str, Any], origin
         raise ValueError(f"--model {config.model or ''} ({asked}) is another architecture than {origin} ({held})")
 
 
-def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean over the batch, float32. logits, targets: [B, K]."""
-    return F.cross_entropy(logits.float(), targets)
+def weights_of(model: VisionTransformer) -> dict[str, dict[str, Tensor]]:
+    """The encoder in our layout, so that a fine-tuned checkpoint can be probed or exported, and the head beside it."""
+    state = model.state_dict()
+    return {"model": interop.from_timm(state), "head": {k: v for k, v in state.items() if k.startswith("head.")}}
+
+
+def timm_state(weights: Mapping[str, Mapping[str, Tensor]], pooled: bool) -> dict[str, Tensor]:
+    """What :func:`weights_of` wrote -> state of the classifier."""
+    state = interop.to_timm(weights["model"]) | dict(weights["head"])
+    return {f"fc_{key}" if pooled and key.startswith("norm.") else key: tensor for key, tensor in state.items()}
+
+
+def fine_tuned_head(source: str) -> dict[str, Tensor]:
+    """`head.*` (and `fc_norm.*`) of a fine-tuned model of ours, facebookresearch/mae or timm."""
+    path = Path(source) / run_folder.CHECKPOINT if Path(source).is_dir() else Path(source)
+    content = checkpoint.load(path)
+    if content.get("format") == checkpoint.FORMAT:
+        state = timm_state(content, content["pooled"]) if "head" in content else {}
+    else:
+        state = content.get("model", content)
+    kept = {key: tensor for key, tensor in state.items() if key.startswith(("head.", "fc_norm."))}
+    if "head.weight" not in kept:
+        raise ValueError(
+            f"{source} has no classifier to --eval: fine-tune it, or judge its features with --linear_probe"
+        )
+    return kept

@@ -1,18 +1,24 @@
-"""Command lines: `main_pretrain.py` and `python -m mae_et COMMAND`."""
+"""Command lines: `main_pretrain.py`, `main_finetune.py` and `python -m mae_et COMMAND`."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import NoReturn
 
 import torch
+import tyro
 
-from .checkpoint import CheckpointError
+from .checkpoint import CheckpointError, read_pretrained, write_export
 from .config import PretrainConfig, parse, to_yaml
+from .finetune import finetune
+from .finetune_config import FinetuneConfig
 from .plan import PlanConfig, plan_report, plan_summary, plan_table
 from .pretrain import pretrain
+from .probe import probe
 from .progress import console
 from .reconstruct import ReconstructConfig, reconstruct
 
@@ -23,6 +29,19 @@ EXPLAINED = (ValueError, OSError, CheckpointError, FloatingPointError)
 def main_pretrain(argv: list[str] | None = None) -> None:
     """`python main_pretrain.py`: without flags, the recipe `demo`."""
     _explain("main_pretrain.py", lambda: _pretrain(sys.argv[1:] if argv is None else argv))
+
+
+def main_finetune(argv: list[str] | None = None) -> None:
+    """`python main_finetune.py`: fine-tuning, or the evaluation that a flag asks for."""
+    _explain("main_finetune.py", lambda: _finetune(sys.argv[1:] if argv is None else argv))
+
+
+def _finetune(argv: list[str]) -> None:
+    config = parse(FinetuneConfig, argv, prog="main_finetune.py")
+    if config.linear_probe or config.knn:
+        probe(config)
+    else:
+        finetune(config)
 
 
 def _pretrain(argv: list[str]) -> None:
@@ -49,9 +68,36 @@ def _reconstruct(argv: list[str]) -> None:
     console.print(f"{path}", highlight=False, soft_wrap=True)
 
 
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write pretrained weights in the layout of another library."""
+
+    source: tyro.conf.Positional[str]
+    """A run folder, or anything else that --finetune reads."""
+    format: str = "timm"
+    """timm (a .safetensors file of the encoder), facebook (a .pth) or huggingface (a folder of ViTMAE)."""
+    out: str = ""
+    """File, or folder for huggingface; default: beside the run's checkpoint."""
+    encoder_only: bool = False
+    """Leave out the decoder."""
+
+
+def _export(argv: list[str]) -> None:
+    config = parse(ExportConfig, argv, prog="mae_et export")
+    pretrained = read_pretrained(config.source, encoder_only=config.encoder_only)
+    names = {"timm": "timm.safetensors", "facebook": "facebook.pth", "huggingface": "huggingface"}
+    source = Path(config.source)
+    folder = source if source.is_dir() else source.parent
+    out = Path(config.out) if config.out else folder / names.get(config.format, "")
+    write_export(pretrained, pretrained.shape, config.format, out, encoder_only=config.encoder_only)
+    console.print(f"{pretrained.origin} → {out}", highlight=False, soft_wrap=True)
+
+
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "pretrain": (_pretrain, "pretrain, as main_pretrain.py does"),
+    "finetune": (_finetune, "fine-tune, probe or evaluate, as main_finetune.py does"),
     "plan": (_plan, "print what a configuration will cost, before any training"),
+    "export": (_export, "write pretrained weights for timm, facebookresearch/mae or transformers"),
     "reconstruct": (_reconstruct, "draw what a checkpoint reconstructs"),
 }
 
@@ -75,6 +121,8 @@ def _explain(prog: str, run: Callable[[], None]) -> None:
         run()
     except torch.OutOfMemoryError:
         fail("the device is out of memory: lower --batch_size and set --total_batch_size to keep the total", prog)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     except EXPLAINED as error:
         fail(str(error), prog)
 

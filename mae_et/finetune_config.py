@@ -10,8 +10,22 @@ from .curriculum import SizePx, as_size
 #: What the flags default to where none is given. Fine-tuning: facebookresearch/mae's FINETUNE.md, ViT-B (MAE, Table 9);
 #: linear probe on augmented images: the same document (MAE, Table 10). warmup_epochs is at most a fifth of --epochs.
 DEFAULTS = {
-    "finetune": dict(epochs=100, warmup_epochs=5, blr=5e-4, min_lr=1e-6, weight_decay=0.05, total_batch_size=1024),
-    "linear_probe": dict(epochs=90, warmup_epochs=10, blr=0.1, min_lr=0.0, weight_decay=0.0, total_batch_size=16384),
+    "finetune": {
+        "epochs": 100,
+        "warmup_epochs": 5,
+        "blr": 5e-4,
+        "min_lr": 1e-6,
+        "weight_decay": 0.05,
+        "total_batch_size": 1024,
+    },
+    "linear_probe": {
+        "epochs": 90,
+        "warmup_epochs": 10,
+        "blr": 0.1,
+        "min_lr": 0.0,
+        "weight_decay": 0.0,
+        "total_batch_size": 16384,
+    },
 }
 RAND_AUGMENT = "rand-m9-mstd0.5-inc1"  # MAE, Table 9, as timm writes it
 LAYER_DECAY = 0.65  # FINETUNE.md, ViT-B
@@ -29,7 +43,7 @@ class FinetuneConfig:
     """
 
     finetune: str = ""
-    """Run folder, checkpoint.pt, encoder.safetensors, .pth of facebookresearch/mae, ViTMAE folder, or timm model name."""
+    """Run folder, checkpoint.pt, encoder.safetensors, facebookresearch/mae .pth, ViTMAE folder, or timm model name."""
 
     # ── protocol; without one of these: fine-tuning ──
     linear_probe: bool = False
@@ -77,8 +91,8 @@ class FinetuneConfig:
 
     # ── optimisation ──
     batch_size: int | None = None
-    """Images per device and micro-batch; the total is batch_size × accum_iter × devices. Default: micro-batches of 64 up
-    to the protocol's total (fine-tuning 1024, linear probe 16384), or to the data set if it is smaller."""
+    """Images per device and micro-batch; the total is batch_size × accum_iter × devices. Default: micro-batches of 64
+    up to the protocol's total (fine-tuning 1024, linear probe 16384), or to the data set if it is smaller."""
     accum_iter: int | None = None
     """Micro-batches per step; default: 1, or as many as the total needs."""
     total_batch_size: int | None = None
@@ -269,7 +283,7 @@ class FinetuneConfig:
     @property
     def protocol(self) -> str:
         """Names the result: eval-<protocol>.json. Fewer labels or images are another protocol."""
-        name = "knn" if self.knn else "eval" if self.eval else "finetune"
+        name = "knn" if self.knn else "finetuned" if self.eval else "finetune"
         if self.linear_probe:
             name = "linear_probe" if self.features == "cached" else "linear_probe_augmented"
         name += f"-{self.train_images}" if self.train_images else ""

@@ -437,8 +437,8 @@ def _check_finite(values: list[list[float]], next_step: int, index: int, stage: 
             step = next_step - len(values) + i
             raise FloatingPointError(
                 f"loss is {loss} and the gradient's norm {norm} at step {step} in stage {index + 1} "
-                f"({show_size(stage.size_px)} px); the weights were not updated with it, the last checkpoint is intact; "
-                "try a lower --blr"
+                f"({show_size(stage.size_px)} px); the weights were not updated with it and the last checkpoint is "
+                "intact; try a lower --blr"
             )
 
 

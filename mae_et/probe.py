@@ -18,12 +18,13 @@ from timm.optim import Lars
 from torch import Tensor, nn
 
 from . import runtime
-from .classifier import Normalize, Start, Tally, build_classifier, check_classes, eval_crops, find_start, write_result
+from .classifier import Start, build_classifier, find_start
 from .curriculum import Curriculum, Stage, height_width
 from .data.labelled import Augmentation, EvalCrops, TrainCrops, eval_batches, labelled_batches, open_labelled
 from .data.loader import DamageLog
 from .data.sources import Source
 from .data.stream import SampleStream, derive_seed, micro_batches
+from .evaluation import Normalize, Tally, check_classes, eval_crops, write_result
 from .finetune_config import MICRO_BATCH, FinetuneConfig
 from .optim import learning_rate, set_learning_rate
 from .progress import logging_to_console
@@ -152,7 +153,7 @@ def solve_linear(features: Tensor, labels: Tensor, num_classes: int, l2: float, 
     features: [N, D], standardised. With l2 = 1/(C·N) it is scikit-learn's LogisticRegression. Warns if it hasn't
     converged: without l2 there is no minimum where the classes can be separated.
     """
-    head = nn.Linear(features.shape[1], num_classes).to(features)
+    head = nn.Linear(features.shape[1], num_classes, device=features.device, dtype=torch.float64)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     solver = torch.optim.LBFGS(
@@ -169,7 +170,7 @@ def solve_linear(features: Tensor, labels: Tensor, num_classes: int, l2: float, 
         total = l2 / 2 * head.weight.square().sum()
         total.backward()
         for x, y in zip(features.split(CHUNK), labels.split(CHUNK), strict=True):
-            part = F.cross_entropy(head(x), y, reduction="sum") / len(features)
+            part = F.cross_entropy(head(x.double()), y, reduction="sum") / len(features)
             part.backward()
             total = total.detach() + part.detach()
         return total
@@ -211,7 +212,7 @@ def _score(config: FinetuneConfig, train: tuple[Features, Tensor], held_out: Fea
             scores[place] = knn_scores(known, labels, held_out[place], num_classes, config.k, config.temperature)
         else:
             known, queries = standardize(known, held_out[place])
-            scores[place] = solve_linear(known, labels, num_classes, config.l2)(queries)
+            scores[place] = solve_linear(known, labels, num_classes, config.l2)(queries.double())
     return scores
 
 

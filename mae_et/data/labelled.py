@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
@@ -43,8 +45,8 @@ def open_labelled(data_path: str, split: str, num_images: int | None, seed: int)
     source = open_source(data_path, split)
     if source.labels is None or source.classes is None:
         raise ValueError(
-            f"--data_path {data_path} ({split}) has no labels: fine-tuning and probes need a sub-folder per class, or a "
-            "data set that comes with labels"
+            f"--data_path {data_path} ({split}) has no labels: fine-tuning and probes need a sub-folder per class, or "
+            "a data set that comes with labels"
         )
     if num_images is None:
         return source
@@ -71,11 +73,19 @@ class TrainCrops(Dataset):
     ) -> None:
         self.source, self.size_px, self.in_chans, self.seed = source, size_px, len(mean), seed
         a = augmentation
-        common = dict(input_size=size_px, is_training=True, separate=True, interpolation="bicubic", color_jitter=None)
+        common = {
+            "input_size": size_px,
+            "is_training": True,
+            "separate": True,
+            "interpolation": "bicubic",
+            "color_jitter": None,
+        }
         fill = tuple(mean) * (3 if self.in_chans == 1 else 1)
-        colours = common | dict(color_jitter=a.color_jitter, auto_augment=a.policy or None, mean=fill)
+        colours = common | {"color_jitter": a.color_jitter, "auto_augment": a.policy or None, "mean": fill}
         self.colours = create_transform(**colours)[1] if a.policy or a.color_jitter else None
-        erasing = dict(re_prob=a.reprob, re_mode=a.remode, re_count=a.recount)
+        if a.policy:
+            _keep_a_bit(self.colours.transforms[0])
+        erasing = {"re_prob": a.reprob, "re_mode": a.remode, "re_count": a.recount}
         self.finish = create_transform(**common, **erasing, mean=tuple(mean), std=tuple(std))[2]
 
     def __getitem__(self, sample: Sample) -> tuple[Tensor, int, list[Damage]]:
@@ -99,7 +109,7 @@ class TrainCrops(Dataset):
 
 
 class EvalCrops(Dataset):
-    """Index -> uint8 centre crop [C, H, W] and label. A damaged image is an error, since accuracy must count them all."""
+    """Index -> uint8 centre crop [C, H, W] and label. A damaged image is an error: accuracy counts them all."""
 
     def __init__(self, source: Source, size_px: tuple[int, int], in_chans: int, crop_pct: float) -> None:
         self.source, self.size_px, self.in_chans, self.crop_pct = source, size_px, in_chans, crop_pct
@@ -154,6 +164,18 @@ def seeded(seed: int) -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(numpy)
+
+
+def _keep_a_bit(policy) -> None:
+    """Let timm's policies posterise to one bit at least: at their ends they ask for none, which Pillow now refuses."""
+    ops = [op for row in policy.policy for op in row] if hasattr(policy, "policy") else policy.ops
+    for op in ops:
+        if getattr(op, "name", "").startswith("Posterize"):
+            op.aug_fn = functools.partial(_posterize, op.aug_fn)
+
+
+def _posterize(apply: Callable, image: Image.Image, bits: int, **keywords: object) -> Image.Image:
+    return apply(image, max(1, bits), **keywords)
 
 
 def _collate(batch: list[tuple[Tensor, int, list[Damage]]]) -> tuple[Tensor, Tensor, list[Damage]]:

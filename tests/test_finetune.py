@@ -1,0 +1,349 @@
+"""Fine-tuning: who learns how fast, where weights and positions come from, exact resume, and mistakes in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from mae_et import checkpoint
+from mae_et import finetune as finetune_module
+from mae_et.classifier import adapt_positions, build_classifier, find_start
+from mae_et.config import parse
+from mae_et.data.labelled import Augmentation, TrainCrops, seeded
+from mae_et.data.sources import open_source
+from mae_et.data.stream import Sample
+from mae_et.finetune import finetune, layer_decay_adamw
+from mae_et.finetune_config import FinetuneConfig
+from mae_et.mixing import augmentation, mixed, mixing
+from mae_et.model import MaskedAutoencoder, sincos_table
+
+ROOT = Path(__file__).parent.parent
+SHAPE = {
+    "img_size": 16,
+    "patch_size": 8,
+    "in_chans": 3,
+    "embed_dim": 16,
+    "depth": 3,
+    "num_heads": 2,
+    "decoder_embed_dim": 16,
+    "decoder_depth": 1,
+    "decoder_num_heads": 2,
+}
+PLAIN = {"mixup": 0, "cutmix": 0, "reprob": 0, "aa": "none", "drop_path": 0}
+QUICK = {"device": "cpu", "precision": "fp32", "num_workers": 0, "batch_size": 6, "epochs": 2, "lr": 1e-3}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """These tensors are too small to share out."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes that differ in colour: 8 training and 4 held-out pictures of each."""
+    root, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for split, count in (("train", 8), ("val", 4)):
+        for label, name in enumerate(("red", "green", "blue")):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 90, (20, 28, 3), dtype=np.uint8)
+                pixels[..., label] += 150
+                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture
+def run(tmp_path: Path, pictures: Path) -> Path:
+    """What pretraining leaves behind."""
+    torch.manual_seed(0)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    facts = {"target": "pixel", "norm_pix_loss": False, "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]}
+    facts |= {"format": checkpoint.FORMAT, "config": {"data_path": str(pictures)}}
+    shape = SHAPE | {"target_dim": 192}
+    checkpoint.save(
+        facts | {"model": MaskedAutoencoder(**shape).state_dict(), "shape": shape}, folder / "checkpoint.pt"
+    )
+    (folder / "config.yaml").write_text(yaml.safe_dump(facts["config"]))
+    return folder
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+def test_each_depth_has_its_own_learning_rate_and_every_parameter_one_group(run: Path, pooled: bool) -> None:
+    config = FinetuneConfig(finetune=str(run), layer_decay=0.5)
+    model = build_classifier(find_start(config), 3, pooled)
+    groups = layer_decay_adamw(model, config).param_groups
+    scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    assert sorted(id(p) for group in groups for p in group["params"]) == sorted(id(p) for p in model.parameters())
+    for name, parameter in model.named_parameters():
+        if name.startswith("blocks."):
+            wanted = 0.5 ** (SHAPE["depth"] - int(name.split(".")[1]))
+        elif name.startswith(("cls_token", "pos_embed", "patch_embed")):
+            wanted = 0.5 ** (SHAPE["depth"] + 1)
+        else:
+            wanted = 0.5 if name.startswith("norm.") else 1
+        assert scale[id(parameter)] == wanted, name
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    matrices = {id(p) for n, p in model.named_parameters() if p.ndim > 1 and n not in ("cls_token", "pos_embed")}
+    assert decayed == matrices
+
+
+def test_the_classifier_sees_what_the_pretrained_encoder_sees(run: Path) -> None:
+    start = find_start(FinetuneConfig(finetune=str(run)))
+    assert (start.mean, start.std, start.folder) == ((0.4, 0.5, 0.6), (0.2, 0.3, 0.4), run)
+    autoencoder = MaskedAutoencoder(**SHAPE | {"target_dim": 192})
+    autoencoder.load_state_dict(checkpoint.load(run / "checkpoint.pt")["model"])
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        token = build_classifier(start, 0, pooled=False).eval()(images)
+        torch.testing.assert_close(token, autoencoder.encode(images)[:, 0])
+        model = build_classifier(start, 50, pooled=True)
+    assert 1e-5 < model.head.weight.std() < 3e-5
+    assert (model.head.bias == 0).all()
+    assert model.fc_norm.weight.shape == (16,)
+
+
+def test_fixed_positions_are_evaluated_and_learned_ones_resampled_on_any_grid() -> None:
+    old, new = (2, 3), (4, 5)
+    fixed = torch.cat([torch.full((1, 16), 7.0), sincos_table(16, old, old)])[None]
+    moved = adapt_positions(fixed, old, new)
+    torch.testing.assert_close(moved[0, 1:], sincos_table(16, new, old))
+    assert (moved[0, 0] == 7).all()
+    rows = torch.arange(2.0).repeat_interleave(3)[:, None].expand(-1, 16)  # learned: grows from row to row
+    learned = torch.cat([torch.zeros(1, 16), rows])[None]
+    grid = adapt_positions(learned, old, new)[0, 1:].view(4, 5, 16)
+    assert (grid.diff(dim=0) > 0).all()
+    torch.testing.assert_close(grid, grid[:, :1].expand_as(grid))
+    assert adapt_positions(learned, old, old) is learned
+
+
+def test_fine_tuning_learns_reports_and_its_checkpoint_evaluates_to_the_same(run: Path, pictures: Path) -> None:
+    config = FinetuneConfig(
+        **{"finetune": str(run), "input_size": (16, 24), "report": True, "model_ema": True, "model_ema_decay": 0.5},
+        **PLAIN | QUICK | {"epochs": 15, "lr": 5e-3},
+    )
+    result = json.loads(finetune(config).read_text())
+    assert (run / "eval-finetune.json").is_file()
+    assert result["top1"] > 90  # chance is 33
+    assert "top5" not in result  # three classes
+    assert result["num_images"] == 12
+    assert sum(map(sum, result["confusion"])) == 12
+    assert set(result["per_class_accuracy"]) == {"red", "green", "blue"}
+    assert result["ema_top1"] > 60
+    assert result["cost"]["flops"] > result["training"]["flops"] > 0
+    assert result["flags"]["epochs"] == 15
+    assert result["environment"]["packages"]["timm"]
+    again = finetune(FinetuneConfig(eval=True, finetune=str(run / "finetune"), **QUICK | {"epochs": None}))
+    assert json.loads(again.read_text())["top1"] == result["top1"]
+    assert again.name == "eval-finetuned.json"
+    lines = [json.loads(line) for line in (run / "finetune/metrics.jsonl").read_text().splitlines()]
+    assert [round(line["epoch"]) for line in lines] == list(range(1, 16))
+
+
+def test_a_killed_run_resumes_bit_for_bit(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With everything random on: augmentation, erasing, mixing, drop path, and an average of the weights."""
+    config = FinetuneConfig(finetune=str(run), mixup_mode="elem", model_ema=True, save_steps=3, **QUICK)
+    whole, cut = (replace(config, output_dir=str(tmp_path / name)) for name in ("whole", "cut"))
+    finetune(whole)
+    step = finetune_module.guarded_step
+    taken = []
+
+    def dies(*arguments) -> None:
+        taken.append(1)
+        if len(taken) == 6:
+            raise KeyboardInterrupt
+        step(*arguments)
+
+    monkeypatch.setattr(finetune_module, "guarded_step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(cut)
+    monkeypatch.undo()
+    assert checkpoint.load(tmp_path / "cut/checkpoint.pt")["step"] < 6
+    torch.manual_seed(123)
+    finetune(replace(cut, resume="auto", save_steps=0))
+    states = [checkpoint.load(tmp_path / name / "checkpoint.pt") for name in ("whole", "cut")]
+    for part in (lambda s: s["model"], lambda s: s["head"], lambda s: s["ema"]["model"]):
+        ours, theirs = map(part, states)
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    with pytest.raises(ValueError, match=r"of another configuration: smoothing was 0.1, is 0.2"):
+        finetune(replace(cut, resume="auto", smoothing=0.2))
+
+
+def test_accumulation_and_ranks_do_not_change_the_step(run: Path, tmp_path: Path) -> None:
+    common = PLAIN | QUICK | {"finetune": str(run), "total_batch_size": 8, "epochs": 1}
+    for name, micro in (("one", 8), ("three", 3)):
+        finetune(FinetuneConfig(**common | {"batch_size": micro, "output_dir": str(tmp_path / name)}))
+    script = tmp_path / "ranks.py"
+    ranks = common | {"batch_size": 3, "output_dir": str(tmp_path / "ranks")}
+    script.write_text(
+        "from mae_et.finetune import finetune\nfrom mae_et.finetune_config import FinetuneConfig\n"
+        f"finetune(FinetuneConfig(**{ranks!r}))\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    one, *others = (checkpoint.load(tmp_path / name / "checkpoint.pt") for name in ("one", "three", "ranks"))
+    for other in others:
+        for key, tensor in one["model"].items():
+            torch.testing.assert_close(other["model"][key], tensor, atol=2e-5, rtol=1e-4)
+    results = [json.loads((tmp_path / name / "eval-finetune.json").read_text()) for name in ("one", "ranks")]
+    assert results[0]["num_images"] == results[1]["num_images"] == 12
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_a_training_crop_is_a_function_of_seed_and_sample_number(channels: int) -> None:
+    class Noise:
+        classes, labels = ["a"], np.zeros(2, dtype=np.int64)
+
+        def __len__(self) -> int:
+            return 2
+
+        def read(self, index: int) -> tuple[np.ndarray, int]:
+            return np.random.default_rng(index).integers(0, 256, (30, 30, channels), dtype=np.uint8), 0
+
+    policy = augmentation(FinetuneConfig(finetune="x", reprob=1.0), channels)
+    assert bool(policy.policy) == (channels != 4)
+    crops = TrainCrops(Noise(), (16, 24), [0.5] * channels, [0.25] * channels, policy, seed=1)
+    first = crops[Sample(0, 10, 0)][0]
+    np.random.seed(5)
+    torch.manual_seed(5)
+    assert torch.equal(crops[Sample(0, 10, 0)][0], first)
+    assert not torch.equal(crops[Sample(0, 11, 0)][0], first)
+    assert (first.shape, first.dtype) == ((channels, 16, 24), torch.float32)
+    plain = TrainCrops(Noise(), (16, 24), [0.5] * channels, [0.25] * channels, Augmentation(), seed=1)
+    assert -2 <= plain[Sample(0, 10, 0)][0].min() < plain[Sample(0, 10, 0)][0].max() <= 2  # normalised pixels
+
+
+@pytest.mark.parametrize("policy", ["rand-m10-mstd0.5-inc1", "rand-m1", "original", "v0", "augmix-m9"])
+def test_policies_survive_their_own_ends(pictures: Path, policy: str) -> None:
+    """Where timm asks Pillow to posterise to no bits, which it refuses."""
+    chosen = augmentation(FinetuneConfig(finetune="x", aa=policy), 3)
+    crops = TrainCrops(open_source(pictures), (16, 16), [0.5] * 3, [0.25] * 3, chosen, seed=1)
+    for number in range(150 if policy.startswith("rand") else 40):
+        crops[Sample(0, number, 0)]
+
+
+@pytest.mark.parametrize("size", [1, 5, 6])
+def test_mixing_takes_any_number_of_images_and_keeps_targets_whole(size: int) -> None:
+    mix = mixing(FinetuneConfig(finetune="x", smoothing=0.1), 4)
+    images, labels = torch.arange(size * 12.0).view(size, 3, 2, 2), torch.arange(size) % 4
+    with seeded(3):
+        some, targets = mixed(mix, images.clone(), labels)
+    with seeded(3):
+        again, _ = mixed(mix, images.clone(), labels)
+    assert torch.equal(some, again)
+    assert some.shape == images.shape
+    torch.testing.assert_close(targets.sum(1), torch.ones(size))
+    off, smooth = mixed(mix, images.clone(), labels, enabled=False)
+    assert torch.equal(off, images)
+    torch.testing.assert_close(smooth, torch.nn.functional.one_hot(labels, 4) * 0.9 + 0.025)
+
+
+def test_the_commands_of_finetune_md_mean_what_they_meant() -> None:
+    command = (
+        "--accum_iter 4 --batch_size 32 --model vit_base_patch16 --finetune base.pth --epochs 100 --blr 5e-4 "
+        "--layer_decay 0.65 --weight_decay 0.05 --drop_path 0.1 --reprob 0.25 --mixup 0.8 --cutmix 1.0 --dist_eval "
+        "--data_path imagenet --no_pin_mem --clip_grad 1 --aa rand-m9-mstd0.5-inc1 --remode pixel --nb_classes 1000 "
+        "--job_dir out --nodes 4 --ngpus 8 --use_volta32 --cls_token --cutmix_minmax 0.2 0.8 --start_epoch 0"
+    )
+    config = parse(FinetuneConfig, command.split())
+    assert (config.total_batch(10**6, 8), config.peak_lr(1024), config.warmup_epochs) == (1024, 2e-3, 5)
+    assert not config.pooled
+    assert not config.pin_mem
+    bare = parse(FinetuneConfig, ["--finetune", "base.pth"])
+    assert bare.pooled
+    assert (bare.epochs, bare.blr, bare.total_batch(10**6, 8), bare.min_lr) == (100, 5e-4, 1024, 1e-6)
+    probe = parse(FinetuneConfig, ["--finetune", "base.pth", "--linear_probe"])
+    assert (probe.epochs, probe.peak_lr(probe.total_batch(10**6, 1)), probe.weight_decay) == (90, 6.4, 0)
+    assert not probe.pooled
+
+
+def test_it_trains_from_scratch_and_like_a_run(run: Path, pictures: Path, tmp_path: Path) -> None:
+    quick = QUICK | {"epochs": 1, "data_path": str(pictures)}
+    named = FinetuneConfig(**quick, model="vit_tiny_patch16", embed_dim=16, depth=1, num_heads=2, patch_size=8,
+                           input_size=16, output_dir=str(tmp_path / "named"))  # fmt: skip
+    assert json.loads(finetune(named).read_text())["origin"] == "scratch"
+    like = FinetuneConfig(**quick, like=str(run), output_dir=str(tmp_path / "like"))
+    assert not torch.equal(
+        find_start(like).state["encoder.blocks.0.attn.qkv.weight"],
+        checkpoint.load(run / "checkpoint.pt")["model"]["encoder.blocks.0.attn.qkv.weight"],
+    )
+    assert find_start(like).shape["embed_dim"] == 16
+
+
+def test_without_held_out_images_evaluation_is_skipped_and_said(
+    run: Path, pictures: Path, tmp_path: Path, capsys
+) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/train").symlink_to(pictures / "train")
+    folder = finetune(FinetuneConfig(finetune=str(run), data_path=str(tmp_path / "data"), **QUICK | {"epochs": 1}))
+    assert folder == run / "finetune"
+    assert "evaluation is skipped" in capsys.readouterr().out
+    assert not list(run.rglob("eval-*.json"))
+
+
+def test_fewer_labels_are_balanced_and_the_same_each_time(run: Path) -> None:
+    path = finetune(FinetuneConfig(finetune=str(run), train_images=6, eval_images=3, **QUICK | {"epochs": 1}))
+    assert path.name == "eval-finetune-6-of-3.json"
+    result = json.loads(path.read_text())
+    assert (result["train_images"], result["num_images"]) == (6, 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"linear_probe": True, "layer_decay": 0.7}, "--linear_probe keeps the backbone .* contradicts --layer_decay"),
+        ({"linear_probe": True, "knn": True}, "--linear_probe and --knn contradict each other"),
+        ({"knn": True, "eval": True}, "--knn and --eval contradict each other"),
+        ({"global_pool": True, "cls_token": True}, "--global_pool and --cls_token contradict each other"),
+        ({"finetune": "nowhere.pt"}, "nowhere.pt: no such file or timm model"),
+        ({"finetune": ""}, "--model or --like must say what to train"),
+        ({"model": "vit_base_patch16"}, r"embed_dim 768.* another architecture than mae_et checkpoint .*embed_dim 16"),
+        ({"nb_classes": 5}, "--nb_classes 5, but .* has 3 classes"),
+        ({"eval": True}, "has no classifier to --eval"),
+        ({"input_size": 20}, "size 20 px is not divisible by the patch"),
+        ({"aa": "nonsense"}, "--aa nonsense: not a policy of timm"),
+        ({"remode": "pixels"}, r"unknown --remode 'pixels' \(did you mean pixel\?\)"),
+        ({"epochs": 1, "warmup_epochs": 2}, "--warmup_epochs 2 is longer than --epochs 1"),
+        ({"train_images": 99}, "--train_images 99: .* has 24"),
+        ({"mean": (0.5,)}, "--mean has 1 numbers for 3 channels"),
+        ({"resume": "nowhere"}, "--resume nowhere: no checkpoint there"),
+    ],
+)
+def test_mistakes_are_explained_in_one_line(run: Path, changes: dict, message: str) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+        finetune(FinetuneConfig(**{"finetune": str(run)} | QUICK | changes))
+    assert "\n" not in str(error.value)
+
+
+def test_data_without_labels_or_with_other_classes_are_refused(run: Path, pictures: Path, tmp_path: Path) -> None:
+    flat, uneven = tmp_path / "flat", tmp_path / "uneven"
+    flat.mkdir()
+    (flat / "0.png").symlink_to(pictures / "train/red/0.png")
+    with pytest.raises(ValueError, match=r"flat .*has no labels"):
+        finetune(FinetuneConfig(finetune=str(run), data_path=str(flat), **QUICK))
+    (uneven / "val/grey").mkdir(parents=True)
+    (uneven / "train").symlink_to(pictures / "train")
+    (uneven / "val/grey/0.png").symlink_to(pictures / "val/red/0.png")
+    with pytest.raises(ValueError, match=r"class folders grey of .* are not in"):
+        finetune(FinetuneConfig(finetune=str(run), data_path=str(uneven), **QUICK))
+    assert len(open_source(pictures, "val").classes) == 3
+    with pytest.raises(ValueError, match="is the pretraining run itself"):
+        finetune(FinetuneConfig(finetune=str(run), output_dir=str(run), overwrite=True, **QUICK))
+    assert (run / "checkpoint.pt").is_file()

@@ -1,0 +1,174 @@
+"""Probes: both agree with scikit-learn on the same features, and the backbone stays as it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import NearestNeighbors
+from test_finetune import QUICK, SHAPE, one_thread, pictures, run  # noqa: F401
+from torch import nn
+
+from mae_et import checkpoint
+from mae_et import probe as probe_module
+from mae_et.classifier import build_classifier, find_start
+from mae_et.evaluation import Tally
+from mae_et.finetune_config import FinetuneConfig
+from mae_et.model import MaskedAutoencoder
+from mae_et.probe import features_of, knn_scores, lars, probe, probe_heads, solve_linear, standardize
+from mae_et.runtime import Runtime
+
+HERE = Runtime(torch.device("cpu"), "fp32")
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[torch.Tensor, torch.Tensor]:
+    data = load_digits()
+    return torch.tensor(data.data, dtype=torch.float32), torch.tensor(data.target)
+
+
+def test_knn_agrees_with_a_loop_over_the_neighbours_of_scikit_learn(digits) -> None:
+    features, labels = digits
+    train, queries, k, temperature = features[:900], features[900:1100], 20, 0.07
+    scores = knn_scores(train, labels[:900], queries, 10, k, temperature)
+    finder = NearestNeighbors(n_neighbors=k, metric="cosine", algorithm="brute").fit(train.numpy())
+    for row, (distances, indices) in enumerate(zip(*finder.kneighbors(queries.numpy()), strict=True)):
+        votes = np.zeros(10)
+        for distance, index in zip(distances, indices, strict=True):
+            votes[labels[index]] += np.exp((1 - distance) / temperature)
+        np.testing.assert_allclose(scores[row], votes, rtol=2e-3)
+        assert scores[row].argmax() == votes.argmax()
+
+
+@pytest.mark.parametrize("l2", [1e-2, 1e-4])
+def test_the_cached_linear_probe_is_the_converged_logistic_regression(digits, l2: float) -> None:
+    features, labels = digits
+    train, held_out = standardize(features[:1200], features[1200:])
+    head = solve_linear(train, labels[:1200], 10, l2)
+    reference = LogisticRegression(C=1 / (l2 * 1200), max_iter=5000, tol=1e-8)
+    reference.fit(train.double().numpy(), labels[:1200].numpy())
+
+    def loss(weight: torch.Tensor, bias: torch.Tensor) -> float:
+        entropy = nn.functional.cross_entropy(train.double() @ weight.T + bias, labels[:1200])
+        return entropy.item() + l2 / 2 * weight.square().sum().item()
+
+    theirs = loss(torch.tensor(reference.coef_), torch.tensor(reference.intercept_))
+    assert loss(head.weight, head.bias) == pytest.approx(theirs, abs=1e-6)
+    accuracy = (head(held_out.double()).argmax(1) == labels[1200:]).double().mean().item()
+    assert accuracy == pytest.approx(reference.score(held_out.double().numpy(), labels[1200:].numpy()), abs=0.004)
+    assert accuracy > 0.85
+
+
+def test_standardizing_is_batchnorm_without_affine(digits) -> None:
+    features = digits[0][:100]
+    norm = nn.BatchNorm1d(64, affine=False, eps=1e-6)
+    torch.testing.assert_close(standardize(features)[0], norm(features))
+
+
+def test_features_are_those_of_the_unmasked_encoder(run: Path) -> None:  # noqa: F811
+    start = find_start(FinetuneConfig(finetune=str(run), knn=True))
+    model = build_classifier(start, 0, pooled=False).eval()
+    images = torch.randn(2, 3, 16, 16)
+    autoencoder = MaskedAutoencoder(**SHAPE | {"target_dim": 192})
+    autoencoder.load_state_dict(checkpoint.load(run / "checkpoint.pt")["model"])
+    tokens = autoencoder.encode(images)
+    found = features_of(model, images, [(1, "cls"), (3, "cls"), (3, "mean")], HERE)
+    torch.testing.assert_close(found[3, "cls"], tokens[:, 0])
+    torch.testing.assert_close(found[3, "mean"], tokens[:, 1:].mean(1))
+    assert not torch.allclose(found[1, "cls"], found[3, "cls"])
+
+
+@pytest.mark.parametrize("features", ["cached", "augmented"])
+def test_the_backbone_is_in_evaluation_mode_and_its_bytes_stay(run: Path, monkeypatch, features: str) -> None:  # noqa: F811
+    backbones = []
+
+    def build(*arguments, **keywords):
+        model = build_classifier(*arguments, **keywords)
+        backbones.append((model, {key: t.clone() for key, t in model.state_dict().items()}))
+        model.register_forward_pre_hook(lambda module, _: pytest.fail("in training mode") if module.training else None)
+        model.blocks[0].register_forward_pre_hook(lambda m, _: pytest.fail("in training mode") if m.training else None)
+        return model
+
+    monkeypatch.setattr(probe_module, "build_classifier", build)
+    config = FinetuneConfig(finetune=str(run), linear_probe=True, features=features, **QUICK)
+    result = probe(config)
+    assert result["num_images"] == 12
+    [(model, before)] = backbones
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    for key, tensor in model.state_dict().items():
+        assert tensor.numpy().tobytes() == before[key].numpy().tobytes(), key
+
+
+def test_lars_adapts_matrices_and_leaves_biases_alone() -> None:
+    torch.manual_seed(0)
+    heads = probe_heads([(1, "cls")], 8, 4)
+    linear = heads[1, "cls"][1]
+    assert not list(heads[1, "cls"][0].parameters())
+    assert 0.005 < linear.weight.std() < 0.015
+    optimizer = lars(heads, weight_decay=0.0)
+    for group in optimizer.param_groups:
+        group["lr"] = 2.0
+    before = {name: p.detach().clone() for name, p in linear.named_parameters()}
+    nn.functional.cross_entropy(heads[1, "cls"](torch.randn(16, 8)), torch.arange(16) % 4).backward()
+    optimizer.step()
+    step = (linear.weight - before["weight"]).norm()
+    torch.testing.assert_close(step, 2.0 * 0.001 * before["weight"].norm(), rtol=1e-4, atol=0)  # the trust coefficient
+    torch.testing.assert_close(linear.bias, before["bias"] - 2.0 * linear.bias.grad)
+
+
+@pytest.mark.parametrize(
+    "protocol",
+    [
+        {"knn": True, "k": 3},
+        {"linear_probe": True},
+        {"linear_probe": True, "features": "augmented", "epochs": 25, "lr": 5.0, "batch_size": 24},
+    ],
+)
+def test_a_probe_finds_the_colours_at_several_layers_in_one_pass(run: Path, protocol: dict) -> None:  # noqa: F811
+    config = FinetuneConfig(**QUICK | {"finetune": str(run), "layers": (1, 3), "report": True} | protocol)
+    probe(config)
+    result = json.loads((run / f"eval-{config.protocol}.json").read_text())
+    places = [(row["layer"], row["pooling"]) for row in result["places"]]
+    assert places == [(1, "cls"), (1, "mean"), (3, "cls"), (3, "mean")]
+    assert result["places"][1]["top1"] > 80  # chance is 33
+    assert result["top1"] == result["places"][2]["top1"]  # the last block's class token, not the best
+    assert sum(map(sum, result["confusion"])) == result["num_images"] == 12
+    assert result["cost"]["flops"] > 0
+
+
+def test_accuracy_counts_every_image_once() -> None:
+    tally, scores = Tally(6, torch.device("cpu")), torch.eye(6)
+    scores[5] = torch.tensor([6.0, 5, 4, 3, 2, 1])  # sixth guess
+    tally.add(scores[:4], torch.arange(4))
+    tally.add(scores[4:], torch.arange(4, 6))
+    result = tally.result()
+    assert result["num_images"] == 6
+    assert result["top1"] == pytest.approx(500 / 6)
+    assert result["top5"] == pytest.approx(500 / 6)
+    assert tally.details(list("abcdef"))["per_class_accuracy"]["f"] == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"k": 99}, "--k 99 neighbours, but there are 24 training images"),
+        ({"layers": (4,)}, "--layers 4: this encoder has blocks 1 to 3"),
+        ({"finetune": ""}, "--knn needs --finetune"),
+        ({"resume": "auto"}, "--knn takes minutes and can't --resume"),
+    ],
+)
+def test_mistakes_are_explained_in_one_line(run: Path, changes: dict, message: str) -> None:  # noqa: F811
+    with pytest.raises(ValueError, match=message):
+        probe(FinetuneConfig(**QUICK | {"finetune": str(run), "knn": True} | changes))
+
+
+def test_a_probe_needs_held_out_images(run: Path, pictures: Path, tmp_path: Path) -> None:  # noqa: F811
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/train").symlink_to(pictures / "train")
+    with pytest.raises(FileNotFoundError, match="has no held-out images"):
+        probe(FinetuneConfig(finetune=str(run), knn=True, data_path=str(tmp_path / "data"), **QUICK))
