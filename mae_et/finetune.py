@@ -33,7 +33,7 @@ from .journal import Journal
 from .mixing import augmentation, mixed, mixing
 from .optim import guarded_step, learning_rate, set_learning_rate
 from .progress import logging_to_console
-from .runtime import Runtime
+from .runtime import Runtime, Stop, stop_signals
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +126,11 @@ def finetune(config: FinetuneConfig) -> Path:
 
     Raises ValueError, OSError or CheckpointError, with one line, for whatever the user can mend.
     """
-    with runtime.start(config.device, config.precision, config.dist_url) as here, logging_to_console(here.is_main):
+    with (
+        runtime.start(config.device, config.precision, config.dist_url) as here,
+        logging_to_console(here.is_main),
+        stop_signals() as stop,
+    ):
         began = time.perf_counter()
         if config.eval:
             return evaluate_only(config, here, began)
@@ -182,10 +186,12 @@ def finetune(config: FinetuneConfig) -> Path:
             contextlib.closing(batches),
             Journal(folder, config.log_dir, plan, config.epochs, run.step, here.is_main) as journal,
         ):
-            result = train(run, batches, journal)
+            result = train(run, batches, journal, stop)
 
         # ── result ──
         run.save()
+        if run.step < plan.total_steps:
+            log.info("stopped and saved after step %d of %d; go on with --resume auto", run.step, plan.total_steps)
         paths = [folder]
         if here.is_main and result is not None:
             flops = run.ledger.total.flops + start.flops_per_image * len(held_out)
@@ -197,47 +203,54 @@ def finetune(config: FinetuneConfig) -> Path:
         return paths[0]
 
 
-def train(run: Run, batches: Iterator[tuple[Tensor, Tensor]], journal: Journal) -> dict[str, Any] | None:
-    """The loop, from `run.step` to the end; returns the last result. A step is a function of (seed, step)."""
+def train(run: Run, batches: Iterator[tuple[Tensor, Tensor]], journal: Journal, stop: Stop) -> dict[str, Any] | None:
+    """The loop, from `run.step` to the end; returns its result, or None if asked to stop before.
+
+    A step is a function of (seed, step).
+    """
     config, plan, stage = run.config, run.plan, run.plan.stages[0]
     every = max(1, round(config.eval_epochs * plan.num_images / stage.batch_size))  # steps between evaluations
     peak, warmup = config.peak_lr(stage.batch_size), config.warmup_epochs / config.epochs
-    losses, saved_at = [], time.monotonic()
+    outcomes, saved_at = [], time.monotonic()
     result = assess(run) if run.step == plan.total_steps else None  # a finished run that is resumed
     while run.step < plan.total_steps:
         began = time.perf_counter()
         lr = learning_rate(plan.position(run.step), peak=peak, floor=config.min_lr, warmup=warmup)
         loss, data_seconds = accumulate_gradients(run, batches, stage)
-        loss = run.here.sum(loss)  # of the ranks' shares
+        # Over ranks: the sum of their shares of the loss, and of those that were asked to stop.
+        outcome = run.here.sum(torch.stack([loss, torch.full_like(loss, stop.requested)]))
         if config.clip_grad is not None:
             nn.utils.clip_grad_norm_(run.model.parameters(), config.clip_grad)
         set_learning_rate(run.optimizer, lr)
-        guarded_step(run.optimizer, loss)
+        guarded_step(run.optimizer, outcome[0])
         run.optimizer.zero_grad(set_to_none=True)
         if run.ema:
             run.ema.update(run.model)
         run.step += 1
-        losses.append(loss)
+        outcomes.append(outcome)
 
         due = run.step % every == 0 or run.step == plan.total_steps
         save = due or (config.save_steps > 0 and run.step % config.save_steps == 0)
         save = save or time.monotonic() - saved_at > 60 * config.save_minutes
-        values = []
-        if save or run.here.device.type == "cpu":
-            values = torch.stack(losses).tolist()  # waits for the device
-            _check_finite(values, run.step)
+        values, stopping = [], False
+        if save or run.here.device.type == "cpu" or (run.here.world_size == 1 and stop.requested):
+            values = torch.stack(outcomes).tolist()  # waits for the device
+            _check_finite([loss for loss, _ in values], run.step)
+            stopping = any(asked for _, asked in values)
         seconds = time.perf_counter() - began
         run.ledger.add(0, stage, train_seconds=seconds - data_seconds, data_seconds=data_seconds)
         if due:
             result = assess(run)
-            journal.write(run.step - 1, sum(values) / len(values), lr, run.ledger, result)
-            losses = []
+            journal.write(run.step - 1, sum(loss for loss, _ in values) / len(values), lr, run.ledger, result)
+            outcomes = []
         if due and result and result["top1"] > run.best:
             run.best = result["top1"]
             run.save(BEST)
         if save:
             run.save()
             saved_at = time.monotonic()
+        if stopping and run.step < plan.total_steps:
+            return None
     return result
 
 

@@ -9,7 +9,7 @@ import torch
 from rich.table import Table
 
 from .config import PretrainConfig, from_recipe
-from .cost import Ledger, flops_per_image, input_flops_per_image
+from .cost import Ledger, encoder_flops_per_image, flops_per_image, input_flops_per_image
 from .curriculum import Curriculum, Stage, grid_of, height_width, plan_stages, scheduled, show_size
 from .data.sources import open_source
 from .model import MaskedAutoencoder, model_shape
@@ -22,6 +22,8 @@ class PlanConfig(PretrainConfig):
 
     vs: str = ""
     """Recipe to compare with; default: the same configuration as vanilla MAE."""
+    finetune_epochs: float = 100
+    """Epochs of fine-tuning to estimate; MAE takes 100 for ViT-B, 50 for ViT-L and ViT-H."""
     json: bool = False
     """Machine-readable output."""
 
@@ -111,7 +113,10 @@ def plan_report(config: PlanConfig) -> dict[str, Any]:
     """What `plan` prints, as plain values. FLOPs are training FLOPs: forward, backward and input operators."""
     other = from_recipe(PretrainConfig, config.vs) if config.vs else vanilla_twin(config)
     plan, against = (build_curriculum(c, count_images(c), c.world_size) for c in (config, other))
-    patch_px = describe_model(config).patch_size
+    model = describe_model(config)
+    patch_px = model.patch_size
+    # Forward and backward of the encoder on all patches of all images, at full size; the head is too small to count.
+    finetune = 3 * encoder_flops_per_image(model, model.num_patches) * config.finetune_epochs * plan.num_images
     return {
         "recipe": config.recipe or config.curriculum,
         "stages": [
@@ -130,6 +135,7 @@ def plan_report(config: PlanConfig) -> dict[str, Any]:
             for stage in plan.stages
         ],
         "totals": _totals(plan) | {"remainder_images": plan.remainder_images},
+        "finetune": {"epochs": config.finetune_epochs, "flops": finetune},
         "vs": {
             "recipe": config.vs or "the same as vanilla MAE",
             "totals": _totals(against),
@@ -175,11 +181,13 @@ def plan_table(report: dict[str, Any]) -> Table:
 
 def plan_summary(report: dict[str, Any]) -> list[str]:
     """The comparison, in sentences."""
-    total, vs = report["totals"], report["vs"]
+    total, vs, finetune = report["totals"], report["vs"], report["finetune"]
     return [
         f"{total['flops']:.3e} training FLOPs; whole steps leave {total['remainder_images']:+.0f} images over",
         f"{vs['recipe']}: {vs['totals']['flops']:.3e} FLOPs for {vs['totals']['passes']:.1f} passes, "
         f"{vs['speedup_flops']:.2f}× the cost of this plan",
+        f"fine-tuning for {finetune['epochs']:g} epochs at full size: {finetune['flops']:.3e} FLOPs, "
+        f"{finetune['flops'] / total['flops']:.2f}× this plan",
         f"the same {total['images']:,} images there: {vs['flops_same_images']:.3e} FLOPs, "
         f"{vs['flops_same_images'] / total['flops']:.2f}×",
     ]

@@ -9,7 +9,6 @@ import json
 import logging
 import math
 import os
-import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -32,7 +31,7 @@ from .optim import adamw, guarded_step, learning_rate, set_learning_rate
 from .picture import draw_reconstruction
 from .plan import build_curriculum, ledger_table, model_kwargs, vanilla_twin
 from .progress import Recorder, console, logging_to_console
-from .runtime import Runtime
+from .runtime import Runtime, Stop, stop_signals
 from .spectral import low_frequency_crop
 from .targets import hog_target, pixel_target, reconstruction_loss
 
@@ -281,35 +280,6 @@ def warm_up(run: Run, stage: Stage) -> float:
     run.optimizer.zero_grad(set_to_none=True)
     here.synchronize()
     return time.perf_counter() - began
-
-
-@dataclass
-class Stop:
-    """Whether a signal has asked this process to stop."""
-
-    requested: bool = False
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[Stop]:
-    """SIGTERM and SIGINT ask for a stop after the current step; a second Ctrl-C stops at once.
-
-    Launchers often send SIGTERM twice, to the group and to each process, so only Ctrl-C counts.
-    """
-    stop = Stop()
-
-    def request(number: int, _: Any) -> None:
-        if stop.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        stop.requested = True
-        log.warning("%s: stopping after this step", signal.Signals(number).name)
-
-    before = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def identity(config: PretrainConfig, curriculum: Curriculum) -> dict[str, Any]:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from timm.layers import set_fused_attn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+log = logging.getLogger(__name__)
 
 #: How other launchers say that there are several processes; without torchrun's RANK each would think it is alone.
 OTHER_LAUNCHERS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE")
@@ -146,3 +151,32 @@ def _fast_bf16(device: torch.device) -> bool:
     capabilities: Callable[[], dict] = getattr(torch.cpu, "get_capabilities", dict)  # new in torch 2.10
     known = capabilities()
     return bool(known.get("amx_bf16") or known.get("avx512_bf16"))
+
+
+@dataclass
+class Stop:
+    """Whether a signal has asked this process to stop."""
+
+    requested: bool = False
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Stop]:
+    """SIGTERM and SIGINT ask for a stop after the current step; a second Ctrl-C stops at once.
+
+    Launchers often send SIGTERM twice, to the group and to each process, so only Ctrl-C counts.
+    """
+    stop = Stop()
+
+    def request(number: int, _: Any) -> None:
+        if stop.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.requested = True
+        log.warning("%s: stopping after this step", signal.Signals(number).name)
+
+    before = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

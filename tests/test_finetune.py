@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -182,6 +183,27 @@ def test_a_killed_run_resumes_bit_for_bit(run: Path, tmp_path: Path, monkeypatch
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     with pytest.raises(ValueError, match=r"of another configuration: smoothing was 0.1, is 0.2"):
         finetune(replace(cut, resume="auto", smoothing=0.2))
+
+
+def test_sigterm_saves_and_the_run_goes_on(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = FinetuneConfig(finetune=str(run), **QUICK)
+    whole, cut = (replace(config, output_dir=str(tmp_path / name)) for name in ("whole", "cut"))
+    finetune(whole)
+    step, taken = finetune_module.guarded_step, []
+
+    def signalled(*arguments) -> None:
+        step(*arguments)
+        taken.append(1)
+        if len(taken) == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(finetune_module, "guarded_step", signalled)
+    finetune(cut)
+    monkeypatch.undo()
+    assert checkpoint.load(tmp_path / "cut/checkpoint.pt")["step"] in (3, 4)
+    finetune(replace(cut, resume="auto"))
+    ours, theirs = (checkpoint.load(tmp_path / name / "checkpoint.pt")["model"] for name in ("whole", "cut"))
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 def test_accumulation_and_ranks_do_not_change_the_step(run: Path, tmp_path: Path) -> None:
