@@ -231,12 +231,14 @@ def train(run: Run, batches: Iterator[tuple[Tensor, Tensor]], journal: Journal, 
 
         due = run.step % every == 0 or run.step == plan.total_steps
         save = due or (config.save_steps > 0 and run.step % config.save_steps == 0)
+        # Ranks stop at the same step only if they look at the same steps: clocks differ, so they are left out here.
+        agreed = save or run.here.device.type == "cpu" or (run.here.world_size == 1 and stop.requested)
         save = save or time.monotonic() - saved_at > 60 * config.save_minutes
         values, stopping = [], False
-        if save or run.here.device.type == "cpu" or (run.here.world_size == 1 and stop.requested):
+        if save or agreed:
             values = torch.stack(outcomes).tolist()  # waits for the device
             _check_finite([loss for loss, _ in values], run.step)
-            stopping = any(asked for _, asked in values)
+            stopping = agreed and values[-1][1] > 0
         seconds = time.perf_counter() - began
         run.ledger.add(0, stage, train_seconds=seconds - data_seconds, data_seconds=data_seconds)
         if due:

@@ -218,15 +218,18 @@ def train(run: Run, batches: Iterator[Tensor], recorder: Recorder, stop: Stop, v
         outcomes.append(torch.cat([outcome, norm[None]]))
 
         end_of_stage = run.step == curriculum.start(index) + stage.steps
-        save = bool(config.save_steps) and run.step % config.save_steps == 0
-        save = save or end_of_stage or time.monotonic() - saved_at > 60 * config.save_minutes
         picture = bool(config.picture_steps) and run.step % config.picture_steps == 0
-        report = save or picture or run.step % config.print_steps == 0 or (here.world_size == 1 and stop.requested)
+        save = end_of_stage or (bool(config.save_steps) and run.step % config.save_steps == 0)
+        # Ranks stop at the same step only if they look at the same steps: clocks differ, so they are left out here.
+        agreed = save or picture or run.step % config.print_steps == 0 or here.device.type == "cpu"
+        agreed = agreed or (here.world_size == 1 and stop.requested)
+        save = save or time.monotonic() - saved_at > 60 * config.save_minutes
+        report = save or picture or run.step % config.print_steps == 0
         stopping = False
-        if report or here.device.type == "cpu":
+        if report or agreed:
             values = torch.stack(outcomes).tolist()  # waits for the device
             _check_finite(values, run.step, index, stage)
-            stopping = any(asked for _, asked, _ in values)
+            stopping = agreed and values[-1][1] > 0
         seconds = time.perf_counter() - began
         run.ledger.add(index, stage, train_seconds=seconds - data_seconds, data_seconds=data_seconds)
         if report or stopping:
