@@ -3,7 +3,8 @@
 import os
 
 # Before torch is loaded: idle OpenMP threads must sleep, not spin. Spinning ones starve loader processes and anything
-# else on the machine; with six busy processes on 2 cores the demo ran some 40 times slower for it.
+# else on the machine: beside other busy processes on 2 cores the demo fell from about 250 to under 20 images/s. Alone
+# on the machine, sleeping costs it about 5 %; set OMP_WAIT_POLICY yourself to choose otherwise.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from .cost import flops_per_image

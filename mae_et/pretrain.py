@@ -235,7 +235,7 @@ def train(run: Run, batches: Iterator[Tensor], recorder: Recorder, stop: Stop, v
         if report or stopping:
             account.peak_memory_bytes = max(account.peak_memory_bytes, peak_memory_bytes(here.device))
             mean_loss = sum(value for value, *_ in values) / len(values)
-            recorder.report(run.step - 1, index, mean_loss, lr, run.ledger, vanilla_flops)
+            recorder.report(run.step - 1, index, mean_loss, values[-1][2], lr, run.ledger, vanilla_flops)
             outcomes = []
         with _clock(run, index):
             if picture and here.is_main:

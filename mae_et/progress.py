@@ -66,8 +66,10 @@ class Recorder:
             self.metrics.close()
             self.board.close()
 
-    def report(self, step: int, index: int, loss: float, lr: float, ledger: Ledger, vanilla_flops: float) -> None:
-        """Record one point: after step number `step`, mean loss since the last point, rates since the last point."""
+    def report(
+        self, step: int, index: int, loss: float, grad_norm: float, lr: float, ledger: Ledger, vanilla_flops: float
+    ) -> None:
+        """Record one point, after step number `step`: its gradient's norm, mean loss and rates since the last point."""
         if not self.on:
             return
         total, stage = ledger.total, self.curriculum.stages[index]
@@ -80,6 +82,7 @@ class Recorder:
             "stage": index,
             "size_px": stage.size_px,
             "loss": loss,
+            "grad_norm": grad_norm,
             "lr": lr,
             "images": total.images,
             "images_per_second": images / seconds if seconds else 0.0,
@@ -89,7 +92,7 @@ class Recorder:
             "flops_vanilla": total.images * vanilla_flops,
         }
         self.metrics.append(record)
-        for name in ("loss", "lr", "images_per_second", "data_wait", "flops", "p"):
+        for name in ("loss", "grad_norm", "lr", "images_per_second", "data_wait", "flops", "p"):
             self.board.add_scalar(f"pretrain/{name}", record[name], step)
         rest = (1 - record["p"]) * self.curriculum.total_flops / total.flops * total.seconds
         line = (
