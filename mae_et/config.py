@@ -69,6 +69,8 @@ class PretrainConfig:
     """Decoder blocks."""
     decoder_num_heads: int = 16
     """Decoder heads."""
+    own_positions: bool = False
+    """Number the patches of a small stage from zero, instead of in coordinates of the full grid."""
 
     # ── task ──
     mask_ratio: float = 0.75
@@ -90,7 +92,7 @@ class PretrainConfig:
     allocation: str = "area"
     """How a share of compute becomes passes: area (as published) or flops (exact)."""
     lowfreq: str = "fourier"
-    """How inputs become small: fourier (exact, on the device), lanczos or scaled (in the loader)."""
+    """How inputs become small: fourier (exact, on the device), lanczos, bilinear or scaled (in the loader)."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
     """Area range of the random resized crop."""
     augment: int = 0

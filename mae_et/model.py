@@ -48,6 +48,7 @@ class MaskedAutoencoder(nn.Module):
 
     img_size: full size in pixels, one number or (height, width); any smaller multiple of the patch may be fed in.
     target_dim: values predicted per patch; default: the patch's pixels.
+    own_positions: number the patches of a smaller grid from zero, instead of in coordinates of the full grid.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class MaskedAutoencoder(nn.Module):
         decoder_num_heads: int = 16,
         mlp_ratio: float = 4.0,
         target_dim: int | None = None,
+        own_positions: bool = False,
     ) -> None:
         super().__init__()
         self.grid = grid_of(img_size, patch_size)
@@ -77,6 +79,7 @@ class MaskedAutoencoder(nn.Module):
         self.decoder_embed_dim, self.decoder_depth = decoder_embed_dim, decoder_depth
         self.decoder_num_heads = decoder_num_heads
         self.target_dim = target_dim or patch_size**2 * in_chans
+        self.own_positions = own_positions
 
         self.encoder = VisionTransformer(
             img_size=height_width(img_size),
@@ -195,11 +198,12 @@ class MaskedAutoencoder(nn.Module):
         stored = self.encoder.pos_embed
         key = (grid, stored.device)
         if key not in self._tables:
-            decoder = sincos_table(self.decoder_embed_dim, grid, self.grid)[None].to(stored.device)
+            coordinates = grid if self.own_positions else self.grid
+            decoder = sincos_table(self.decoder_embed_dim, grid, coordinates)[None].to(stored.device)
             if grid == self.grid:
                 encoder = stored
             elif self._has_sincos_positions():
-                table = sincos_table(self.embed_dim, grid, self.grid)[None].to(stored)
+                table = sincos_table(self.embed_dim, grid, coordinates)[None].to(stored)
                 encoder = torch.cat([stored.detach()[:, :1], table], dim=1)
             else:
                 encoder = resample_abs_pos_embed(stored.detach(), list(grid), list(self.grid), num_prefix_tokens=1)

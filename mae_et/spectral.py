@@ -20,6 +20,7 @@ from .curriculum import SizePx, height_width
 OPERATORS = {
     "fourier": "exact spectral crop, on the device, from the full-size image",
     "lanczos": "Lanczos resize of the full-size crop in the loader (ET++'s efficient down-sampling)",
+    "bilinear": "the same with antialiased bilinear: blurrier, for comparison",
     "scaled": "DCT-scaled JPEG decoding, then one Lanczos resize in the loader: the cheapest",
 }
 

@@ -101,3 +101,13 @@ def test_errors_name_the_numbers() -> None:
         create_mae("mae_vit_bas_patch16")
     with pytest.raises(ValueError, match="decoder_embed_dim 18"):
         create_mae(decoder_embed_dim=18)
+
+
+def test_own_positions_number_small_grids_from_zero():
+    kwargs = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2, "decoder_embed_dim": 16}
+    own = create_mae("mae_vit_tiny_patch16", **kwargs, decoder_depth=1, decoder_num_heads=2, own_positions=True)
+    encoder, decoder = own.positions((2, 2))
+    assert torch.equal(encoder[0, 1:], sincos_table(24, (2, 2), (2, 2)))
+    assert torch.equal(decoder[0], sincos_table(16, (2, 2), (2, 2)))
+    assert not torch.equal(encoder[0, 1:], sincos_table(24, (2, 2), (4, 4)))
+    assert torch.equal(own.positions((4, 4))[0], own.encoder.pos_embed)

@@ -1,9 +1,10 @@
 """From what a source holds (file bytes, a Pillow image, an array) to a uint8 tensor at the size of the stage.
 
-Three ways down to a small stage, all with the same crop for the same seed (METHOD: low-frequency crop):
+Four ways down to a small stage, all with the same crop for the same seed (METHOD: low-frequency crop):
 
 - ``fourier``  bicubic crop at full size; the exact low-frequency crop happens later, on the device
 - ``lanczos``  bicubic crop at full size, then Lanczos to the stage's size (the pipeline EfficientTrain++ published)
+- ``bilinear`` the same with antialiased bilinear: blurrier, for comparison
 - ``scaled``   a JPEG is decoded at 1/2, 1/4 or 1/8 where the crop allows it, then one Lanczos resize of the crop
 
 Colour profiles are ignored, as torchvision and timm do. Channels are handled one by one outside grey and RGB.
@@ -25,7 +26,8 @@ import torch
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop, v2
 
-OPERATORS = ("fourier", "lanczos", "scaled")
+OPERATORS = ("fourier", "lanczos", "bilinear", "scaled")
+_RESIZED_CROP = {"lanczos": Image.Resampling.LANCZOS, "bilinear": Image.Resampling.BILINEAR}
 CROP_RATIO = (3 / 4, 4 / 3)  # width / height of a random crop; MAE, section A.1, through torchvision's default
 
 MAX_PIXELS = 89_478_485
@@ -137,8 +139,8 @@ def train_crop(
             crop = _mirror(crop)
         if augment:
             crop = v2.RandAugment(num_ops=2, magnitude=augment, interpolation=v2.InterpolationMode.BILINEAR)(crop)
-        if operator == "lanczos" and size_px != full_px:
-            crop = _resize(crop, size_px, Image.Resampling.LANCZOS)
+        if operator in _RESIZED_CROP and size_px != full_px:
+            crop = _resize(crop, size_px, _RESIZED_CROP[operator])
     return _to_tensor(crop)
 
 
