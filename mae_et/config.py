@@ -33,7 +33,7 @@ PRECISIONS = ("auto", "bf16", "fp32")
 POSITIVE = (
     *("batch_size", "accum_iter", "total_batch_size", "in_chans", "epochs", "print_steps", "num_images", "clip_grad"),
     *("patch_size", "embed_dim", "depth", "num_heads", "decoder_embed_dim", "decoder_depth", "decoder_num_heads"),
-    *("world_size", "save_minutes"),
+    *("world_size", "save_minutes", "keep_checkpoints"),
 )
 
 
@@ -161,6 +161,8 @@ class PretrainConfig:
     """Steps between checkpoints; 0: by time only."""
     save_minutes: float = 10
     """Minutes between checkpoints."""
+    keep_checkpoints: int = 2
+    """Checkpoints that are kept: checkpoint.pt, and before it checkpoint.prev1.pt and so on."""
     picture_steps: int = 0
     """Steps between reconstruction pictures; 0: only one at the end."""
     print_config: bool = False

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, interop, run_folder, runtime
+from . import checkpoint, interop, run_folder, runtime, storage
 from .config import PretrainConfig, to_dict, to_yaml
 from .cost import Ledger, peak_memory_bytes
 from .curriculum import Curriculum, Stage, as_size, grid_of, height_width, show_size
@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 FREE_ON_RESUME = frozenset(
     """
     recipe data_path num_images num_workers pin_mem damaged_limit output_dir log_dir resume overwrite start_epoch
-    device precision compile print_steps save_steps save_minutes picture_steps print_config
+    device precision compile print_steps save_steps save_minutes keep_checkpoints picture_steps print_config
     batch_size accum_iter total_batch_size
     world_size local_rank dist_on_itp dist_url job_dir nodes ngpus use_volta32
     """.split()
@@ -84,7 +84,7 @@ class Run:
                 "ledger": self.ledger.state_dict(),
                 "precision": self.here.precision,
             }
-            checkpoint.save(state, self.folder / run_folder.CHECKPOINT)
+            checkpoint.save(state, self.folder / run_folder.CHECKPOINT, keep=self.config.keep_checkpoints)
             run_folder.write_json(self.folder / run_folder.LEDGER, self.ledger.state_dict())
 
     def prepare(self, images: Tensor, stage: Stage) -> Tensor:
@@ -113,7 +113,7 @@ def pretrain(config: PretrainConfig) -> Path:
     Raises ValueError, OSError or CheckpointError, with one line, for whatever the user can mend.
     """
     resume = resume_path(config)
-    state = checkpoint.load(resume) if resume else {}
+    state, whole = checkpoint.load_newest(resume) if resume else ({}, None)
     if config.world_size > 1 and "WORLD_SIZE" not in os.environ:
         raise ValueError(f"--world_size {config.world_size}: start with torchrun --nproc_per_node={config.world_size}")
     # A resumed run keeps its precision, which also decides how attention is computed.
@@ -157,6 +157,8 @@ def pretrain(config: PretrainConfig) -> Path:
         if here.is_main:
             same = resume is not None and resume.parent.resolve() == run.folder.resolve()
             run_folder.prepare(run.folder, keep=same, overwrite=config.overwrite)
+            if same and whole != resume:  # a damaged one must not take the place of a whole one when the next is saved
+                os.replace(whole, resume)
             lasting = dataclasses.replace(config, resume="", overwrite=False)  # it is a recipe: no one-off flags
             run_folder.write_text(run.folder / run_folder.CONFIG, to_yaml(lasting))
             facts = run_folder.environment(device=here.describe(), precision=here.precision, devices=here.world_size)
@@ -165,7 +167,7 @@ def pretrain(config: PretrainConfig) -> Path:
 
         # ── train ──
         recorder = Recorder(run.folder, config.log_dir, curriculum, step, ledger, on=here.is_main)
-        with contextlib.closing(loader), recorder:
+        with storage.naming_folder(run.folder), contextlib.closing(loader), recorder:
             train(run, batches, recorder, stop, vanilla.stages[0].flops_per_image)
 
         # ── what the run leaves behind ──
@@ -330,9 +332,10 @@ def resume_path(config: PretrainConfig) -> Path | None:
     path = Path(config.output_dir if config.resume == "auto" else config.resume)
     if path.is_dir() or config.resume == "auto":
         path = path / run_folder.CHECKPOINT
-    if config.resume == "auto" and not path.exists():
+    there = path.exists() or storage.kept(path)
+    if config.resume == "auto" and not there:
         return None
-    if not path.exists():
+    if not there:
         raise FileNotFoundError(
             f"--resume {config.resume}: no checkpoint there; give a run folder, a checkpoint or auto"
         )

@@ -16,7 +16,7 @@ ORDER = (
     *("curriculum", "spectral", "targets"),
     *("model", "cost", "config", "finetune_config"),
     *("data.stream", "data.photos", "data.sources", "data.decode", "data.loader", "data.labelled", "data"),
-    *("optim", "runtime", "run_folder", "interop", "checkpoint", "picture", "progress", "journal"),
+    *("optim", "runtime", "storage", "run_folder", "interop", "checkpoint", "picture", "progress", "journal"),
     *("plan", "pretrain", "mixing", "classifier", "evaluation", "finetune", "probe"),
     *("compare", "reconstruct", "search"),
     *("cli", "__main__", ""),  # "" is mae_et itself
