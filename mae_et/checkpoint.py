@@ -122,7 +122,7 @@ def write_export(
         save({"model": exported}, out)
     else:
         if not interop.has_decoder(state):
-            shape = {key: value for key, value in shape.items() if not key.startswith("decoder_")}
+            shape = {key: value for key, value in shape.items() if not key.startswith("decoder")}
         config = interop.huggingface_config(shape, norm_pix_loss)
         exported = interop.to_huggingface(state, shape["img_size"])
         make_folder(out)

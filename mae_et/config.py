@@ -22,6 +22,7 @@ import tyro
 import yaml
 
 from .curriculum import ALLOCATIONS, SCHEDULES, SHARES_OF, StageRow, as_size, check_views
+from .decoder import DECODERS
 from .spectral import OPERATORS
 from .targets import TARGETS
 
@@ -69,6 +70,8 @@ class PretrainConfig:
     """Decoder blocks."""
     decoder_num_heads: int = 16
     """Decoder heads."""
+    decoder: str = "self"
+    """self (MAE's), or cross: predicted patches attend to the visible ones only (CrossMAE), which is cheaper."""
     own_positions: bool = False
     """Number the patches of a small stage from zero, instead of in coordinates of the full grid."""
 
@@ -189,6 +192,7 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         choice("--curriculum", self.curriculum, CURRICULA)
         choice("--target", self.target, TARGETS)
+        choice("--decoder", self.decoder, DECODERS)
         choice("--lowfreq", self.lowfreq, OPERATORS)
         choice("--share_of", self.share_of, SHARES_OF)
         choice("--allocation", self.allocation, ALLOCATIONS)

@@ -40,7 +40,9 @@ def model_kwargs(config: PretrainConfig) -> dict[str, Any]:
         "decoder_embed_dim": config.decoder_embed_dim,
         "decoder_depth": config.decoder_depth,
         "decoder_num_heads": config.decoder_num_heads,
-        "own_positions": config.own_positions or None,  # left out of shapes that other programs read
+        # What is MAE's own way is left out of shapes that other programs read.
+        "own_positions": config.own_positions or None,
+        "decoder": None if config.decoder == "self" else config.decoder,
     }
     kwargs = model_shape(config.model) | {k: v for k, v in changes.items() if v is not None}
     return kwargs | {"target_dim": target_dim(config.target, kwargs["patch_size"], config.in_chans)}

@@ -33,7 +33,7 @@ from .plan import build_curriculum, ledger_table, model_kwargs, vanilla_twin
 from .progress import Recorder, console, logging_to_console
 from .runtime import Runtime, Stop, stop_signals
 from .spectral import low_frequency_crop
-from .targets import hog_target, pixel_target, reconstruction_loss
+from .targets import hog_target, pixel_target, reconstruction_loss, take_patches
 
 log = logging.getLogger(__name__)
 
@@ -94,14 +94,14 @@ class Run:
 
     def loss(self, images: Tensor, stage: Stage, noise: Tensor) -> Tensor:
         """Mean loss of a micro-batch of prepared images; noise [b, L]."""
+        with self.here.autocast():
+            pred, ids, _ = self.network(images, stage.num_visible, stage.num_predicted, noise)
         with torch.no_grad():
             if self.config.target == "hog":
-                target = hog_target(images, self.model.patch_size)
+                target = take_patches(hog_target(images, self.model.patch_size), ids)
             else:
-                target = pixel_target(images, self.model.patch_size, self.config.norm_pix_loss)
-        with self.here.autocast():
-            output = self.network(images, stage.num_visible, stage.num_predicted, noise)
-        return reconstruction_loss(output.pred, target, output.predicted_ids)
+                target = pixel_target(images, self.model.patch_size, self.config.norm_pix_loss, ids)
+        return reconstruction_loss(pred, target)
 
     def patches(self, stage: Stage) -> int:
         return math.prod(grid_of(stage.size_px, self.model.patch_size))
@@ -308,10 +308,10 @@ def check_same_run(state: dict[str, Any], config: PretrainConfig, curriculum: Cu
         raise ValueError(
             f"--resume {path} is not a pretraining checkpoint of mae_et; to fine-tune it, use main_finetune.py"
         )
-    mine = identity(config, curriculum)
-    for name in mine["config"]:
-        if name not in FREE_ON_RESUME and state["config"].get(name) != mine["config"][name]:
-            theirs, ours = state["config"].get(name), mine["config"][name]
+    mine, defaults = identity(config, curriculum), to_dict(PretrainConfig())
+    for name, ours in mine["config"].items():
+        theirs = state["config"].get(name, defaults[name])  # a run from before there was this choice
+        if name not in FREE_ON_RESUME and theirs != ours:
             raise ValueError(f"--resume {path} is of another configuration: {name} was {theirs}, is {ours}")
     if state["num_images"] != mine["num_images"]:
         was, now = state["num_images"], mine["num_images"]

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "mae_et"  # read, never imported: a circle
 #: A room may import only rooms before it. `data/` is one room, ordered inside.
 ORDER = (
     *("curriculum", "spectral", "targets"),
-    *("model", "cost", "config", "finetune_config"),
+    *("decoder", "model", "cost", "config", "finetune_config"),
     *("data.stream", "data.photos", "data.sources", "data.decode", "data.loader", "data.labelled", "data"),
     *("optim", "runtime", "storage", "run_folder", "interop", "checkpoint", "picture", "progress", "journal"),
     *("plan", "pretrain", "mixing", "classifier", "evaluation", "finetune", "probe"),

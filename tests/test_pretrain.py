@@ -24,6 +24,7 @@ from mae_et.config import PretrainConfig, from_dict
 from mae_et.data.sources import open_source
 from mae_et.model import create_mae
 from mae_et.pretrain import pretrain
+from mae_et.reconstruct import ReconstructConfig, reconstruct
 
 ROOT = Path(__file__).parent.parent
 TINY = {
@@ -285,11 +286,20 @@ def test_two_ranks_equal_one(photos: Path, tmp_path: Path, whole: Path) -> None:
     assert ledgers[0]["images"] == ledgers[1]["images"] and ledgers[0]["flops"] == ledgers[1]["flops"]
 
 
-@pytest.mark.parametrize("change", [{"target": "hog"}, {"lowfreq": "lanczos"}, {"lowfreq": "scaled"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"target": "hog"},
+        {"lowfreq": "lanczos"},
+        {"lowfreq": "scaled"},
+        {"decoder": "cross", "predict_ratio": 0.5, "norm_pix_loss": True},
+    ],
+)
 def test_variants_run(photos: Path, tmp_path: Path, change: dict) -> None:
     folder = pretrain(tiny(photos, tmp_path / "run", epochs=0.6, clip_grad=1.0, precision="bf16", **change))
     assert json.loads((folder / "ledger.json").read_text())["total"]["steps"] > 2
-    assert (folder / "reconstruction.png").exists()
+    drawn = reconstruct(ReconstructConfig(str(folder), out=str(tmp_path / "again.png")))
+    assert drawn.stat().st_size > 0 and (folder / "reconstruction.png").exists()
 
 
 def test_compiles_whole_at_every_stage() -> None:
