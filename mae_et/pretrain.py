@@ -258,7 +258,7 @@ def accumulate_gradients(run: Run, batches: Iterator[Tensor], stage: Stage) -> t
     rows = rank_rows(stage.batch_size, here.rank, here.world_size)
     noise = mask_noise(run.config.seed, run.step, stage.batch_size, run.patches(stage))
     noise = here.to_device(noise[rows.start : rows.stop])
-    pieces = micro_batches(stage.batch_size, run.config.batch_size, here.rank, here.world_size)
+    pieces = micro_batches(stage.batch_size, stage.micro_size(run.config.batch_size), here.rank, here.world_size)
     for piece in pieces:
         waiting = time.perf_counter()
         images = next(batches)
@@ -277,7 +277,7 @@ def warm_up(run: Run, stage: Stage) -> float:
     if here.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(here.device)
     run.model.positions(grid_of(stage.size_px, run.model.patch_size))  # cached, so that no compiled graph builds them
-    pieces = micro_batches(stage.batch_size, run.config.batch_size, here.rank, here.world_size)
+    pieces = micro_batches(stage.batch_size, stage.micro_size(run.config.batch_size), here.rank, here.world_size)
     for size in sorted({len(piece) for piece in pieces}):
         images = torch.zeros(size, run.config.in_chans, *stage.height_width, device=here.device)
         with here.local_gradients(run.network):
@@ -318,9 +318,10 @@ def check_same_run(state: dict[str, Any], config: PretrainConfig, curriculum: Cu
         raise ValueError(f"--resume {path} was trained on {was} images, --data_path {config.data_path} has {now}")
     for theirs, ours in zip(state["stages"], mine["stages"], strict=True):
         for name in ours:
-            if as_size(theirs[name]) != as_size(ours[name]) if name == "size_px" else theirs[name] != ours[name]:
+            was = theirs.get(name, ours[name])
+            if as_size(was) != as_size(ours[name]) if name == "size_px" else was != ours[name]:
                 raise ValueError(
-                    f"--resume {path}: stage of {ours['size_px']} px had {name} {theirs[name]}, now {ours[name]}; "
+                    f"--resume {path}: stage of {ours['size_px']} px had {name} {was}, now {ours[name]}; "
                     "set --total_batch_size to keep the batch on another number of devices"
                 )
 

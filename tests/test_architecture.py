@@ -17,7 +17,7 @@ ORDER = (
     *("decoder", "model", "cost", "config", "finetune_config"),
     *("data.stream", "data.photos", "data.sources", "data.decode", "data.loader", "data.labelled", "data"),
     *("optim", "runtime", "storage", "run_folder", "interop", "checkpoint", "picture", "progress", "journal"),
-    *("plan", "pretrain", "mixing", "classifier", "evaluation", "finetune", "probe"),
+    *("scaling", "plan", "pretrain", "mixing", "classifier", "evaluation", "finetune", "probe"),
     *("compare", "reconstruct", "search"),
     *("cli", "__main__", ""),  # "" is mae_et itself
 )

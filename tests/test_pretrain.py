@@ -293,6 +293,7 @@ def test_two_ranks_equal_one(photos: Path, tmp_path: Path, whole: Path) -> None:
         {"lowfreq": "lanczos"},
         {"lowfreq": "scaled"},
         {"decoder": "cross", "predict_ratio": 0.5, "norm_pix_loss": True},
+        {"early_large_batch": True, "max_batch_size": 12, "batch_size": 2, "total_batch_size": 6},
     ],
 )
 def test_variants_run(photos: Path, tmp_path: Path, change: dict) -> None:

@@ -85,6 +85,7 @@ class SampleStream(Sampler[list[Sample]]):
             stage = self.curriculum.index(step)
             first = self.curriculum.images_before(step)
             batch_size = self.curriculum.stages[stage].batch_size
-            for rows in micro_batches(batch_size, self.micro_size, self.rank, self.world_size):
+            micro_size = self.curriculum.stages[stage].micro_size(self.micro_size)
+            for rows in micro_batches(batch_size, micro_size, self.rank, self.world_size):
                 numbers = (first + row for row in rows)
                 yield [Sample(image_index(self.seed, g, self.curriculum.num_images), g, stage) for g in numbers]
