@@ -207,17 +207,9 @@ def train(run: Run, batches: Iterator[Tensor], recorder: Recorder, stop: Stop, v
         lr = stage.lr_scale * learning_rate(
             position, peak=run.peak_lr, floor=config.min_lr, warmup=config.warmup_epochs / config.epochs
         )
-        loss, data_seconds = accumulate_gradients(run, batches, stage)
-        # Over ranks: the sum of their shares of the loss, and of those that were asked to stop.
-        outcome = here.sum(torch.stack([loss, torch.full_like(loss, stop.requested)]))
-        norm = nn.utils.get_total_norm(p.grad for p in run.model.parameters() if p.grad is not None)
-        if config.clip_grad is not None:
-            nn.utils.clip_grads_with_norm_(run.model.parameters(), config.clip_grad, norm)
-        set_learning_rate(run.optimizer, lr)
-        guarded_step(run.optimizer, outcome[0] + norm)  # finite only if both are
-        run.optimizer.zero_grad(set_to_none=True)
+        outcome, data_seconds = take_step(run, batches, stage, lr, stop.requested)
         run.step += 1
-        outcomes.append(torch.cat([outcome, norm[None]]))
+        outcomes.append(outcome)
 
         end_of_stage = run.step == curriculum.start(index) + stage.steps
         picture = bool(config.picture_steps) and run.step % config.picture_steps == 0
@@ -247,6 +239,22 @@ def train(run: Run, batches: Iterator[Tensor], recorder: Recorder, stop: Stop, v
                 saved_at = time.monotonic()
         if stopping:
             return
+
+
+def take_step(
+    run: Run, batches: Iterator[Tensor], stage: Stage, lr: float, stopping: bool = False
+) -> tuple[Tensor, float]:
+    """One optimiser step. Returns [loss, number of ranks `stopping`, gradient norm] and the seconds waited for data."""
+    loss, data_seconds = accumulate_gradients(run, batches, stage)
+    # Over ranks: the sum of their shares of the loss, and of those that were asked to stop.
+    outcome = run.here.sum(torch.stack([loss, torch.full_like(loss, stopping)]))
+    norm = nn.utils.get_total_norm(p.grad for p in run.model.parameters() if p.grad is not None)
+    if run.config.clip_grad is not None:
+        nn.utils.clip_grads_with_norm_(run.model.parameters(), run.config.clip_grad, norm)
+    set_learning_rate(run.optimizer, lr)
+    guarded_step(run.optimizer, outcome[0] + norm)  # finite only if both are
+    run.optimizer.zero_grad(set_to_none=True)
+    return torch.cat([outcome, norm[None]]), data_seconds
 
 
 def accumulate_gradients(run: Run, batches: Iterator[Tensor], stage: Stage) -> tuple[Tensor, float]:

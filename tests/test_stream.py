@@ -149,10 +149,10 @@ def alone(source: Noise, index: int, number: int, stage: Stage, operator="lanczo
 def test_batches_do_not_depend_on_the_number_of_workers():
     source, plan = Noise(11, damaged=(4,)), curriculum(11, (5, 3), (7, 2))
     wanted = batches(source, plan)
-    assert [tuple(batch.shape) for batch in wanted] == [(3, 3, 16, 16), (2, 3, 16, 16)] * 3 + [
+    assert [tuple(batch.shape) for batch in wanted] == [(2, 3, 16, 16), (3, 3, 16, 16)] * 3 + [
+        (2, 3, 24, 24),
+        (2, 3, 24, 24),
         (3, 3, 24, 24),
-        (3, 3, 24, 24),
-        (1, 3, 24, 24),
     ] * 2
     assert {batch.dtype for batch in wanted} == {torch.uint8}
     for workers in (1, 2):

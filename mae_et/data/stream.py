@@ -54,9 +54,10 @@ def rank_rows(batch_size: int, rank: int, world_size: int) -> range:
 
 
 def micro_batches(batch_size: int, micro_size: int, rank: int, world_size: int) -> list[range]:
-    """A rank's rows in pieces of at most `micro_size`, which are accumulated into one step."""
+    """A rank's rows in pieces of at most `micro_size`, as even as they can be, which are accumulated into one step."""
     rows = rank_rows(batch_size, rank, world_size)
-    return [rows[i : i + micro_size] for i in range(0, len(rows), micro_size)]
+    pieces = -(-len(rows) // micro_size)
+    return [rows[len(rows) * i // pieces : len(rows) * (i + 1) // pieces] for i in range(pieces)]
 
 
 def mask_noise(seed: int, step: int, batch_size: int, patches: int) -> Tensor:
