@@ -2,7 +2,7 @@
 
     python benchmarks/crash.py                              # 20 kills, one process
     python benchmarks/crash.py --ranks 2 --accumulate       # two gloo ranks, gradients accumulated
-    python benchmarks/crash.py --flags "--curriculum et_pp" # any further flags of main_pretrain.py, for both runs
+    python benchmarks/crash.py --flags="--curriculum et_pp" # any further flags of main_pretrain.py, for both runs
 
 Every other kill waits for a checkpoint to be in the middle of being written. With ranks, a kill hits now the whole
 group, as a node that dies, now one random rank, after which the others must end by themselves. A tiny model on the CPU,
@@ -164,7 +164,7 @@ def kill_once(launch: Launch, folder: Path, number: int, until: int) -> Kill:
     while number % 2 and not unfinished.exists() and process.poll() is None and time.monotonic() < deadline:
         pass
     if process.poll() is not None:
-        sys.exit(f"the run ended before kill {number + 1}: give it more --flags '--epochs N', or fewer --kills")
+        sys.exit(f"the run ended before kill {number + 1}: give it more epochs (--flags='--epochs N') or fewer --kills")
     began, ranks = time.monotonic(), workers(process.pid)
     if launch.ranks > 1 and number % 4 >= 2 and ranks:
         victim = random.choice(ranks)

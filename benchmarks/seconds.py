@@ -1,7 +1,7 @@
 """Do equal FLOPs take equal seconds? Times steps of every stage of a recipe against steps of vanilla MAE, in turn.
 
     python benchmarks/seconds.py                                    # fashion_mnist_etpp, and ViT-B/16 at a small batch
-    python benchmarks/seconds.py --recipes in1k_vitb_etpp400_hog --flags "--total_batch_size 1024 --device cuda"
+    python benchmarks/seconds.py --recipes in1k_vitb_etpp400_hog --flags="--total_batch_size 1024 --device cuda"
 
 Per stage: how many times faster an image is than at full size, by the clock and by FLOPs, and the first over the
 second (1: the stage wastes nothing). In all: seconds of the recipe's curriculum over those of vanilla MAE for the same
