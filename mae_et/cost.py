@@ -6,9 +6,13 @@ counter sees nothing of fused attention on CPU (pytorch issue 195460). Tests hol
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import os
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -76,6 +80,8 @@ class Account:
     warmup_seconds: float = 0.0
     """Compiling and warming the stage's shapes."""
     peak_memory_bytes: int = 0
+    energy_joules: float = 0.0
+    """Of the devices, or of the CPU packages, between reports; 0 where they don't tell."""
 
     @property
     def seconds(self) -> float:
@@ -125,6 +131,46 @@ class Ledger:
     @classmethod
     def from_state_dict(cls, state: dict) -> Ledger:
         return cls([Account(**account) for account in state["stages"]])
+
+
+class EnergyMeter:
+    """Joules used since the last reading: a CUDA device's own counter (needs nvidia-ml-py), or RAPL's of the CPU packages.
+
+    RAPL is Linux's powercap interface, which often only root may read. Each rank reads its own device; on CPU only the
+    first rank of a machine reads.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self._gpu, self._packages = device, None, []
+        if device.type == "cuda":
+            with contextlib.suppress(ImportError):
+                import pynvml
+
+                pynvml.nvmlInit()
+                uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+                self._gpu = functools.partial(
+                    pynvml.nvmlDeviceGetTotalEnergyConsumption, pynvml.nvmlDeviceGetHandleByUUID(uuid)
+                )
+        elif os.environ.get("LOCAL_RANK", "0") == "0":
+            self._packages = sorted(Path("/sys/class/powercap").glob("intel-rapl:[0-9]*"))
+            self._packages = [p for p in self._packages if p.name.count(":") == 1]
+        self._last = self._read()
+
+    def since(self) -> float:
+        """Joules since this was last called; 0 where nothing tells."""
+        before, self._last = self._last, self._read()
+        if before is None or self._last is None:
+            return 0.0
+        # RAPL's counters run over.
+        return sum(max(0.0, now - then) for now, then in zip(self._last, before, strict=True))
+
+    def _read(self) -> list[float] | None:
+        if self._gpu:
+            return [self._gpu() / 1e3]  # millijoules
+        try:
+            return [int((package / "energy_uj").read_text()) / 1e6 for package in self._packages] or None
+        except OSError:
+            return None
 
 
 def peak_memory_bytes(device: torch.device) -> int:
