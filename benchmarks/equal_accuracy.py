@@ -1,6 +1,6 @@
 """Run a study, arms × seeds × evaluations, through the real scripts, and compare what it cost and gave.
 
-    python benchmarks/equal_accuracy.py benchmarks/studies/fashion_mnist.yaml --out runs/study --keep docs/results/fashion_mnist
+    python benchmarks/equal_accuracy.py benchmarks/studies/fashion_mnist.yaml --keep docs/results/fashion_mnist
 
 A study is a YAML file:
 
@@ -9,7 +9,7 @@ A study is a YAML file:
     arms:
       vanilla T: {}                                           # what an arm changes
       et_pp T: {curriculum: et_pp, match_flops: vanilla T}    # epochs such that the FLOPs are another arm's
-      equal steps: {curriculum: et_pp, match_flops: vanilla T, match_steps: vanilla T}   # … and the batch, for its steps
+      equal steps: {curriculum: et_pp, match_flops: vanilla T, match_steps: vanilla T}   # … and its steps, by the batch
       from scratch: {pretrain: false, like: vanilla T}        # only fine-tuning, from random weights
     evaluate: [{linear_probe: true}, {knn: true}, {train_images: 6000, epochs: 5}]   # flags of main_finetune.py
     holdout: 10000         # optional: judge on the last 10,000 training images instead of the test images (IDX files)

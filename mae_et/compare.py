@@ -2,8 +2,8 @@
 
 A run is one folder; an arm is all runs of one configuration (its seeds); a family is arms that differ only in length.
 Two answers for each arm and evaluation: **equal compute** (the difference in quality at the same FLOPs, or seconds) and
-**equal quality** (the FLOPs, or seconds, that the baseline needs). The baseline's curve is interpolated between its arms,
-linearly in log cost; intervals are 95 % bootstrap intervals over seeds.
+**equal quality** (the FLOPs, or seconds, that the baseline needs). The baseline's curve is interpolated between its
+arms, linearly in log cost; intervals are 95 % bootstrap intervals over seeds.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import yaml
 from . import run_folder
 from .config import PretrainConfig, from_dict, to_dict
 from .cost import Account, Ledger
-from .curriculum import grid_of, show_size
+from .curriculum import as_size, grid_of, show_size
 from .model import model_shape
 from .pretrain import FREE_ON_RESUME
 
@@ -234,7 +234,7 @@ def group(runs: Sequence[RunRecord]) -> list[Arm]:
             arms.append(Arm("from scratch", "from scratch", _by_seed(some)))
             continue
         fields = arm_fields(some[0])
-        name = stem.replace("_", " ") if named else _label(fields, differing)
+        name = stem if named else _label(fields, differing)
         family = _label(fields, [field for field in differing if field not in LENGTH_FIELDS])
         arms.append(Arm(name, family, _by_seed(some)))
     return arms
@@ -320,7 +320,8 @@ def incomparable(runs: Sequence[RunRecord]) -> list[str]:
                 if a != b
             ]
     found += [
-        f"{run.folder} has stopped at {run.metrics[-1]['p'] if run.metrics else 0:.0%} of its compute; finish it with --resume auto"
+        f"{run.folder} has stopped at {run.metrics[-1]['p'] if run.metrics else 0:.0%} of its compute; finish it with "
+        "--resume auto"
         for run in runs
         if not run.finished
     ]
@@ -403,7 +404,7 @@ def stage_reports(arm: Arm, baseline: Sequence[Arm]) -> list[dict[str, Any]]:
         patch = _shape_field(arm.runs[0], "patch_size")
         rows.append(
             {
-                "size_px": first.size_px,
+                "size_px": show_size(as_size(first.size_px)),
                 "patches": math.prod(grid_of(first.size_px, patch)),
                 "steps": first.steps,
                 "images": first.images,
@@ -533,7 +534,3 @@ def _interval(samples: Sequence[float]) -> list[float] | None:
     ordered = sorted(samples)  # may hold inf, which percentiles of numpy would turn into nan
     last = len(ordered) - 1
     return [float(ordered[round(last * share)]) for share in (0.025, 0.975)]
-
-
-def describe_stage(size_px: Any) -> str:
-    return f"{show_size(tuple(size_px) if isinstance(size_px, list) else size_px)} px"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -134,14 +133,15 @@ class Ledger:
 
 
 class EnergyMeter:
-    """Joules used since the last reading: a CUDA device's own counter (needs nvidia-ml-py), or RAPL's of the CPU packages.
+    """Joules used since the last reading, as the devices tell.
 
-    RAPL is Linux's powercap interface, which often only root may read. Each rank reads its own device; on CPU only the
-    first rank of a machine reads.
+    A CUDA device has a counter (read through nvidia-ml-py, where that is installed): this rank's, times the number of
+    devices, since asking the others would make them wait. CPU packages have RAPL (Linux's powercap interface, which
+    often only root may read): those of this machine.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device, self._gpu, self._packages = device, None, []
+    def __init__(self, device: torch.device, devices: int = 1) -> None:
+        self._devices, self._gpu, self._packages = devices, None, []
         if device.type == "cuda":
             with contextlib.suppress(ImportError):
                 import pynvml
@@ -151,9 +151,9 @@ class EnergyMeter:
                 self._gpu = functools.partial(
                     pynvml.nvmlDeviceGetTotalEnergyConsumption, pynvml.nvmlDeviceGetHandleByUUID(uuid)
                 )
-        elif os.environ.get("LOCAL_RANK", "0") == "0":
-            self._packages = sorted(Path("/sys/class/powercap").glob("intel-rapl:[0-9]*"))
-            self._packages = [p for p in self._packages if p.name.count(":") == 1]
+        else:
+            found = sorted(Path("/sys/class/powercap").glob("intel-rapl:[0-9]*"))
+            self._packages = [package for package in found if package.name.count(":") == 1]  # not parts of packages
         self._last = self._read()
 
     def since(self) -> float:
@@ -166,7 +166,7 @@ class EnergyMeter:
 
     def _read(self) -> list[float] | None:
         if self._gpu:
-            return [self._gpu() / 1e3]  # millijoules
+            return [self._devices * self._gpu() / 1e3]  # millijoules
         try:
             return [int((package / "energy_uj").read_text()) / 1e6 for package in self._packages] or None
         except OSError:

@@ -199,7 +199,7 @@ def train(run: Run, batches: Iterator[Tensor], recorder: Recorder, stop: Stop, v
     Everything at a step is a function of (seed, step). The host waits for the device only where it reports or saves.
     """
     config, here, curriculum = run.config, run.here, run.curriculum
-    index, outcomes, saved_at, meter = -1, [], time.monotonic(), EnergyMeter(here.device)
+    index, outcomes, saved_at, meter = -1, [], time.monotonic(), EnergyMeter(here.device, here.world_size)
     while run.step < curriculum.total_steps:
         if index != curriculum.index(run.step):
             index = curriculum.index(run.step)
@@ -239,7 +239,7 @@ def train(run: Run, batches: Iterator[Tensor], recorder: Recorder, stop: Stop, v
         run.ledger.add(index, stage, train_seconds=seconds - data_seconds, data_seconds=data_seconds)
         if report or stopping:
             account.peak_memory_bytes = max(account.peak_memory_bytes, peak_memory_bytes(here.device))
-            account.energy_joules += here.sum(torch.tensor(meter.since())).item()
+            account.energy_joules += meter.since()
             mean_loss = sum(value for value, *_ in values) / len(values)
             recorder.report(run.step - 1, index, mean_loss, values[-1][2], lr, run.ledger, vanilla_flops)
             outcomes = []

@@ -18,7 +18,7 @@ ORDER = (
     *("data.stream", "data.photos", "data.sources", "data.decode", "data.loader", "data.labelled", "data"),
     *("optim", "runtime", "run_folder", "interop", "checkpoint", "picture", "progress", "journal"),
     *("plan", "pretrain", "mixing", "classifier", "evaluation", "finetune", "probe"),
-    *("compare", "reconstruct", "search"),
+    *("compare", "report", "reconstruct", "search"),
     *("cli", "__main__", ""),  # "" is mae_et itself
 )
 MODULES = {
