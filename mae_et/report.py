@@ -188,8 +188,7 @@ def notes(report: Mapping[str, Any]) -> list[str]:
         "Accuracies are top-1 in per cent. Seconds are training and waiting for data."
     )
     found.append(
-        "Per stage, the speed-ups are per image, against the baseline; their ratio is 1 where every FLOP saved saves its "
-        "share of time."
+        "Per stage, the speed-ups are per image, against the baseline; their ratio is 1 where time falls as FLOPs do."
     )
     return found
 
