@@ -24,6 +24,8 @@ AXIS_LABELS = {"flops": "training FLOPs", "seconds": "training seconds"}
 #: Okabe and Ito's colours, which people with any colour vision can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 MARKERS = "osD^vP*X"
+FIGURE_INCHES = (5.6, 4.2)
+"""Small enough for its text to be read on a phone."""
 Row = Sequence[str]
 
 
@@ -215,54 +217,51 @@ def terminal_tables(report: Mapping[str, Any]) -> list[Table]:
 def draw_figures(report: Mapping[str, Any]) -> dict[str, tuple[Figure, str]]:
     """Pictures by name, each with its caption."""
     arms = [arm for arm in report["arms"] if arm["stages"]]
-    families = list(dict.fromkeys(arm["family"] for arm in arms))
-    style = {f: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i, f in enumerate(families)}
     figures = {}
     for protocol in report["protocols"]:
-        caption = (
-            f"{protocol}: top-1 against cost; lines join the mean of arms that differ only in length, dots are seeds."
-        )
-        figures[f"quality-{protocol}"] = _draw_quality(report, arms, style, protocol), caption
+        for axis, label in AXIS_LABELS.items():
+            caption = f"{protocol}: top-1 against {label}. Lines join arms that differ only in length; dots are seeds."
+            figures[f"{protocol}-{axis}"] = _draw_quality(report, arms, protocol, axis), caption
     if any(arm["loss"] for arm in arms):
         caption = "Training loss against the share of the compute, each stage at its own size, so not on one scale."
         figures["loss"] = _draw_loss(arms), caption
-    figures["stages"] = _draw_stages(arms), "Compute and time of every arm, by stage."
+    for axis, label in AXIS_LABELS.items():
+        figures[f"stages-{axis}"] = _draw_stages(arms, axis), f"{label.capitalize()} of every arm, by stage."
     return figures
 
 
-def _draw_quality(report: Mapping, arms: Sequence[Mapping], style: Mapping, protocol: str) -> Figure:
-    figure, axes = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained")
-    for axis, name in zip(axes, AXIS_LABELS, strict=True):
-        for family, (colour, marker) in style.items():
-            points = []
-            for arm in arms:
-                if arm["family"] == family and protocol in arm["quality"]:
-                    cost = arm["flops"] if name == "flops" else arm["seconds"]["mean"]
-                    summary = arm["quality"][protocol]
-                    points.append((cost, summary["mean"]))
-                    axis.plot([cost] * summary["n"], summary["values"], marker, color=colour, alpha=0.35, ms=4, mew=0)
-            if points:
-                label = family if axis is axes[0] else None
-                axis.plot(
-                    *zip(*sorted(points), strict=True), "-", marker=marker, color=colour, ms=6, lw=1.5, label=label
-                )
-        for arm in report["arms"]:
-            if not arm["stages"] and protocol in arm["quality"]:
-                axis.axhline(arm["quality"][protocol]["mean"], color="#666666", ls=":", lw=1)
-                axis.annotate(arm["name"], (0.02, arm["quality"][protocol]["mean"]), xycoords=("axes fraction", "data"),
-                              fontsize=8, va="bottom", color="#666666")  # fmt: skip
-        axis.set_xscale("log")
-        axis.set_xlabel(AXIS_LABELS[name])
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: number(v, 1)))
-        axis.xaxis.set_minor_formatter(NullFormatter())
-        axis.grid(alpha=0.25, which="both")
-    axes[0].set_ylabel(f"{protocol}, top-1 %")
-    figure.legend(loc="outside lower center", ncols=2 if len(style) > 4 else 4, fontsize=8, frameon=False)
+def _draw_quality(report: Mapping, arms: Sequence[Mapping], protocol: str, axis: str) -> Figure:
+    figure, plot = plt.subplots(figsize=FIGURE_INCHES, layout="constrained")
+    families = list(dict.fromkeys(arm["family"] for arm in arms if protocol in arm["quality"]))
+    ticks = []
+    for i, family in enumerate(families):
+        colour, marker, points = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], []
+        for arm in arms:
+            if arm["family"] == family and protocol in arm["quality"]:
+                cost = arm["flops"] if axis == "flops" else arm["seconds"]["mean"]
+                summary = arm["quality"][protocol]
+                points.append((cost, summary["mean"]))
+                ticks += [cost] if arm["baseline"] else []
+                plot.plot([cost] * summary["n"], summary["values"], marker, color=colour, alpha=0.35, ms=4, mew=0)
+        plot.plot(*zip(*sorted(points), strict=True), "-", marker=marker, color=colour, ms=6, lw=1.5, label=family)
+    for arm in report["arms"]:
+        if not arm["stages"] and protocol in arm["quality"]:
+            level = arm["quality"][protocol]["mean"]
+            plot.axhline(level, color="#666666", ls=":", lw=1)
+            where = {"xycoords": ("axes fraction", "data"), "va": "bottom", "fontsize": 8, "color": "#666666"}
+            plot.annotate(arm["name"], (0.02, level), **where)
+    plot.set_xscale("log")
+    plot.set_xticks(ticks, [number(tick, 2) for tick in ticks])  # the baseline's arms
+    plot.xaxis.set_minor_formatter(NullFormatter())
+    plot.set_xlabel(AXIS_LABELS[axis])
+    plot.set_ylabel(f"{protocol}, top-1 %")
+    plot.grid(alpha=0.25)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     return figure
 
 
 def _draw_loss(arms: Sequence[Mapping]) -> Figure:
-    figure, axis = plt.subplots(figsize=(9, 4), layout="constrained")
+    figure, axis = plt.subplots(figsize=FIGURE_INCHES, layout="constrained")
     for i, arm in enumerate(arms):
         for j, curve in enumerate(arm["loss"]):
             colour, dashes = COLOURS[i % len(COLOURS)], "-" if i < len(COLOURS) else "--"
@@ -275,29 +274,27 @@ def _draw_loss(arms: Sequence[Mapping]) -> Figure:
     axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     axis.yaxis.set_minor_formatter(FuncFormatter(lambda v, _: f"{v:.2g}"))
     axis.grid(alpha=0.25, which="both")
-    figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     return figure
 
 
-def _draw_stages(arms: Sequence[Mapping]) -> Figure:
-    figure, axes = plt.subplots(1, 2, figsize=(9, 0.9 + 0.32 * len(arms)), sharey=True, layout="constrained")
+def _draw_stages(arms: Sequence[Mapping], axis: str) -> Figure:
+    figure, plot = plt.subplots(figsize=(FIGURE_INCHES[0], 1.2 + 0.3 * len(arms)), layout="constrained")
     sizes = list(dict.fromkeys(stage["size_px"] for arm in arms for stage in arm["stages"]))
     sizes.sort(key=lambda size: [int(side) for side in size.split("×")])
     shades = {size: plt.get_cmap("viridis")(0.15 + 0.75 * i / max(1, len(sizes) - 1)) for i, size in enumerate(sizes)}
-    for axis, key in zip(axes, AXIS_LABELS, strict=True):
-        for row, arm in enumerate(arms):
-            left = 0.0
-            for stage in arm["stages"]:
-                width = stage["flops"] if key == "flops" else stage["seconds"]["mean"]
-                axis.barh(row, width, left=left, color=shades[stage["size_px"]], height=0.7)
-                left += width
-        axis.set_xlabel(AXIS_LABELS[key])
-    axes[0].set_yticks(range(len(arms)), [arm["name"] for arm in arms], fontsize=8)
-    axes[0].invert_yaxis()
-    handles = [plt.Rectangle((0, 0), 1, 1, color=shades[size]) for size in sizes]
-    figure.legend(
-        handles, [f"{size} px" for size in sizes], loc="outside lower center", ncols=6, fontsize=8, frameon=False
-    )
+    for row, arm in enumerate(arms):
+        left = 0.0
+        for stage in arm["stages"]:
+            width = stage["flops"] if axis == "flops" else stage["seconds"]["mean"]
+            plot.barh(row, width, left=left, color=shades[stage["size_px"]], height=0.7)
+            left += width
+    plot.set_xlabel(AXIS_LABELS[axis])
+    plot.set_yticks(range(len(arms)), [arm["name"] for arm in arms], fontsize=8)
+    plot.invert_yaxis()
+    handles = [plt.Rectangle((0, 0), 1, 1, color=shade) for shade in shades.values()]
+    labels = [f"{size} px" for size in shades]
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     return figure
 
 
@@ -338,7 +335,7 @@ th:first-child{background:#f5f5f5}
 tr.baseline td{background:#eef5fb}
 figure{margin:1rem 0}figure img{width:100%;height:auto;display:block}figcaption{font-size:.85rem;color:#555}
 ul{padding-left:1.2rem}li.forced{color:#b00020;font-weight:600}
-.pictures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,34rem),1fr));gap:1rem}
+.pictures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,24rem),1fr));gap:1rem}
 @media print{body{font-size:10pt;max-width:none;padding:0}.scroll{overflow:visible;border:0}
 table{font-size:6.5pt}th,td{padding:1.5pt 2.5pt;white-space:normal}figure,tr{break-inside:avoid}
 .pictures{display:block}@page{size:A4 landscape;margin:12mm}}
