@@ -55,7 +55,7 @@ def number(value: float | None, digits: int = 3) -> str:
     if value and not 1e-3 <= abs(value) < 1e6:
         mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
         return f"{mantissa}e{int(exponent)}"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
+    return f"{value:,.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"
 
 
 def spread(summary: Mapping[str, Any] | None, show: Callable[[float], str] = lambda v: f"{v:.2f}") -> str:
@@ -226,7 +226,7 @@ def draw_figures(report: Mapping[str, Any]) -> dict[str, tuple[Figure, str]]:
         caption = "Training loss against the share of the compute, each stage at its own size, so not on one scale."
         figures["loss"] = _draw_loss(arms), caption
     for axis, label in AXIS_LABELS.items():
-        figures[f"stages-{axis}"] = _draw_stages(arms, axis), f"{label.capitalize()} of every arm, by stage."
+        figures[f"stages-{axis}"] = _draw_stages(arms, axis), f"{label[0].upper()}{label[1:]} of every arm, by stage."
     return figures
 
 

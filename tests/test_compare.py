@@ -287,7 +287,16 @@ def test_a_report_is_the_same_from_the_same_files(study, tmp_path):
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(None, "–"), (0, "0"), (1.2345e13, "1.23e13"), (12345.6, "12,346"), (0.5, "0.5"), (2e-5, "2.00e-5")],
+    [
+        (None, "–"),
+        (0, "0"),
+        (1.2345e13, "1.23e13"),
+        (12345.6, "12,346"),
+        (99.96, "100"),
+        (437.2, "437"),
+        (0.5, "0.5"),
+        (2e-5, "2.00e-5"),
+    ],
 )
 def test_numbers_as_people_write_them(value, text):
     assert number(value) == text
