@@ -4,7 +4,7 @@
 
 A study is a YAML file:
 
-    flags: {recipe: fashion_mnist_vanilla, epochs: 2, …}      # of main_pretrain.py, for all arms
+    flags: {recipe: fashion_mnist_vanilla, epochs: 2, …}      # of main_pretrain.py and its recipes, for all arms
     seeds: [0, 1, 2]                                          # an arm may have its own
     arms:
       vanilla T: {}                                           # what an arm changes
@@ -13,6 +13,8 @@ A study is a YAML file:
       from scratch: {pretrain: false, like: vanilla T}        # only fine-tuning, from random weights
     evaluate: [{linear_probe: true}, {knn: true}, {train_images: 6000, epochs: 5}]   # flags of main_finetune.py
     holdout: 10000         # optional: judge on the last 10,000 training images instead of the test images (IDX files)
+
+    beside: [fashion_mnist/vanilla*]                          # optional: runs kept beside --keep, to compare with
 
 It can be stopped at any time and goes on where it was: a run whose results lie in --keep is finished and needs nothing
 else, so the small files can be committed and the checkpoints thrown away.
@@ -36,7 +38,7 @@ from typing import Any
 import tyro
 import yaml
 
-from mae_et.config import PretrainConfig, from_recipe, parse
+from mae_et.config import PretrainConfig, from_dict, from_recipe, parse, to_dict, to_yaml
 from mae_et.data.sources import open_source
 from mae_et.finetune_config import FinetuneConfig
 from mae_et.plan import build_curriculum, count_images
@@ -128,7 +130,8 @@ def matched(flags: dict[str, dict], name: str, changes: dict[str, Any]) -> dict[
 
 def planned(flags: dict[str, Any]):
     """(configuration, curriculum) of flags."""
-    config = parse(PretrainConfig, arguments(flags))
+    base = to_dict(from_recipe(PretrainConfig, flags["recipe"]))
+    config = from_dict(PretrainConfig, base | flags, "study")
     return config, build_curriculum(config, count_images(config))
 
 
@@ -150,7 +153,9 @@ def run_job(job: Job, config: StudyConfig, data_path: str | None, cores: list[in
         return ""
     log = config.out / f"{job.name}.log"
     if job.flags and not (folder / "encoder.safetensors").exists():
-        words = arguments(job.flags | {"seed": job.seed, "output_dir": str(folder), "resume": "auto"})
+        recipe = config.out / f"{job.name}.yaml"
+        recipe.write_text(to_yaml(planned(job.flags)[0]))
+        words = arguments({"recipe": recipe, "seed": job.seed, "output_dir": folder, "resume": "auto"})
         if problem := script("main_pretrain.py", words, log, cores):
             return problem
     for name, flags in job.evaluations.items():
@@ -246,8 +251,10 @@ def main() -> None:
         problems = [problem for problem in pool.map(work, jobs) if problem]
     if problems:
         raise SystemExit(1)
-    runs = [str(path) for path in sorted(keep_folder(config).iterdir()) if path.is_dir()]
-    subprocess.run([sys.executable, "-m", "mae_et", "compare", *runs, "--out", str(keep_folder(config))], check=True)
+    kept = keep_folder(config)
+    beside = [path for pattern in study.get("beside", []) for path in kept.parent.glob(pattern)]
+    runs = [str(path) for path in sorted([*kept.iterdir(), *beside]) if path.is_dir()]
+    subprocess.run([sys.executable, "-m", "mae_et", "compare", *runs, "--out", str(kept)], check=True)
 
 
 if __name__ == "__main__":
