@@ -77,6 +77,15 @@ def open_source(data_path: str | os.PathLike[str], split: str = "train") -> Sour
     return _open_folder(root, split)
 
 
+def is_jpeg_source(source: Source) -> bool:
+    """Whether the first image is a JPEG file."""
+    try:
+        item = source.read(0)[0]
+    except OSError:
+        return False
+    return isinstance(item, bytes) and item.startswith(b"\xff\xd8")
+
+
 def subset(source: Source, num_images: int, seed: int) -> Source:
     """`num_images` images of `source`, the same ones for the same seed.
 
