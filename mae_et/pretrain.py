@@ -22,6 +22,7 @@ from . import checkpoint, interop, run_folder, runtime
 from .config import PretrainConfig, to_dict, to_yaml
 from .cost import Ledger, peak_memory_bytes
 from .curriculum import Curriculum, Stage, grid_of, height_width, show_size
+from .data.cache import CachedSource
 from .data.decode import DamagedImage, center_crop
 from .data.loader import DamageLog, TrainImages, spare_cores, train_batches
 from .data.sources import is_jpeg_source, open_source
@@ -126,6 +127,8 @@ def pretrain(config: PretrainConfig) -> Path:
         # ── plan and model ──
         with here.main_first():
             source = open_source(config.data_path, "train")
+        if config.cache_gib:
+            source = CachedSource(source, int(config.cache_gib * 2**30))
         curriculum = build_curriculum(config, len(source), here.world_size)
         vanilla = build_curriculum(vanilla_twin(config), len(source), here.world_size)
         torch.manual_seed(derive_seed(config.seed, "weights"))

@@ -26,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 import tifffile
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torchvision.transforms import RandomResizedCrop, v2
 
 try:
@@ -223,6 +223,8 @@ def _damage() -> Iterator[None]:
         yield
     except DamagedImage:
         raise
+    except UnidentifiedImageError as error:  # its own message is an address in memory
+        raise DamagedImage("not a readable image (of no known format)") from error
     except _PILLOW_ERRORS as error:
         raise DamagedImage(f"not a readable image ({type(error).__name__}: {error})") from error
 
