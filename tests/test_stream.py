@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import zlib
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from mae_et.curriculum import Curriculum, Stage
 from mae_et.data.decode import train_crop
 from mae_et.data.loader import DamageLog, TrainImages, train_batches
 from mae_et.data.replay import MissingSamples
+from mae_et.data.sources import open_source
 from mae_et.data.stream import SampleStream, derive_seed, image_index, mask_noise, micro_batches, rank_rows
 
 FEW = settings(max_examples=30, deadline=None)
@@ -346,3 +350,56 @@ def test_views_of_one_image_differ_and_masks_repeat_a_view():
     images = batch.reshape(2, 3, 2, -1)  # image, view, mask
     assert images[:, :, 0].equal(images[:, :, 1])
     assert len({tuple(view.tolist()) for view in images[:, :, 0].flatten(0, 1)}) == 6
+
+
+# ---------------------------------------------------------------------------------------------------- damaged files
+
+
+def ten_kinds_of_damage() -> dict[str, bytes]:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8))
+
+    def file(kind: str) -> bytes:
+        buffer = io.BytesIO()
+        picture.save(buffer, kind)
+        return buffer.getvalue()
+
+    jpeg, png, webp, tiff = (file(kind) for kind in ("JPEG", "PNG", "WEBP", "TIFF"))
+    npy = io.BytesIO()
+    np.save(npy, np.zeros((40, 50, 3), np.uint8))
+    huge = png[:16] + (200_000).to_bytes(4, "big") * 2 + png[24:]
+    return {
+        "empty.jpg": b"",
+        "text.jpg": b"<html>404 Not Found</html>",
+        "cut.jpg": jpeg[: len(jpeg) // 2],
+        "header.jpg": jpeg[:200],
+        "zeros.jpg": b"\xff\xd8\xff\xe0" + bytes(2000),
+        "cut.png": png[: len(png) // 2],
+        "huge.png": huge[:29] + zlib.crc32(huge[12:29]).to_bytes(4, "big") + huge[33:],
+        "cut.webp": webp[: len(webp) // 2],
+        "cut.tif": tiff[: len(tiff) // 2],
+        "cut.npy": npy.getvalue()[:-100],
+    }
+
+
+@pytest.mark.parametrize("operator", ["fourier", "scaled"])
+def test_a_twentieth_of_damaged_files_of_ten_kinds(tmp_path, caplog, operator):
+    """190 sound files and 10 damaged ones: each is named, the run goes on below the limit and stops above it."""
+    for i in range(190):
+        pixels = np.full((24, 30, 3), i, np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{i:03}.{('jpg', 'png')[i % 2]}")
+    damage = ten_kinds_of_damage()
+    for i, (name, data) in enumerate(damage.items()):
+        (tmp_path / f"{19 * i:03}-{name}").write_bytes(data)
+    source, plan = open_source(tmp_path), curriculum(200, (20, 11), (10, 5))
+    assert len(source) == 200
+    with caplog.at_level(logging.WARNING, logger="mae_et.data.loader"):
+        wanted = batches(source, plan, operator, limit=0.05, micro_size=20)
+    assert len(wanted) == 16
+    named = [r.getMessage() for r in caplog.records if "damaged image skipped" in r.getMessage()]
+    assert len(named) == 10
+    assert all(any(name in message for message in named) for name in damage)
+    assert all("\n" not in message and " at 0x" not in message for message in named)
+    found = batches(source, plan, operator, limit=0.05, micro_size=20, workers=2)
+    assert all(a.equal(b) for a, b in zip(found, wanted, strict=True))
+    with pytest.raises(ValueError, match=r"10 of 200 images are damaged, more than --damaged_limit 0\.049"):
+        batches(source, plan, operator, limit=0.049, micro_size=20, workers=2)
