@@ -13,6 +13,7 @@ import torch
 import tyro
 
 from .checkpoint import CheckpointError, read_pretrained, write_export
+from .compare import CompareConfig, compare
 from .config import PretrainConfig, parse, to_yaml
 from .finetune import finetune
 from .finetune_config import FinetuneConfig
@@ -22,6 +23,7 @@ from .pretrain import pretrain
 from .probe import probe
 from .progress import console, logging_to_console
 from .reconstruct import ReconstructConfig, reconstruct
+from .report import notes, terminal_tables, write_report
 
 #: Mistakes and mishaps that one line explains; anything else is a bug and shows its traceback.
 EXPLAINED = (ValueError, OSError, CheckpointError, FloatingPointError)
@@ -107,10 +109,24 @@ def _export(argv: list[str]) -> None:
     console.print(f"{pretrained.origin} → {out}", highlight=False, soft_wrap=True)
 
 
+def _compare(argv: list[str]) -> None:
+    config = parse(CompareConfig, argv, prog="mae_et compare")
+    report = compare(config)
+    paths = write_report(report, Path(config.out)) if config.out else []
+    if config.json:
+        print(json.dumps(report, indent=1))
+        return
+    for table in terminal_tables(report):
+        console.print(table)
+    for line in (*notes(report), *(f"written: {path}" for path in paths)):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "pretrain": (_pretrain, "pretrain, as main_pretrain.py does"),
     "finetune": (_finetune, "fine-tune, probe or evaluate, as main_finetune.py does"),
     "plan": (_plan, "print what a configuration will cost, before any training"),
+    "compare": (_compare, "compare what runs cost and gave, and what the baseline would have needed"),
     "export": (_export, "write pretrained weights for timm, facebookresearch/mae or transformers"),
     "prepare": (_prepare, "pack images once into shards that are quick to read"),
     "reconstruct": (_reconstruct, "draw what a checkpoint reconstructs"),

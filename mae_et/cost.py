@@ -6,9 +6,12 @@ counter sees nothing of fused attention on CPU (pytorch issue 195460). Tests hol
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -77,6 +80,8 @@ class Account:
     warmup_seconds: float = 0.0
     """Compiling and warming the stage's shapes."""
     peak_memory_bytes: int = 0
+    energy_joules: float = 0.0
+    """Of the devices, or of the CPU packages, between reports; 0 where they don't tell."""
     decoded_images: int = 0
     """Images decoded for those seen, by the plan; what a resumed run decodes again for its buffer isn't counted."""
     replay_bytes: int = 0
@@ -131,6 +136,47 @@ class Ledger:
     @classmethod
     def from_state_dict(cls, state: dict) -> Ledger:
         return cls([Account(**account) for account in state["stages"]])
+
+
+class EnergyMeter:
+    """Joules used since the last reading, as the devices tell.
+
+    A CUDA device has a counter (read through nvidia-ml-py, where that is installed): this rank's, times the number of
+    devices, since asking the others would make them wait. CPU packages have RAPL (Linux's powercap interface, which
+    often only root may read): those of this machine.
+    """
+
+    def __init__(self, device: torch.device, devices: int = 1) -> None:
+        self._devices, self._gpu, self._packages = devices, None, []
+        if device.type == "cuda":
+            with contextlib.suppress(ImportError):
+                import pynvml
+
+                pynvml.nvmlInit()
+                uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+                self._gpu = functools.partial(
+                    pynvml.nvmlDeviceGetTotalEnergyConsumption, pynvml.nvmlDeviceGetHandleByUUID(uuid)
+                )
+        else:
+            found = sorted(Path("/sys/class/powercap").glob("intel-rapl:[0-9]*"))
+            self._packages = [package for package in found if package.name.count(":") == 1]  # not parts of packages
+        self._last = self._read()
+
+    def since(self) -> float:
+        """Joules since this was last called; 0 where nothing tells."""
+        before, self._last = self._last, self._read()
+        if before is None or self._last is None:
+            return 0.0
+        # RAPL's counters run over.
+        return sum(max(0.0, now - then) for now, then in zip(self._last, before, strict=True))
+
+    def _read(self) -> list[float] | None:
+        if self._gpu:
+            return [self._devices * self._gpu() / 1e3]  # millijoules
+        try:
+            return [int((package / "energy_uj").read_text()) / 1e6 for package in self._packages] or None
+        except OSError:
+            return None
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from . import checkpoint, interop, run_folder, runtime
 from .config import PretrainConfig, to_dict, to_yaml
-from .cost import Ledger, peak_memory_bytes
+from .cost import EnergyMeter, Ledger, peak_memory_bytes
 from .curriculum import Curriculum, Stage, grid_of, height_width, show_size
 from .data.cache import CachedSource
 from .data.decode import DamagedImage, center_crop
@@ -162,7 +162,12 @@ def pretrain(config: PretrainConfig) -> Path:
             run_folder.prepare(run.folder, keep=same, overwrite=config.overwrite)
             lasting = dataclasses.replace(config, resume="", overwrite=False)  # it is a recipe: no one-off flags
             run_folder.write_text(run.folder / run_folder.CONFIG, to_yaml(lasting))
-            facts = run_folder.environment(device=here.describe(), precision=here.precision, devices=here.world_size)
+            facts = run_folder.environment(
+                device=here.describe(),
+                precision=here.precision,
+                devices=here.world_size,
+                num_images=len(source),
+            )
             run_folder.write_json(run.folder / run_folder.ENVIRONMENT, facts)
             announce(run, vanilla)
 
@@ -200,7 +205,7 @@ def train(run: Run, batches: Iterator[Tensor], recorder: Recorder, stop: Stop, v
     Everything at a step is a function of (seed, step). The host waits for the device only where it reports or saves.
     """
     config, here, curriculum = run.config, run.here, run.curriculum
-    index, outcomes, saved_at = -1, [], time.monotonic()
+    index, outcomes, saved_at, meter = -1, [], time.monotonic(), EnergyMeter(here.device, here.world_size)
     while run.step < curriculum.total_steps:
         if index != curriculum.index(run.step):
             index = curriculum.index(run.step)
@@ -240,6 +245,7 @@ def train(run: Run, batches: Iterator[Tensor], recorder: Recorder, stop: Stop, v
         run.ledger.add(index, stage, train_seconds=seconds - data_seconds, data_seconds=data_seconds)
         if report or stopping:
             account.peak_memory_bytes = max(account.peak_memory_bytes, peak_memory_bytes(here.device))
+            account.energy_joules += meter.since()
             mean_loss = sum(value for value, *_ in values) / len(values)
             recorder.report(run.step - 1, index, mean_loss, values[-1][2], lr, run.ledger, vanilla_flops)
             outcomes = []

@@ -19,7 +19,7 @@ ORDER = (
     *("data.replay", "data.loader", "data.labelled", "data"),
     *("optim", "runtime", "run_folder", "interop", "checkpoint", "picture", "progress", "journal"),
     *("plan", "pretrain", "mixing", "classifier", "evaluation", "finetune", "probe"),
-    *("compare", "reconstruct", "prepare", "search"),
+    *("compare", "report", "reconstruct", "prepare", "search"),
     *("cli", "__main__", ""),  # "" is mae_et itself
 )
 MODULES = {
