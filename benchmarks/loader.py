@@ -5,6 +5,9 @@
 (a) MAE's pretraining transform at 224 (torchvision: random resized crop, bicubic, flip, ToTensor, Normalize);
 (b) EfficientTrain's at size B: the same crop and flip at 224, then Lanczos to B, ToTensor, Normalize.
 
+Ours are the operators of --lowfreq; `prepared` is `scaled` on the same images after `mae_et prepare --short_side 256`,
+`2 views` is `scaled` with two crops of each decoded image.
+
 All read the same JPEGs from memory: 500×375, quality 90, cut from the photographs in scikit-image and scikit-learn. One
 process on one core; its processor time is what is counted, so that other load disturbs less. Every round times each
 pipeline once, on the same images and with new crops; a ratio is of two times of one round.
@@ -26,8 +29,9 @@ from PIL import Image
 from torchvision import transforms
 
 from mae_et.config import IMAGENET_MEAN, IMAGENET_STD
-from mae_et.data.decode import train_crop
+from mae_et.data.decode import train_crop, train_crops
 from mae_et.data.photos import CLASSES, _photograph
+from mae_et.prepare import Encoder, PrepareConfig
 
 FULL_PX = 224
 CROP_SCALE = (0.2, 1.0)
@@ -73,6 +77,39 @@ def our_pipeline(size_px: int, operator: str) -> Callable[[bytes, int], torch.Te
     return run
 
 
+def two_views(size_px: int) -> Callable[[bytes, int], list[torch.Tensor]]:
+    """`scaled` with --views_per_image 2."""
+
+    def run(data: bytes, seed: int) -> list[torch.Tensor]:
+        seeds = [2 * seed, 2 * seed + 1]
+        return train_crops(data, (size_px, size_px), (FULL_PX, FULL_PX), "scaled", CROP_SCALE, 0, seeds, 3)
+
+    return run
+
+
+def prepared(images: list[bytes]) -> list[bytes]:
+    """What `mae_et prepare` with its own settings makes of them."""
+    encoder = Encoder(Memory(images), PrepareConfig("images", "out"))
+    return [encoder[i][0] for i in range(len(images))]
+
+
+class Memory:
+    """An unlabelled source of bytes."""
+
+    def __init__(self, images: list[bytes]) -> None:
+        self.classes = self.labels = None
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, index: int) -> tuple[bytes, None]:
+        return self.images[index], None
+
+    def name(self, index: int) -> str:
+        return f"images[{index}]"
+
+
 def cpu_seconds(run: Callable[[bytes, int], torch.Tensor], images: list[bytes], round_number: int) -> float:
     began = time.process_time()
     for i, data in enumerate(images):
@@ -98,14 +135,18 @@ def main() -> None:
     pipelines = {("a", FULL_PX): torchvision_pipeline(FULL_PX)}
     for size in arguments.sizes:
         pipelines |= {(name, size): our_pipeline(size, name) for name in ("scaled", "lanczos", "fourier")}
+        pipelines["prepared", size] = our_pipeline(size, "scaled")
+        pipelines["2 views", size] = two_views(size)
         if size != FULL_PX:
             pipelines["b", size] = torchvision_pipeline(size)
+    smaller = prepared(images)
     for run in pipelines.values():
         cpu_seconds(run, images[:5], 0)  # imports, caches
     seconds = {key: [] for key in pipelines}
     for number in range(arguments.rounds):
         for key, run in pipelines.items():
-            seconds[key].append(cpu_seconds(run, images, number))
+            spent = cpu_seconds(run, smaller if key[0] == "prepared" else images, number)
+            seconds[key].append(spent / 2 if key[0] == "2 views" else spent)
 
     rates = {key: [len(images) / s for s in times] for key, times in seconds.items()}
     kilobytes = statistics.mean(map(len, images)) / 1000

@@ -12,7 +12,7 @@ from rich.table import Table
 from .config import PretrainConfig, from_recipe
 from .cost import Ledger, encoder_flops_per_image, flops_per_image, input_flops_per_image
 from .curriculum import Curriculum, Stage, grid_of, height_width, plan_stages, scheduled, show_size
-from .data.sources import open_source
+from .data.sources import is_prepared, open_source
 from .model import MaskedAutoencoder, model_shape
 from .targets import target_dim
 
@@ -250,7 +250,7 @@ def remedies(config: PretrainConfig, plan: Curriculum, ledger: Ledger, is_jpeg: 
             "--lowfreq scaled (decodes JPEGs smaller)": is_jpeg and config.lowfreq != "scaled" and not full,
             "--replay": stage.replay == 1 and not full,
             "--views_per_image 2": stage.views_per_image == 1,
-            "python -m mae_et prepare (smaller files)": is_jpeg,
+            "python -m mae_et prepare (smaller files)": is_jpeg and not is_prepared(config.data_path),
         }
         fitting = [choice for choice, fits in choices.items() if fits]
         lines.append(

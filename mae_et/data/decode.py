@@ -54,7 +54,7 @@ MAX_PIXELS = 89_478_485
 """Larger images are refused as damaged: Pillow's own limit against decompression bombs, here an error."""
 
 #: Antialiased resizes of uint8 in this version of torch, by Pillow's name in lower case.
-_TORCH_FILTERS = ("bicubic", "lanczos") if _torch_has_lanczos() else ("bicubic",)
+_TORCH_FILTERS = ("bilinear", "bicubic", "lanczos") if _torch_has_lanczos() else ("bilinear", "bicubic")
 
 _MODES = {1: "L", 3: "RGB"}
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -187,7 +187,10 @@ def train_crops(
                 randaugment = v2.RandAugment(2, augment, interpolation=v2.InterpolationMode.BILINEAR)
                 crop = randaugment(_to_pillow(crop))
         if operator in _RESIZED_CROP and size_px != full_px:
-            crop = _resize(_to_pillow(crop), size_px, _RESIZED_CROP[operator])
+            if isinstance(crop, torch.Tensor) and operator in _TORCH_FILTERS:
+                crop = _torch_resize(crop, size_px, operator)
+            else:
+                crop = _resize(_to_pillow(crop), size_px, _RESIZED_CROP[operator])
         crops.append(_to_tensor(crop))
     return crops
 
@@ -423,6 +426,12 @@ def _resize(
     return image.resize((size_px[1], size_px[0]), resampling, box=box)
 
 
+def _torch_resize(image: torch.Tensor, size_px: tuple[int, int], resampling: str) -> torch.Tensor:
+    """uint8 [C, H, W] -> [C, *size_px]. Three times as fast as Pillow; on average they differ by 0.2 of 255 levels."""
+    image = image[None].contiguous(memory_format=torch.channels_last)  # for other layouts torch fails at 1×1 results
+    return torch.nn.functional.interpolate(image, size_px, mode=resampling, antialias=True)[0]
+
+
 def _to_pillow(image: Image.Image | np.ndarray | torch.Tensor) -> Image.Image | np.ndarray:
     return v2.functional.to_pil_image(image) if isinstance(image, torch.Tensor) else image
 
@@ -520,9 +529,8 @@ def _jpeg_crop(
     # where the reduced width is rounded up.
     if resampling in _TORCH_FILTERS and not any(side % divisor for side in (left, top, right, bottom)):
         left, top, right, bottom = (side // divisor for side in (left, top, right, bottom))
-        # torch's uint8 kernel is 3 times as fast as Pillow's; on average they differ by 0.2 of 255 levels
-        crop = torch.from_numpy(pixels[top:bottom, left:right]).permute(2, 0, 1)[None]  # H W C -> 1 C H W
-        crop = torch.nn.functional.interpolate(crop, size_px, mode=resampling, antialias=True)[0]
+        crop = torch.from_numpy(pixels[top:bottom, left:right]).permute(2, 0, 1)  # H W C -> C H W
+        crop = _torch_resize(crop, size_px, resampling)
     else:
         image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
         box = left / divisor, top / divisor, right / divisor, bottom / divisor

@@ -76,7 +76,7 @@ def open_source(data_path: str | os.PathLike[str], split: str = "train") -> Sour
         raise ValueError(f"--data_path {data_path} is a file; give {KINDS}")
     if any(_IDX_NAME.match(name) for name in os.listdir(root)):
         return IdxSource(root, split)
-    if (root / "train" / INDEX).is_file():
+    if is_prepared(root):
         return ShardSource(root / "train" if split == "train" else _val_sibling(root / "train", "", data_path))
     return _open_folder(root, split)
 
@@ -88,6 +88,11 @@ def is_jpeg_source(source: Source) -> bool:
     except OSError:
         return False
     return isinstance(item, bytes) and item.startswith(b"\xff\xd8")
+
+
+def is_prepared(data_path: str | os.PathLike[str]) -> bool:
+    """Whether this is a folder that `python -m mae_et prepare` has written."""
+    return (Path(data_path) / "train" / INDEX).is_file()
 
 
 def subset(source: Source, num_images: int, seed: int) -> Source:
