@@ -45,11 +45,13 @@ def tiny(photos: Path, out: Path, **changes) -> PretrainConfig:
 
 def test_a_run_with_replay_resumes_bit_for_bit(photos, tmp_path, monkeypatch):
     """Saved amid a stage that replays, when the buffer is full; the resumed run starts with an empty one."""
-    monkeypatch.setattr(checkpoint, "save", lambda state, path, save=checkpoint.save: (save(state, path), kept(path)))
+    save = checkpoint.save
 
-    def kept(path: Path) -> None:
-        path.with_name(f"step-{checkpoint.load(path)['step']}.pt").write_bytes(path.read_bytes())
+    def save_a_copy(state: dict, path: Path, **options) -> None:
+        save(state, path, **options)
+        path.with_name(f"step-{state['step']}.pt").write_bytes(path.read_bytes())
 
+    monkeypatch.setattr(checkpoint, "save", save_a_copy)
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     pretrain(tiny(photos, whole, save_steps=21))
     pretrain(tiny(photos, resumed, resume=str(whole / "step-21.pt"), batch_size=4, total_batch_size=8, num_workers=1))
