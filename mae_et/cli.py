@@ -18,9 +18,10 @@ from .config import PretrainConfig, parse, to_yaml
 from .finetune import finetune
 from .finetune_config import FinetuneConfig
 from .plan import PlanConfig, plan_report, plan_summary, plan_table
+from .prepare import PrepareConfig, prepare
 from .pretrain import pretrain
 from .probe import probe
-from .progress import console
+from .progress import console, logging_to_console
 from .reconstruct import ReconstructConfig, reconstruct
 from .report import notes, terminal_tables, write_report
 
@@ -63,6 +64,19 @@ def _plan(argv: list[str]) -> None:
     console.print(plan_table(report))
     for line in plan_summary(report):
         console.print(line, highlight=False, soft_wrap=True)
+
+
+def _prepare(argv: list[str]) -> None:
+    config = parse(PrepareConfig, argv, prog="mae_et prepare")
+    with logging_to_console():
+        total = prepare(config)
+    before, after = (f"{total[name] / 1e6:,.1f} MB" for name in ("source_bytes", "bytes"))
+    console.print(
+        f"{total['images']:,} images in {config.out}, {total['damaged']:,} damaged ones skipped; {before} → {after}; "
+        f"verified. Train with --data_path {config.out}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _reconstruct(argv: list[str]) -> None:
@@ -114,6 +128,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "plan": (_plan, "print what a configuration will cost, before any training"),
     "compare": (_compare, "compare what runs cost and gave, and what the baseline would have needed"),
     "export": (_export, "write pretrained weights for timm, facebookresearch/mae or transformers"),
+    "prepare": (_prepare, "pack images once into shards that are quick to read"),
     "reconstruct": (_reconstruct, "draw what a checkpoint reconstructs"),
 }
 

@@ -67,6 +67,7 @@ class Account:
     size_px: SizePx
     steps: int = 0
     images: int = 0
+    """Images seen: rows of batches."""
     visible_patches: int = 0
     predicted_patches: int = 0
     flops: float = 0.0
@@ -81,6 +82,10 @@ class Account:
     peak_memory_bytes: int = 0
     energy_joules: float = 0.0
     """Of the devices, or of the CPU packages, between reports; 0 where they don't tell."""
+    decoded_images: int = 0
+    """Images decoded for those seen, by the plan; what a resumed run decodes again for its buffer isn't counted."""
+    replay_bytes: int = 0
+    """The replay buffer, over all devices."""
 
     @property
     def seconds(self) -> float:
@@ -101,11 +106,12 @@ class Ledger:
 
     @classmethod
     def of(cls, curriculum: Curriculum) -> Ledger:
-        return cls([Account(stage.size_px) for stage in curriculum.stages])
+        return cls([Account(stage.size_px, replay_bytes=stage.replay_bytes) for stage in curriculum.stages])
 
     def add(self, index: int, stage: Stage, *, train_seconds: float, data_seconds: float) -> None:
         """Book one optimiser step of stage number `index`."""
         account = self.stages[index]
+        account.decoded_images += stage.decoded_before(account.steps + 1) - stage.decoded_before(account.steps)
         account.steps += 1
         account.images += stage.batch_size
         account.visible_patches += stage.batch_size * stage.num_visible
@@ -118,9 +124,9 @@ class Ledger:
     def total(self) -> Account:
         """Sums over the stages; the peak of the peaks for memory; the last stage's size."""
         total = Account(self.stages[-1].size_px)
-        for name in (f.name for f in dataclasses.fields(Account) if f.name not in ("size_px", "peak_memory_bytes")):
-            setattr(total, name, sum(getattr(account, name) for account in self.stages))
-        total.peak_memory_bytes = max(account.peak_memory_bytes for account in self.stages)
+        for name in (f.name for f in dataclasses.fields(Account) if f.name != "size_px"):
+            over_stages = max if name.endswith("_bytes") else sum
+            setattr(total, name, over_stages(getattr(account, name) for account in self.stages))
         return total
 
     def state_dict(self) -> dict:

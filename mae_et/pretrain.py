@@ -21,15 +21,16 @@ from torch import Tensor, nn
 from . import checkpoint, interop, run_folder, runtime
 from .config import PretrainConfig, to_dict, to_yaml
 from .cost import EnergyMeter, Ledger, peak_memory_bytes
-from .curriculum import Curriculum, Stage, as_size, grid_of, height_width, show_size
+from .curriculum import Curriculum, Stage, grid_of, height_width, show_size
+from .data.cache import CachedSource
 from .data.decode import DamagedImage, center_crop
-from .data.loader import DamageLog, TrainImages, train_batches
-from .data.sources import open_source
+from .data.loader import DamageLog, TrainImages, spare_cores, train_batches
+from .data.sources import is_jpeg_source, open_source
 from .data.stream import SampleStream, derive_seed, mask_noise, micro_batches, rank_rows
 from .model import MaskedAutoencoder
 from .optim import adamw, guarded_step, learning_rate, set_learning_rate
 from .picture import draw_reconstruction
-from .plan import build_curriculum, ledger_table, model_kwargs, vanilla_twin
+from .plan import build_curriculum, ledger_table, model_kwargs, remedies, vanilla_twin
 from .progress import Recorder, console, logging_to_console
 from .runtime import Runtime, Stop, stop_signals
 from .spectral import low_frequency_crop
@@ -38,12 +39,12 @@ from .targets import hog_target, pixel_target, reconstruction_loss
 log = logging.getLogger(__name__)
 
 #: Fields that may change when a run is resumed: they change neither data nor masks nor the mathematics of a step.
-#: The batch is compared through the planned stages, so that another number of devices may share it out otherwise.
+#: Batch, replay and views are compared through the planned stages: other devices may share them out otherwise.
 FREE_ON_RESUME = frozenset(
     """
-    recipe data_path num_images num_workers pin_mem damaged_limit output_dir log_dir resume overwrite start_epoch
-    device precision compile print_steps save_steps save_minutes picture_steps print_config
-    batch_size accum_iter total_batch_size
+    recipe data_path num_images num_workers pin_mem damaged_limit cache_gib output_dir log_dir resume overwrite
+    start_epoch device precision compile print_steps save_steps save_minutes picture_steps print_config
+    batch_size accum_iter total_batch_size replay replay_gib views_per_image masks_per_image
     world_size local_rank dist_on_itp dist_url job_dir nodes ngpus use_volta32
     """.split()
 )
@@ -126,6 +127,8 @@ def pretrain(config: PretrainConfig) -> Path:
         # ── plan and model ──
         with here.main_first():
             source = open_source(config.data_path, "train")
+        if config.cache_gib:
+            source = CachedSource(source, int(config.cache_gib * 2**30))
         curriculum = build_curriculum(config, len(source), here.world_size)
         vanilla = build_curriculum(vanilla_twin(config), len(source), here.world_size)
         torch.manual_seed(derive_seed(config.seed, "weights"))
@@ -183,6 +186,9 @@ def pretrain(config: PretrainConfig) -> Path:
                     draw(run, curriculum.stages, run.folder / run_folder.PICTURE)
             run.save()
             console.print(ledger_table(run.ledger, curriculum, vanilla.stages[0].flops_per_image))
+            is_jpeg = is_jpeg_source(source)
+            for line in remedies(config, curriculum, run.ledger, is_jpeg, spare_cores(config.num_workers)):
+                log.warning(line)
             if finished:
                 log.info("done: %s", run.folder)
             else:
@@ -321,8 +327,9 @@ def check_same_run(state: dict[str, Any], config: PretrainConfig, curriculum: Cu
         was, now = state["num_images"], mine["num_images"]
         raise ValueError(f"--resume {path} was trained on {was} images, --data_path {config.data_path} has {now}")
     for theirs, ours in zip(state["stages"], mine["stages"], strict=True):
+        theirs = dataclasses.asdict(Stage(**theirs))  # sizes written one way; fields that are newer than the checkpoint
         for name in ours:
-            if as_size(theirs[name]) != as_size(ours[name]) if name == "size_px" else theirs[name] != ours[name]:
+            if theirs[name] != ours[name]:
                 raise ValueError(
                     f"--resume {path}: stage of {ours['size_px']} px had {name} {theirs[name]}, now {ours[name]}; "
                     "set --total_batch_size to keep the batch on another number of devices"
@@ -394,6 +401,11 @@ def announce(run: Run, vanilla: Curriculum) -> None:
             *(i + 1, show_size(stage.size_px), stage.num_visible, run.patches(stage), stage.num_predicted),
             *(f"{stage.steps:,}", plan.passes(stage), 100 * stage.flops / plan.total_flops),
         )
+        if stage.replay > 1:
+            log.info(
+                "stage %d: each decoded sample in %d steps, from a replay buffer of %.2f GiB over all devices",
+                *(i + 1, stage.replay, stage.replay_bytes / 2**30),
+            )
     ratio = plan.total_images * vanilla.stages[0].flops_per_image / plan.total_flops
     log.info("%.2e training FLOPs; vanilla MAE needs %.2f× that for the same images", plan.total_flops, ratio)
     if abs(plan.remainder_images) > 0.1 * plan.total_images:
