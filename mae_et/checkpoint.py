@@ -1,25 +1,18 @@
-"""State on disk: written atomically, read without running code; and weights from wherever they come.
+"""Weights from wherever they come, in our layout, and in the layouts of others.
 
-A file is written beside its target, forced to disk and renamed: a crash or a full disk leaves the previous file whole.
-Everything is read with `weights_only=True`. What can be read as pretrained weights is listed in `ACCEPTED`.
+Everything is read by `storage`, without running code. What can be read as pretrained weights is listed in `ACCEPTED`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import pickle
-import re
-import struct
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import safetensors
-import safetensors.torch
 import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -27,32 +20,29 @@ from torch import Tensor, nn
 
 from . import interop
 from .curriculum import as_size
+from .storage import CheckpointError, load, load_newest, make_folder, save, save_safetensors, write
 from .targets import target_dim
+
+__all__ = [
+    "CheckpointError",
+    "Pretrained",
+    "load",
+    "load_newest",
+    "read_pretrained",
+    "save",
+    "save_safetensors",
+    "write_export",
+]
 
 FORMAT = "mae_et/1"
 """Value of the key `format` in the checkpoints of this package."""
 METADATA_KEY = "mae_et"
 """Metadata of `encoder.safetensors` under which its shape stands as JSON."""
-#: What torch raises on damaged, cut or foreign files besides UnpicklingError: it has no error of its own for them.
-NOT_A_CHECKPOINT = (
-    RuntimeError,
-    EOFError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-    struct.error,
-)
 EXPORT_FORMATS = ("timm", "facebook", "huggingface")
 ACCEPTED = (
     "a run folder, a checkpoint .pt, a .safetensors or .pth encoder of timm, a .pth of facebookresearch/mae, "
     "a folder of transformers' ViTMAE, or the name of a timm model"
 )
-
-
-class CheckpointError(RuntimeError):
-    """A file that can't be written, or is not what it should be. One line that names the file and the reason."""
 
 
 @dataclass(frozen=True)
@@ -71,43 +61,6 @@ class Pretrained:
     """Whether the decoder was trained on normalised pixels; None: not known."""
     target: str | None = None
     """"pixel" or "hog"; None: not known, or no decoder."""
-
-
-def save(state: Mapping, path: Path) -> None:
-    """Write plain dicts, tensors and numbers, atomically. Raises CheckpointError; the previous file then survives."""
-    _replace(Path(path), lambda file: torch.save(state, file))
-
-
-def save_safetensors(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors as safetensors, atomically. Raises CheckpointError; the previous file then survives."""
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
-    content = safetensors.torch.save(tensors, {"format": "pt", **(metadata or {})})
-    _replace(Path(path), lambda file: file.write(content))
-
-
-def load(path: Path, map_location: str | torch.device = "cpu") -> dict:
-    """Read a file of `torch.save` without running any code from it (`weights_only=True`).
-
-    `argparse.Namespace`, a plain holder of values, is let through: checkpoints of facebookresearch/mae hold one.
-    Raises FileNotFoundError; CheckpointError if the file is cut short, is something else, or would run code.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint {path}: no such file")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location=map_location, weights_only=True)
-    except pickle.UnpicklingError as error:
-        if refused := re.search(r"GLOBAL (\S+)", str(error)):
-            raise CheckpointError(f"{path}: refused, since it could run code ({refused[1]})") from error
-        raise CheckpointError(f"{path}: not a checkpoint of torch.save, or cut short") from error
-    except OSError as error:
-        raise CheckpointError(f"{path}: can't be read: {error.strerror or error}") from error
-    except NOT_A_CHECKPOINT as error:
-        raise CheckpointError(f"{path}: not a checkpoint of torch.save, or cut short") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a dict")
-    return content
 
 
 def read_pretrained(source: str | Path, encoder_only: bool = False) -> Pretrained:
@@ -161,20 +114,20 @@ def write_export(
     # Everything is converted before anything is written.
     if format == "timm":
         exported = interop.to_timm(state)
-        _make_folder(out.parent)
+        make_folder(out.parent)
         save_safetensors(exported, out, {METADATA_KEY: json.dumps(shape)})
     elif format == "facebook":
         exported = interop.to_facebook(state, shape["img_size"])
-        _make_folder(out.parent)
+        make_folder(out.parent)
         save({"model": exported}, out)
     else:
         if not interop.has_decoder(state):
-            shape = {key: value for key, value in shape.items() if not key.startswith("decoder_")}
+            shape = {key: value for key, value in shape.items() if not key.startswith("decoder")}
         config = interop.huggingface_config(shape, norm_pix_loss)
         exported = interop.to_huggingface(state, shape["img_size"])
-        _make_folder(out)
+        make_folder(out)
         save_safetensors(exported, out / "model.safetensors")
-        _replace(out / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode()))
+        write(out / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode()))
 
 
 def _read_file(path: Path, encoder_only: bool) -> Pretrained:
@@ -291,41 +244,3 @@ def _naming(what: Path | str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{what}: {error}") from error
-
-
-def _replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write beside `path`, force to disk, rename over it, and force the renaming to disk."""
-    temporary = path.with_name(f".{path.name}.tmp")  # one name, so that what a killed run left is written over
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:
-        # torch.save hides an error of the file behind one of its own.
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):
-            raise
-        raise CheckpointError(f"{path}: can't be written: {cause.strerror or cause}") from error
-    finally:
-        with suppress(OSError):  # after the renaming there is nothing left to remove
-            temporary.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    if not hasattr(os, "O_DIRECTORY"):  # Windows can't open a folder
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"{folder}: can't be created: {error.strerror or error}") from error

@@ -24,6 +24,7 @@ from .probe import probe
 from .progress import console, logging_to_console
 from .reconstruct import ReconstructConfig, reconstruct
 from .report import notes, terminal_tables, write_report
+from .scaling import scaling_table
 
 #: Mistakes and mishaps that one line explains; anything else is a bug and shows its traceback.
 EXPLAINED = (ValueError, OSError, CheckpointError, FloatingPointError)
@@ -62,6 +63,8 @@ def _plan(argv: list[str]) -> None:
         print(json.dumps(report, indent=1))
         return
     console.print(plan_table(report))
+    if "scaling" in report:
+        console.print(scaling_table(report["scaling"]))
     for line in plan_summary(report):
         console.print(line, highlight=False, soft_wrap=True)
 

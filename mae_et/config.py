@@ -21,7 +21,8 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 import yaml
 
-from .curriculum import ALLOCATIONS, SCHEDULES, SHARES_OF, StageRow, as_size, check_views
+from .curriculum import ALLOCATIONS, LR_SCALINGS, SCHEDULES, SHARES_OF, StageRow, as_size, check_views
+from .decoder import DECODERS
 from .spectral import OPERATORS
 from .targets import TARGETS
 
@@ -33,7 +34,7 @@ PRECISIONS = ("auto", "bf16", "fp32")
 POSITIVE = (
     *("batch_size", "accum_iter", "total_batch_size", "in_chans", "epochs", "print_steps", "num_images", "clip_grad"),
     *("patch_size", "embed_dim", "depth", "num_heads", "decoder_embed_dim", "decoder_depth", "decoder_num_heads"),
-    *("world_size", "save_minutes", "views_per_image", "masks_per_image"),
+    *("world_size", "save_minutes", "views_per_image", "masks_per_image", "keep_checkpoints", "max_batch_size"),
 )
 
 
@@ -69,6 +70,8 @@ class PretrainConfig:
     """Decoder blocks."""
     decoder_num_heads: int = 16
     """Decoder heads."""
+    decoder: str = "self"
+    """self (MAE's), or cross: predicted patches attend to the visible ones only (CrossMAE), which is cheaper."""
     own_positions: bool = False
     """Number the patches of a small stage from zero, instead of in coordinates of the full grid."""
 
@@ -100,11 +103,17 @@ class PretrainConfig:
 
     # ── optimisation ──
     batch_size: int = 64
-    """Images per device and micro-batch; the total batch is batch_size × accum_iter × devices."""
+    """Images per device and full-size micro-batch; the total batch is batch_size × accum_iter × devices."""
     accum_iter: int | None = None
     """Micro-batches per step; default 1, or as many as total_batch_size needs."""
     total_batch_size: int | None = None
     """Images per optimiser step over all devices; micro-batches of batch_size are accumulated up to it."""
+    early_large_batch: bool = False
+    """Let the total batch of small stages grow until a step's work is that of full size, for many devices (ET++)."""
+    max_batch_size: int | None = None
+    """Largest total batch of a stage under --early_large_batch; default: no limit."""
+    lr_scaling: str = "sqrt"
+    """How the learning rate follows a grown batch: sqrt, linear or none."""
     epochs: float = 400
     """Epochs; for compute-shared curricula, equivalent epochs: the compute of so many at full size."""
     lr: float | None = None
@@ -172,6 +181,8 @@ class PretrainConfig:
     """Steps between checkpoints; 0: by time only."""
     save_minutes: float = 10
     """Minutes between checkpoints."""
+    keep_checkpoints: int = 2
+    """Checkpoints that are kept: checkpoint.pt, and before it checkpoint.prev1.pt and so on."""
     picture_steps: int = 0
     """Steps between reconstruction pictures; 0: only one at the end."""
     print_config: bool = False
@@ -198,9 +209,11 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         choice("--curriculum", self.curriculum, CURRICULA)
         choice("--target", self.target, TARGETS)
+        choice("--decoder", self.decoder, DECODERS)
         choice("--lowfreq", self.lowfreq, OPERATORS)
         choice("--share_of", self.share_of, SHARES_OF)
         choice("--allocation", self.allocation, ALLOCATIONS)
+        choice("--lr_scaling", self.lr_scaling, LR_SCALINGS)
         choice("--precision", self.precision, PRECISIONS)
         object.__setattr__(self, "input_size", as_size(self.input_size))
         for name in POSITIVE:
@@ -241,6 +254,8 @@ class PretrainConfig:
             raise ValueError("--norm_pix_loss normalises pixels and contradicts --target hog; drop one of them")
         if self.total_batch_size and self.accum_iter:
             raise ValueError("--accum_iter contradicts total_batch_size, which sets it; give one of them")
+        if self.max_batch_size and not self.early_large_batch:
+            raise ValueError("--max_batch_size limits --early_large_batch; add it, or drop --max_batch_size")
         for name in ("mean", "std"):
             value = getattr(self, name)
             if value is not None and len(value) != self.in_chans:

@@ -23,16 +23,22 @@ from .spectral import crop_flops
 def flops_per_image(model: MaskedAutoencoder, stage: Stage, training: bool = True) -> int:
     """FLOPs of the model on one image at a stage (only its `num_visible` and `num_predicted` matter).
 
-    Patch embedding and encoder on the visible patches, decoder on visible and predicted ones, head on predicted ones.
+    Patch embedding and encoder on the visible patches, decoder on visible and predicted ones (a `cross` one: queries
+    of the predicted, keys and values of the visible ones), head on predicted ones.
     training: forward and backward, which costs twice the forward, except that no gradient goes to the pixels.
     """
     visible, predicted = stage.num_visible, stage.num_predicted
+    width, mlp_ratio = model.decoder_embed_dim, model.mlp_ratio
+    if model.decoder == "cross":
+        block = _cross_block(predicted, 1 + visible, width, mlp_ratio)
+    else:
+        block = _block(1 + visible + predicted, width, mlp_ratio)
     embedding = _linear(visible, model.patch_size**2 * model.in_chans, model.embed_dim)
     forward = (
         embedding
         + model.depth * _block(1 + visible, model.embed_dim, model.mlp_ratio)
         + _linear(1 + visible, model.embed_dim, model.decoder_embed_dim)
-        + model.decoder_depth * _block(1 + visible + predicted, model.decoder_embed_dim, model.mlp_ratio)
+        + model.decoder_depth * block
         + _linear(predicted, model.decoder_embed_dim, model.target_dim)
     )
     return 3 * forward - embedding if training else forward
@@ -58,6 +64,13 @@ def _block(tokens: int, width: int, mlp_ratio: float) -> int:
     hidden = int(width * mlp_ratio)
     linears = _linear(tokens, width, 3 * width) + _linear(tokens, width, width) + 2 * _linear(tokens, width, hidden)
     return linears + 2 * _linear(tokens, width, tokens)  # q·kᵀ and attention·v
+
+
+def _cross_block(queries: int, context: int, width: int, mlp_ratio: float) -> int:
+    hidden = int(width * mlp_ratio)
+    linears = 2 * _linear(queries, width, width) + _linear(context, width, 2 * width)
+    linears += 2 * _linear(queries, width, hidden)
+    return linears + 2 * _linear(queries, width, context)  # q·kᵀ and attention·v
 
 
 @dataclass

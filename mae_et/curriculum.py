@@ -30,6 +30,8 @@ SCHEDULES: dict[str, tuple[str, tuple[tuple[int, float], ...]]] = {
 REPLAY: tuple[tuple[int, int], ...] = ((96, 4), (160, 2))  # ET++ reference code
 SHARES_OF = ("compute", "epochs")
 ALLOCATIONS = ("area", "flops")
+#: Factor on the learning rate for a batch that is so many times larger.
+LR_SCALINGS: dict[str, Callable[[float], float]] = {"sqrt": math.sqrt, "linear": float, "none": lambda _: 1.0}
 
 
 def height_width(size_px: SizePx) -> tuple[int, int]:
@@ -89,19 +91,30 @@ class Stage:
     """Crops from one decoded image."""
     masks_per_image: int = 1
     """Masks on one crop."""
+    micro_scale: float = 1.0
+    """Images of a micro-batch relative to full size: small ones come in larger micro-batches, for the same work."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "size_px", as_size(self.size_px))
         object.__setattr__(self, "crop_scale", tuple(self.crop_scale))
-        rows = self.views_per_image * self.masks_per_image
-        if self.batch_size % rows:
+        if self.batch_size % self.rows_per_image:
             raise ValueError(
-                f"a batch of {self.batch_size} is no multiple of views_per_image × masks_per_image = {rows}"
+                f"a batch of {self.batch_size} is no multiple of views_per_image × masks_per_image = "
+                f"{self.rows_per_image}"
             )
 
     @property
     def height_width(self) -> tuple[int, int]:
         return height_width(self.size_px)
+
+    @property
+    def rows_per_image(self) -> int:
+        """Rows of a batch that come from one decoded image."""
+        return self.views_per_image * self.masks_per_image
+
+    def micro_size(self, full: int) -> int:
+        """Images of a micro-batch, where one of full-size images has `full`."""
+        return int(full * self.micro_scale)
 
     @property
     def images(self) -> int:
@@ -116,7 +129,7 @@ class Stage:
     @property
     def lanes(self) -> int:
         """Decoded images that one step shows, fresh or replayed; each fills views × masks rows of the batch."""
-        return self.batch_size // (self.views_per_image * self.masks_per_image)
+        return self.batch_size // self.rows_per_image
 
     def decoded_before(self, step: int) -> int:
         """Images decoded in the first `step` steps of the stage.
@@ -270,6 +283,10 @@ def plan_stages(
     replay: bool = False,
     views_per_image: int = 1,
     masks_per_image: int = 1,
+    early_large_batch: bool = False,
+    max_batch_size: int | None = None,
+    lr_scaling: str = "sqrt",
+    devices: int = 1,
     flops_per_image: Callable[[Stage], float] | None = None,
 ) -> Curriculum:
     """Turn rows into a :class:`Curriculum` of whole steps.
@@ -279,6 +296,9 @@ def plan_stages(
         proportional to the image area (`allocation="area"`, as published) or exact (`"flops"`).
     num_images: images in the data set. batch_size: images per step over all devices.
     replay: replay as ET++ does (REPLAY) where a row doesn't say otherwise.
+    early_large_batch: a stage of cheaper images takes more of them per step, so that a step's work stays that of full
+        size (ET++, Sec. 5.3): as many on each of `devices`, at most `max_batch_size` in all. Its learning rate grows by
+        `lr_scaling` (a key of LR_SCALINGS) of the ratio. Rows that state their batch keep it.
     flops_per_image: training FLOPs of one image at a stage; default: its number of patches, good enough for ratios.
 
     Raises ValueError if shares don't add to 1, a size is not divisible by the patch, or a stage sees none or all of its
@@ -286,6 +306,7 @@ def plan_stages(
     """
     _choice("share_of", share_of, SHARES_OF)
     _choice("allocation", allocation, ALLOCATIONS)
+    _choice("lr_scaling", lr_scaling, LR_SCALINGS)
     if not rows:
         raise ValueError("stages: a curriculum needs at least one stage")
     for name, value in (("epochs", epochs), ("batch size", batch_size), ("number of images", num_images)):
@@ -316,6 +337,18 @@ def plan_stages(
 
     full = unplanned(StageRow(full_size_px, 1.0))
 
+    def sized(row: StageRow) -> Stage:
+        stage = unplanned(row)
+        ratio = max(1.0, full.flops_per_image / stage.flops_per_image)
+        stage = replace(stage, micro_scale=ratio)
+        if not early_large_batch or row.batch_size:
+            return stage
+        most = min(stage.batch_size * ratio, max_batch_size or math.inf)
+        whole = devices * stage.rows_per_image
+        batch = max(stage.batch_size, int(most) // whole * whole)
+        factor = LR_SCALINGS[lr_scaling](batch / stage.batch_size)
+        return replace(stage, batch_size=batch, lr_scale=stage.lr_scale * factor)
+
     def passes(row: StageRow, stage: Stage) -> float:
         if share_of == "epochs":
             return epochs * row.share
@@ -325,7 +358,7 @@ def plan_stages(
 
     stages, wanted, planned = [], 0.0, 0
     for row in rows:
-        stage = unplanned(row)
+        stage = sized(row)
         wanted += passes(row, stage) * num_images
         # What one stage's rounding leaves over goes to the next, so the total is off by at most half a batch.
         stage = replace(stage, steps=max(1, round((wanted - planned) / stage.batch_size)))

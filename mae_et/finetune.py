@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import math
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from timm.optim import param_groups_layer_decay
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from . import checkpoint, run_folder, runtime
+from . import checkpoint, run_folder, runtime, storage
 from .classifier import Start, build_classifier, find_start, timm_state, weights_of
 from .config import to_dict, to_yaml
 from .cost import Ledger, peak_memory_bytes
@@ -42,8 +43,9 @@ BETAS = (0.9, 0.999)  # MAE, Table 9
 #: Fields that may change when a run is resumed: they change neither data nor the mathematics of a step.
 FREE_ON_RESUME = frozenset(
     "finetune data_path num_workers pin_mem damaged_limit output_dir log_dir resume overwrite start_epoch device "
-    "precision dist_eval eval_epochs save_steps save_minutes report eval eval_images crop_pct batch_size accum_iter "
-    "total_batch_size world_size local_rank dist_on_itp dist_url job_dir nodes ngpus use_volta32".split()
+    "precision dist_eval eval_epochs save_steps save_minutes keep_checkpoints report eval eval_images crop_pct "
+    "batch_size accum_iter total_batch_size world_size local_rank dist_on_itp dist_url job_dir nodes ngpus "
+    "use_volta32".split()
 )
 
 
@@ -83,7 +85,8 @@ class Run:
             state["ema"] = weights_of(self.ema.module)
         if name == run_folder.CHECKPOINT:
             state |= {"optimizer": self.optimizer.state_dict(), "precision": self.here.precision}
-        checkpoint.save(state, self.folder / name)
+        keep = self.config.keep_checkpoints if name == run_folder.CHECKPOINT else 1
+        checkpoint.save(state, self.folder / name, keep)
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint says about itself: enough to use its weights, and to refuse to resume another run."""
@@ -99,9 +102,12 @@ class Run:
             "std": list(self.start.std),
         }
 
-    def resume(self, path: Path) -> None:
-        """Go on from a checkpoint. ValueError that names the first difference if it is of another run."""
-        state = checkpoint.load(path)
+    def resume(self, path: Path) -> Path:
+        """Go on from a checkpoint, or from the one before if it is damaged; returns the one that was whole.
+
+        ValueError that names the first difference if it is of another run.
+        """
+        state, whole = checkpoint.load_newest(path)
         if state.get("format") != checkpoint.FORMAT or "head" not in state or "optimizer" not in state:
             raise ValueError(f"--resume {path} is not a fine-tuning checkpoint of mae_et that can go on")
         mine = self.identity()
@@ -119,6 +125,7 @@ class Run:
         self.step, self.best, self.ledger = state["step"], state["best"], Ledger.from_state_dict(state["ledger"])
         if self.config.precision == "auto":
             self.here = self.normalize.here = dataclasses.replace(self.here, precision=state["precision"])
+        return whole
 
 
 def finetune(config: FinetuneConfig) -> Path:
@@ -160,10 +167,12 @@ def finetune(config: FinetuneConfig) -> Path:
 
         # ── resume and run folder ──
         resume = resume_path(config, folder)
-        if resume:
-            run.resume(resume)
+        whole = run.resume(resume) if resume else None
+        here.barrier()  # before rank 0 moves what another one may still read
         if here.is_main:
             run_folder.prepare(folder, keep=bool(resume), overwrite=config.overwrite)
+            if resume and whole != resume and resume.parent.resolve() == folder.resolve():
+                os.replace(whole, resume)  # a damaged one must not take its place when the next is saved
             if config.overwrite:
                 (folder / BEST).unlink(missing_ok=True)
             run_folder.write_text(folder / run_folder.CONFIG, to_yaml(config))
@@ -183,6 +192,7 @@ def finetune(config: FinetuneConfig) -> Path:
             config.pin_mem and here.device.type == "cuda",
         )
         with (
+            storage.naming_folder(folder),
             contextlib.closing(batches),
             Journal(folder, config.log_dir, plan, config.epochs, run.step, here.is_main) as journal,
         ):
@@ -317,7 +327,7 @@ def resume_path(config: FinetuneConfig, folder: Path) -> Path | None:
     path = folder if config.resume == "auto" else Path(config.resume)
     if path.is_dir() or config.resume == "auto":
         path = path / run_folder.CHECKPOINT
-    if path.exists():
+    if path.exists() or storage.kept(path):
         return path
     if config.resume == "auto":
         return None

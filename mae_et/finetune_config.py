@@ -191,6 +191,8 @@ class FinetuneConfig:
     """Steps between checkpoints; 0: at evaluations and by time only."""
     save_minutes: float = 10
     """Minutes between checkpoints."""
+    keep_checkpoints: int = 2
+    """Checkpoints that are kept: checkpoint.pt, and before it checkpoint.prev1.pt and so on."""
     report: bool = False
     """Add the confusion matrix and the accuracy of each class to the result."""
 
@@ -255,7 +257,7 @@ class FinetuneConfig:
         positive = (
             "batch_size accum_iter total_batch_size epochs k temperature patch_size in_chans nb_classes train_images"
         )
-        for name in (*positive.split(), "eval_images", "eval_epochs"):
+        for name in (*positive.split(), "eval_images", "eval_epochs", "keep_checkpoints"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"--{name} must be positive, got {value}")

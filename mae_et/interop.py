@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,7 @@ class Layout:
 
     who: named in errors. encoder, decoder: our parameter -> theirs, for everything but the blocks. *_blocks: their
     prefix of the blocks. block: our module of a block -> theirs, three where they split query, key and value.
-    decoder_table: the position table of the decoder, if they store it.
+    decoder_table: the position table of the decoder, if they store it. decoder_block: where it is not `block`.
     """
 
     who: str
@@ -48,27 +48,32 @@ class Layout:
     decoder: dict[str, str] = field(default_factory=dict)
     decoder_blocks: str = ""
     decoder_table: str = ""
+    decoder_block: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def pairs(self, depth: int, decoder_depth: int | None) -> Iterator[tuple[str, tuple[str, ...]]]:
         """(our key, their key or three keys) for every tensor; decoder_depth None: encoder only."""
         yield from ((f"encoder.{ours}", (theirs,)) for ours, theirs in self.encoder.items())
-        yield from self._blocks("encoder.blocks.", self.encoder_blocks, depth)
+        yield from _blocks("encoder.blocks.", self.encoder_blocks, depth, self.block)
         if decoder_depth is not None:
             yield from ((ours, (theirs,)) for ours, theirs in self.decoder.items())
-            yield from self._blocks("decoder_blocks.", self.decoder_blocks, decoder_depth)
-
-    def _blocks(self, ours: str, theirs: str, depth: int) -> Iterator[tuple[str, tuple[str, ...]]]:
-        for n in range(depth):
-            for module, names in self.block.items():
-                yield from zip(
-                    _parameters(f"{ours}{n}.{module}"),
-                    zip(*(_parameters(f"{theirs}{n}.{name}") for name in names), strict=True),
-                    strict=True,
-                )
+            block = self.decoder_block or self.block
+            yield from _blocks("decoder_blocks.", self.decoder_blocks, decoder_depth, block)
 
     def has_decoder(self, state: State) -> bool:
         starts = tuple(filter(None, (self.decoder_blocks, self.decoder_table, *self.decoder.values())))
         return any(key.startswith(starts) for key in state)
+
+
+def _blocks(
+    ours: str, theirs: str, depth: int, block: dict[str, tuple[str, ...]]
+) -> Iterator[tuple[str, tuple[str, ...]]]:
+    for n in range(depth):
+        for module, names in block.items():
+            yield from zip(
+                _parameters(f"{ours}{n}.{module}"),
+                zip(*(_parameters(f"{theirs}{n}.{name}") for name in names), strict=True),
+                strict=True,
+            )
 
 
 def _parameters(*modules: str) -> list[str]:
@@ -81,6 +86,8 @@ _SAME_BLOCK = {module: (module,) for module in BLOCK}
 
 _OUR_ENCODER = {name: f"encoder.{name}" for name in _ENCODER}
 OURS = Layout("a mae_et model", _OUR_ENCODER, "encoder.blocks.", _SAME_BLOCK, _DECODER, "decoder_blocks.")
+_CROSS_BLOCK = ("norm1", "norm_context", "attn.q", "attn.kv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+OURS_CROSS = replace(OURS, decoder_block={module: (module,) for module in _CROSS_BLOCK})
 TIMM = Layout("a plain timm VisionTransformer", _ENCODER, "blocks.", _SAME_BLOCK)
 FACEBOOK = Layout(
     "a facebookresearch/mae model", _ENCODER, "blocks.", _SAME_BLOCK, _DECODER, "decoder_blocks.", "decoder_pos_embed"
@@ -189,7 +196,7 @@ def from_timm(state: State) -> dict[str, Tensor]:
 
 def to_timm(state: State) -> dict[str, Tensor]:
     """Ours -> a plain timm VisionTransformer. The decoder is left out: timm takes a `mask_token` for DINOv2's."""
-    _check(state, _their_keys(state, OURS), OURS)
+    _check_ours(state)
     return {key.removeprefix("encoder."): tensor for key, tensor in state.items() if key.startswith("encoder.")}
 
 
@@ -203,6 +210,11 @@ def has_decoder(state: State) -> bool:
     return OURS.has_decoder(state)
 
 
+def has_cross_decoder(state: State) -> bool:
+    """Whether a dict in our layout holds a decoder of cross-attention blocks, which no other project has."""
+    return any(key.startswith(f"{OURS.decoder_blocks}0.attn.kv.") for key in state)
+
+
 def infer_shape(
     state: State, num_heads: int | None = None, decoder_num_heads: int | None = None, img_size: SizePx | None = None
 ) -> dict:
@@ -213,7 +225,7 @@ def infer_shape(
 
     Raises ValueError if a key is missing or unexpected, or a default doesn't exist.
     """
-    _check(state, _their_keys(state, OURS), OURS)
+    _check_ours(state)
     width, channels, patch, patch_width = state["encoder.patch_embed.proj.weight"].shape
     if patch != patch_width:
         raise ValueError(f"patches of {patch}×{patch_width} pixels: only square ones can be used")
@@ -236,6 +248,7 @@ def infer_shape(
             "decoder_num_heads": heads or _heads_of_64(width, "decoder_num_heads"),
             "target_dim": target,
         }
+        shape |= {"decoder": "cross"} if has_cross_decoder(state) else {}
     return shape
 
 
@@ -251,6 +264,8 @@ def huggingface_config(shape: Mapping, norm_pix_loss: bool | None = None, mask_r
     config |= {theirs: shape[ours] for ours, (theirs, _) in HF_ENCODER_CONFIG.items()}
     config |= {"intermediate_size": int(shape["embed_dim"] * mlp_ratio)}
     if "decoder_embed_dim" in shape:
+        if shape.get("decoder", "self") != "self":
+            raise ValueError("transformers' ViTMAE has no cross-attention decoder: export with --encoder_only")
         pixels = target_dim("pixel", shape["patch_size"], shape["in_chans"])
         if (shape.get("target_dim") or pixels) != pixels:
             raise ValueError(
@@ -308,7 +323,9 @@ def _read(state: State, layout: Layout, img_size: SizePx | None = None) -> dict[
 
 def _write(state: State, layout: Layout, img_size: SizePx | None = None) -> dict[str, Tensor]:
     """Ours -> theirs."""
-    _check(state, _their_keys(state, OURS), OURS)
+    _check_ours(state)
+    if has_cross_decoder(state):
+        raise ValueError(f"a cross-attention decoder has no place in {layout.who}: export with --encoder_only")
     decoder_depth = _depth(state, OURS.decoder_blocks) if has_decoder(state) else None
     written = {}
     for key, theirs in layout.pairs(_depth(state, OURS.encoder_blocks), decoder_depth):
@@ -335,6 +352,11 @@ def _check(state: State, expected: set[str], layout: Layout) -> None:
         found = (("missing", missing), ("unexpected", unexpected))
         found = [f"{len(keys)} {what} (first: {keys[0]})" for what, keys in found if keys]
         raise ValueError(f"not the weights of {layout.who}: keys {' and '.join(found)}")
+
+
+def _check_ours(state: State) -> None:
+    layout = OURS_CROSS if has_cross_decoder(state) else OURS
+    _check(state, _their_keys(state, layout), layout)
 
 
 def _natural(key: str) -> list:

@@ -18,6 +18,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from .curriculum import SizePx, grid_of, height_width
+from .decoder import DECODERS, CrossBlock
 
 NORM_EPS = 1e-6  # MAE, as in ViT
 
@@ -49,6 +50,7 @@ class MaskedAutoencoder(nn.Module):
     img_size: full size in pixels, one number or (height, width); any smaller multiple of the patch may be fed in.
     target_dim: values predicted per patch; default: the patch's pixels.
     own_positions: number the patches of a smaller grid from zero, instead of in coordinates of the full grid.
+    decoder: a key of DECODERS: whether the decoder's queries see each other.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class MaskedAutoencoder(nn.Module):
         mlp_ratio: float = 4.0,
         target_dim: int | None = None,
         own_positions: bool = False,
+        decoder: str = "self",
     ) -> None:
         super().__init__()
         self.grid = grid_of(img_size, patch_size)
@@ -74,12 +77,14 @@ class MaskedAutoencoder(nn.Module):
                     f"{flag}embed_dim {width} must be divisible by {flag}num_heads {heads}, and by 4 for the 2-D "
                     "sin-cos position table"
                 )
+        if decoder not in DECODERS:
+            raise ValueError(f"unknown decoder {decoder!r}; choose from {', '.join(DECODERS)}")
         self.img_size, self.patch_size, self.in_chans, self.mlp_ratio = img_size, patch_size, in_chans, mlp_ratio
         self.embed_dim, self.depth, self.num_heads = embed_dim, depth, num_heads
         self.decoder_embed_dim, self.decoder_depth = decoder_embed_dim, decoder_depth
         self.decoder_num_heads = decoder_num_heads
         self.target_dim = target_dim or patch_size**2 * in_chans
-        self.own_positions = own_positions
+        self.own_positions, self.decoder = own_positions, decoder
 
         self.encoder = VisionTransformer(
             img_size=height_width(img_size),
@@ -97,12 +102,13 @@ class MaskedAutoencoder(nn.Module):
 
         self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
-        self.decoder_blocks = nn.Sequential(
-            *(
-                Block(decoder_embed_dim, decoder_num_heads, mlp_ratio, qkv_bias=True, norm_layer=_norm)
-                for _ in range(decoder_depth)
+        shape = decoder_embed_dim, decoder_num_heads, mlp_ratio
+        if decoder == "cross":
+            self.decoder_blocks = nn.ModuleList(CrossBlock(*shape, norm_layer=_norm) for _ in range(decoder_depth))
+        else:
+            self.decoder_blocks = nn.Sequential(
+                *(Block(*shape, qkv_bias=True, norm_layer=_norm) for _ in range(decoder_depth))
             )
-        )
         self.decoder_norm = _norm(decoder_embed_dim)
         self.decoder_pred = nn.Linear(decoder_embed_dim, self.target_dim)
         self._tables: dict[tuple, tuple[Tensor, Tensor]] = {}
@@ -182,9 +188,14 @@ class MaskedAutoencoder(nn.Module):
         x = self.decoder_embed(latent)  # [B, 1+V, E]
         cls, visible = x[:, :1], x[:, 1:] + _take(table, visible_ids)
         queries = self.mask_token + _take(table, predicted_ids)  # [B, P, E]
-        x = torch.cat([cls, visible.to(x.dtype), queries.to(x.dtype)], dim=1)  # [B, 1+V+P, E]
-        x = self.decoder_blocks(x)[:, 1 + visible.shape[1] :]  # [B, P, E]
-        return self.decoder_pred(self.decoder_norm(x))
+        context, queries = torch.cat([cls, visible.to(x.dtype)], dim=1), queries.to(x.dtype)  # [B, 1+V, E]
+        if self.decoder == "cross":
+            for block in self.decoder_blocks:
+                queries = block(queries, context)
+        else:
+            x = torch.cat([context, queries], dim=1)  # [B, 1+V+P, E]
+            queries = self.decoder_blocks(x)[:, context.shape[1] :]
+        return self.decoder_pred(self.decoder_norm(queries))
 
     def _grid_of(self, images: Tensor) -> tuple[int, int]:
         return grid_of(tuple(images.shape[-2:]), self.patch_size)

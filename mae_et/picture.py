@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from einops import rearrange, repeat
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from . import storage
 from .curriculum import Stage, grid_of
 from .model import MaskedAutoencoder, Output
 from .spectral import low_frequency_crop
@@ -102,9 +102,7 @@ def draw_reconstruction(
             break
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(png)
-    os.replace(temporary, path)
+    storage.write(path, lambda file: file.write(png))
 
 
 def predicted_pixels(

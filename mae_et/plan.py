@@ -14,6 +14,7 @@ from .cost import Ledger, encoder_flops_per_image, flops_per_image, input_flops_
 from .curriculum import Curriculum, Stage, grid_of, height_width, plan_stages, scheduled, show_size
 from .data.sources import is_prepared, open_source
 from .model import MaskedAutoencoder, model_shape
+from .scaling import Cluster, scaling_report
 from .targets import target_dim
 
 
@@ -28,6 +29,30 @@ class PlanConfig(PretrainConfig):
     json: bool = False
     """Machine-readable output."""
 
+    # ── scaling on paper ──
+    devices: int | None = None
+    """Devices to plan for; default: world_size."""
+    device_flops: float | None = None
+    """Peak FLOP/s of a device; with it, hours are predicted."""
+    utilisation: float = 0.4
+    """Share of the peak that training achieves."""
+    link: float | None = None
+    """Bytes a second from a device to the next, for the gradients' all-reduce; default: as if it were free."""
+    images_per_second: float | None = None
+    """Images a second that the loaders of a device deliver; default: as if they were always there."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("devices", "device_flops", "utilisation", "link", "images_per_second"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"--{name} must be positive and finite, got {value}")
+        if self.utilisation > 1:
+            raise ValueError(f"--utilisation is a share of --device_flops, at most 1, got {self.utilisation}")
+        for name in ("link", "images_per_second"):
+            if getattr(self, name) and not self.device_flops:
+                raise ValueError(f"--{name} predicts hours only together with --device_flops")
+
 
 def model_kwargs(config: PretrainConfig) -> dict[str, Any]:
     """Arguments of :class:`MaskedAutoencoder`: the named model, and what the configuration changes about it."""
@@ -41,7 +66,9 @@ def model_kwargs(config: PretrainConfig) -> dict[str, Any]:
         "decoder_embed_dim": config.decoder_embed_dim,
         "decoder_depth": config.decoder_depth,
         "decoder_num_heads": config.decoder_num_heads,
-        "own_positions": config.own_positions or None,  # left out of shapes that other programs read
+        # What is MAE's own way is left out of shapes that other programs read.
+        "own_positions": config.own_positions or None,
+        "decoder": None if config.decoder == "self" else config.decoder,
     }
     kwargs = model_shape(config.model) | {k: v for k, v in changes.items() if v is not None}
     return kwargs | {"target_dim": target_dim(config.target, kwargs["patch_size"], config.in_chans)}
@@ -77,6 +104,10 @@ def build_curriculum(config: PretrainConfig, num_images: int, devices: int = 1) 
         "replay": config.replay,
         "views_per_image": config.views_per_image,
         "masks_per_image": config.masks_per_image,
+        "early_large_batch": config.early_large_batch,
+        "max_batch_size": config.max_batch_size,
+        "lr_scaling": config.lr_scaling,
+        "devices": devices,
         "flops_per_image": flops,
     }
     if config.curriculum == "custom":
@@ -138,7 +169,8 @@ def count_images(config: PretrainConfig) -> int:
 def plan_report(config: PlanConfig) -> dict[str, Any]:
     """What `plan` prints, as plain values. FLOPs are training FLOPs: forward, backward and input operators."""
     other = from_recipe(PretrainConfig, config.vs) if config.vs else vanilla_twin(config)
-    plan, against = (build_curriculum(c, count_images(c), c.world_size) for c in (config, other))
+    devices = config.devices or config.world_size
+    plan, against = (build_curriculum(c, count_images(c), devices) for c in (config, other))
     model = describe_model(config)
     patch_px = model.patch_size
     # Forward and backward of the encoder on all patches of all images, at full size; the head is too small to count.
@@ -160,6 +192,9 @@ def plan_report(config: PlanConfig) -> dict[str, Any]:
                 "replay_bytes": stage.replay_bytes,
                 "gflops_per_image": stage.flops_per_image / 1e9,
                 "compute_share": stage.flops / plan.total_flops,
+                "lr_scale": stage.lr_scale,
+                "images_per_device": stage.batch_size / devices,
+                "gflops_per_device_step": stage.batch_size / devices * stage.flops_per_image / 1e9,
             }
             for stage in plan.stages
         ],
@@ -172,7 +207,17 @@ def plan_report(config: PlanConfig) -> dict[str, Any]:
             # How much the same number of images would have cost at the other plan's cost per image.
             "flops_same_images": plan.total_images * against.total_flops / against.total_images,
         },
+        **_scaling(config, plan, model, devices),
     }
+
+
+def _scaling(config: PlanConfig, plan: Curriculum, model: MaskedAutoencoder, devices: int) -> dict[str, Any]:
+    """{"scaling": …} where the devices are described."""
+    if not config.device_flops:
+        return {}
+    cluster = Cluster(devices, config.device_flops, config.utilisation, config.link, config.images_per_second)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return {"scaling": scaling_report(plan, trained, cluster)}
 
 
 def _totals(plan: Curriculum) -> dict[str, float]:
@@ -188,6 +233,7 @@ def _totals(plan: Curriculum) -> dict[str, float]:
 def plan_table(report: dict[str, Any]) -> Table:
     """The stages of a :func:`plan_report` as a table."""
     heads = ("size", "patches", "visible", "predicted", "batch", "passes", "steps", "images", "GFLOPs/image", "compute")
+    heads += ("per device", "TFLOPs/step")
     table = Table(title=f"Plan of {report['recipe']}", title_justify="left")
     for head in heads:
         table.add_column(head, justify="right")
@@ -200,11 +246,20 @@ def plan_table(report: dict[str, Any]) -> Table:
             f"{row['images']:,}",
             f"{row['gflops_per_image']:.3g}",
             f"{row['compute_share']:.1%}",
+            f"{row['images_per_device']:,.0f}",
+            f"{row['gflops_per_device_step'] / 1e3:.3g}",
         )
     total = report["totals"]
     table.add_section()
     table.add_row(
-        *("total", "", "", "", ""), f"{total['passes']:.1f}", f"{total['steps']:,}", f"{total['images']:,}", "", "100%"
+        *("total", "", "", "", ""),
+        f"{total['passes']:.1f}",
+        f"{total['steps']:,}",
+        f"{total['images']:,}",
+        "",
+        "100%",
+        "",
+        "",
     )
     return table
 

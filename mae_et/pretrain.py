@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, interop, run_folder, runtime
+from . import checkpoint, interop, run_folder, runtime, storage
 from .config import PretrainConfig, to_dict, to_yaml
 from .cost import EnergyMeter, Ledger, peak_memory_bytes
 from .curriculum import Curriculum, Stage, grid_of, height_width, show_size
@@ -34,7 +34,7 @@ from .plan import build_curriculum, ledger_table, model_kwargs, remedies, vanill
 from .progress import Recorder, console, logging_to_console
 from .runtime import Runtime, Stop, stop_signals
 from .spectral import low_frequency_crop
-from .targets import hog_target, pixel_target, reconstruction_loss
+from .targets import hog_target, pixel_target, reconstruction_loss, take_patches
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 FREE_ON_RESUME = frozenset(
     """
     recipe data_path num_images num_workers pin_mem damaged_limit cache_gib output_dir log_dir resume overwrite
-    start_epoch device precision compile print_steps save_steps save_minutes picture_steps print_config
+    start_epoch device precision compile print_steps save_steps save_minutes keep_checkpoints picture_steps print_config
     batch_size accum_iter total_batch_size replay replay_gib views_per_image masks_per_image
     world_size local_rank dist_on_itp dist_url job_dir nodes ngpus use_volta32
     """.split()
@@ -85,7 +85,7 @@ class Run:
                 "ledger": self.ledger.state_dict(),
                 "precision": self.here.precision,
             }
-            checkpoint.save(state, self.folder / run_folder.CHECKPOINT)
+            checkpoint.save(state, self.folder / run_folder.CHECKPOINT, keep=self.config.keep_checkpoints)
             run_folder.write_json(self.folder / run_folder.LEDGER, self.ledger.state_dict())
 
     def prepare(self, images: Tensor, stage: Stage) -> Tensor:
@@ -95,14 +95,19 @@ class Run:
 
     def loss(self, images: Tensor, stage: Stage, noise: Tensor) -> Tensor:
         """Mean loss of a micro-batch of prepared images; noise [b, L]."""
+        with self.here.autocast():
+            pred, ids, _ = self.network(images, stage.num_visible, stage.num_predicted, noise)
         with torch.no_grad():
             if self.config.target == "hog":
-                target = hog_target(images, self.model.patch_size)
+                target = take_patches(hog_target(images, self.model.patch_size), ids)
             else:
-                target = pixel_target(images, self.model.patch_size, self.config.norm_pix_loss)
-        with self.here.autocast():
-            output = self.network(images, stage.num_visible, stage.num_predicted, noise)
-        return reconstruction_loss(output.pred, target, output.predicted_ids)
+                target = pixel_target(images, self.model.patch_size, self.config.norm_pix_loss, ids)
+        return reconstruction_loss(pred, target)
+
+    def micro_batches(self, stage: Stage) -> list[range]:
+        """This rank's rows of a step, piece by piece."""
+        size = stage.micro_size(self.config.batch_size)
+        return micro_batches(stage.batch_size, size, self.here.rank, self.here.world_size, stage.rows_per_image)
 
     def patches(self, stage: Stage) -> int:
         return math.prod(grid_of(stage.size_px, self.model.patch_size))
@@ -114,7 +119,7 @@ def pretrain(config: PretrainConfig) -> Path:
     Raises ValueError, OSError or CheckpointError, with one line, for whatever the user can mend.
     """
     resume = resume_path(config)
-    state = checkpoint.load(resume) if resume else {}
+    state, whole = checkpoint.load_newest(resume) if resume else ({}, None)
     if config.world_size > 1 and "WORLD_SIZE" not in os.environ:
         raise ValueError(f"--world_size {config.world_size}: start with torchrun --nproc_per_node={config.world_size}")
     # A resumed run keeps its precision, which also decides how attention is computed.
@@ -160,6 +165,8 @@ def pretrain(config: PretrainConfig) -> Path:
         if here.is_main:
             same = resume is not None and resume.parent.resolve() == run.folder.resolve()
             run_folder.prepare(run.folder, keep=same, overwrite=config.overwrite)
+            if same and whole != resume:  # a damaged one must not take the place of a whole one when the next is saved
+                os.replace(whole, resume)
             lasting = dataclasses.replace(config, resume="", overwrite=False)  # it is a recipe: no one-off flags
             run_folder.write_text(run.folder / run_folder.CONFIG, to_yaml(lasting))
             facts = run_folder.environment(
@@ -173,7 +180,7 @@ def pretrain(config: PretrainConfig) -> Path:
 
         # ── train ──
         recorder = Recorder(run.folder, config.log_dir, curriculum, step, ledger, on=here.is_main)
-        with contextlib.closing(loader), recorder:
+        with storage.naming_folder(run.folder), contextlib.closing(loader), recorder:
             train(run, batches, recorder, stop, vanilla.stages[0].flops_per_image)
 
         # ── what the run leaves behind ──
@@ -216,17 +223,9 @@ def train(run: Run, batches: Iterator[Tensor], recorder: Recorder, stop: Stop, v
         lr = stage.lr_scale * learning_rate(
             position, peak=run.peak_lr, floor=config.min_lr, warmup=config.warmup_epochs / config.epochs
         )
-        loss, data_seconds = accumulate_gradients(run, batches, stage)
-        # Over ranks: the sum of their shares of the loss, and of those that were asked to stop.
-        outcome = here.sum(torch.stack([loss, torch.full_like(loss, stop.requested)]))
-        norm = nn.utils.get_total_norm(p.grad for p in run.model.parameters() if p.grad is not None)
-        if config.clip_grad is not None:
-            nn.utils.clip_grads_with_norm_(run.model.parameters(), config.clip_grad, norm)
-        set_learning_rate(run.optimizer, lr)
-        guarded_step(run.optimizer, outcome[0] + norm)  # finite only if both are
-        run.optimizer.zero_grad(set_to_none=True)
+        outcome, data_seconds = take_step(run, batches, stage, lr, stop.requested)
         run.step += 1
-        outcomes.append(torch.cat([outcome, norm[None]]))
+        outcomes.append(outcome)
 
         end_of_stage = run.step == curriculum.start(index) + stage.steps
         picture = bool(config.picture_steps) and run.step % config.picture_steps == 0
@@ -259,6 +258,22 @@ def train(run: Run, batches: Iterator[Tensor], recorder: Recorder, stop: Stop, v
             return
 
 
+def take_step(
+    run: Run, batches: Iterator[Tensor], stage: Stage, lr: float, stopping: bool = False
+) -> tuple[Tensor, float]:
+    """One optimiser step. Returns [loss, number of ranks `stopping`, gradient norm] and the seconds waited for data."""
+    loss, data_seconds = accumulate_gradients(run, batches, stage)
+    # Over ranks: the sum of their shares of the loss, and of those that were asked to stop.
+    outcome = run.here.sum(torch.stack([loss, torch.full_like(loss, stopping)]))
+    norm = nn.utils.get_total_norm(p.grad for p in run.model.parameters() if p.grad is not None)
+    if run.config.clip_grad is not None:
+        nn.utils.clip_grads_with_norm_(run.model.parameters(), run.config.clip_grad, norm)
+    set_learning_rate(run.optimizer, lr)
+    guarded_step(run.optimizer, outcome[0] + norm)  # finite only if both are
+    run.optimizer.zero_grad(set_to_none=True)
+    return torch.cat([outcome, norm[None]]), data_seconds
+
+
 def accumulate_gradients(run: Run, batches: Iterator[Tensor], stage: Stage) -> tuple[Tensor, float]:
     """Forward and backward of this rank's rows of one step; returns its share of the loss and seconds waited for data.
 
@@ -268,7 +283,7 @@ def accumulate_gradients(run: Run, batches: Iterator[Tensor], stage: Stage) -> t
     rows = rank_rows(stage.batch_size, here.rank, here.world_size)
     noise = mask_noise(run.config.seed, run.step, stage.batch_size, run.patches(stage))
     noise = here.to_device(noise[rows.start : rows.stop])
-    pieces = micro_batches(stage.batch_size, run.config.batch_size, here.rank, here.world_size)
+    pieces = run.micro_batches(stage)
     for piece in pieces:
         waiting = time.perf_counter()
         images = next(batches)
@@ -287,7 +302,7 @@ def warm_up(run: Run, stage: Stage) -> float:
     if here.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(here.device)
     run.model.positions(grid_of(stage.size_px, run.model.patch_size))  # cached, so that no compiled graph builds them
-    pieces = micro_batches(stage.batch_size, run.config.batch_size, here.rank, here.world_size)
+    pieces = run.micro_batches(stage)
     for size in sorted({len(piece) for piece in pieces}):
         images = torch.zeros(size, run.config.in_chans, *stage.height_width, device=here.device)
         with here.local_gradients(run.network):
@@ -318,16 +333,17 @@ def check_same_run(state: dict[str, Any], config: PretrainConfig, curriculum: Cu
         raise ValueError(
             f"--resume {path} is not a pretraining checkpoint of mae_et; to fine-tune it, use main_finetune.py"
         )
-    mine = identity(config, curriculum)
-    for name in mine["config"]:
-        if name not in FREE_ON_RESUME and state["config"].get(name) != mine["config"][name]:
-            theirs, ours = state["config"].get(name), mine["config"][name]
+    mine, defaults = identity(config, curriculum), to_dict(PretrainConfig())
+    for name, ours in mine["config"].items():
+        theirs = state["config"].get(name, defaults[name])  # a run from before there was this choice
+        if name not in FREE_ON_RESUME and theirs != ours:
             raise ValueError(f"--resume {path} is of another configuration: {name} was {theirs}, is {ours}")
     if state["num_images"] != mine["num_images"]:
         was, now = state["num_images"], mine["num_images"]
         raise ValueError(f"--resume {path} was trained on {was} images, --data_path {config.data_path} has {now}")
     for theirs, ours in zip(state["stages"], mine["stages"], strict=True):
-        theirs = dataclasses.asdict(Stage(**theirs))  # sizes written one way; fields that are newer than the checkpoint
+        # Sizes written one way; what is newer than the checkpoint was as it is by default; micro-batches may change.
+        theirs = dataclasses.asdict(Stage(**theirs | {"micro_scale": ours["micro_scale"]}))
         for name in ours:
             if theirs[name] != ours[name]:
                 raise ValueError(
@@ -343,9 +359,10 @@ def resume_path(config: PretrainConfig) -> Path | None:
     path = Path(config.output_dir if config.resume == "auto" else config.resume)
     if path.is_dir() or config.resume == "auto":
         path = path / run_folder.CHECKPOINT
-    if config.resume == "auto" and not path.exists():
+    there = path.exists() or storage.kept(path)
+    if config.resume == "auto" and not there:
         return None
-    if not path.exists():
+    if not there:
         raise FileNotFoundError(
             f"--resume {config.resume}: no checkpoint there; give a run folder, a checkpoint or auto"
         )

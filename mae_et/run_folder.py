@@ -12,6 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from . import storage
+
 CHECKPOINT, CONFIG, ENVIRONMENT = "checkpoint.pt", "config.yaml", "environment.json"
 METRICS, LEDGER, ENCODER, PICTURE = "metrics.jsonl", "ledger.json", "encoder.safetensors", "reconstruction.png"
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow")
@@ -25,24 +27,23 @@ def prepare(path: Path, keep: bool, overwrite: bool) -> None:
         raise OSError(f"--output_dir {path} cannot be made: {error.strerror}") from error
     if not os.access(path, os.W_OK):
         raise PermissionError(f"--output_dir {path} is not writable")
-    held = [name for name in (CHECKPOINT, METRICS) if (path / name).exists()]
+    older = [file.name for file in storage.kept(path / CHECKPOINT)]
+    held = [name for name in (CHECKPOINT, METRICS, *older) if (path / name).exists()]
     if held and not (keep or overwrite):
         raise FileExistsError(
             f"--output_dir {path} already holds a run ({held[0]}): go on with --resume auto, replace it with "
             "--overwrite, or choose another folder"
         )
     if overwrite:
-        for old in (CHECKPOINT, METRICS, LEDGER, ENCODER, PICTURE, *path.glob("eval-*.json")):
+        for old in (*older, CHECKPOINT, METRICS, LEDGER, ENCODER, PICTURE, *path.glob("eval-*.json")):
             (path / old).unlink(missing_ok=True)
         for old in (*path.glob("events.out.tfevents.*"), *path.glob("reconstruction-*.png")):
             old.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write atomically: a reader, or a crash, never sees half a file."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    """Write atomically: a reader, or a crash, never sees half a file. Raises CheckpointError."""
+    storage.write(path, lambda file: file.write(text.encode()))
 
 
 def write_json(path: Path, value: Any) -> None:

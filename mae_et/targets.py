@@ -17,12 +17,15 @@ TARGETS = ("pixel", "hog")
 HOG_BINS = 9  # MaskFeat, Sec. 3.2: 9 unsigned orientations
 
 
-def pixel_target(images: Tensor, patch_size: int, normalize: bool = False) -> Tensor:
+def pixel_target(images: Tensor, patch_size: int, normalize: bool = False, ids: Tensor | None = None) -> Tensor:
     """The pixels of each patch, [B, L, p·p·C], ordered row, column, channel (MAE, Sec. 3).
 
+    ids: [B, P], places of the patches that are wanted -> [B, P, p·p·C]; default: all.
     normalize: per patch, minus its mean and over sqrt(unbiased variance + 1e-6) (MAE, Table 1d, "pixel (w/ norm)").
     """
     target = rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=patch_size, q=patch_size)
+    if ids is not None:
+        target = take_patches(target, ids)
     if normalize:
         variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
         target = (target - mean) / (variance + 1e-6).sqrt()
@@ -62,10 +65,16 @@ def target_dim(target: str, patch_size: int, in_chans: int) -> int:
     return {"pixel": patch_size**2 * in_chans, "hog": in_chans * HOG_BINS * 4}[target]
 
 
-def reconstruction_loss(prediction: Tensor, target: Tensor, predicted_ids: Tensor) -> Tensor:
+def take_patches(target: Tensor, ids: Tensor) -> Tensor:
+    """Patches of a target [B, L, D] at the places ids [B, P] -> [B, P, D]."""
+    return target.gather(1, ids.unsqueeze(-1).expand(-1, -1, target.shape[-1]))
+
+
+def reconstruction_loss(prediction: Tensor, target: Tensor, predicted_ids: Tensor | None = None) -> Tensor:
     """Mean squared error over the values of a patch, then the mean over the predicted patches (MAE, Sec. 3), float32.
 
-    prediction: [B, P, D]. target: [B, L, D]. predicted_ids: [B, P], places of the predicted patches in L.
+    prediction: [B, P, D]. target: [B, L, D] with predicted_ids [B, P], the places of the predicted patches in L; or,
+    without them, [B, P, D] of those patches alone.
     """
-    wanted = target.gather(1, predicted_ids.unsqueeze(-1).expand(-1, -1, target.shape[-1]))
+    wanted = target if predicted_ids is None else take_patches(target, predicted_ids)
     return F.mse_loss(prediction.float(), wanted.float())

@@ -14,11 +14,11 @@ PACKAGE = Path(__file__).parents[1] / "mae_et"  # read, never imported: a circle
 #: A room may import only rooms before it. `data/` is one room, ordered inside.
 ORDER = (
     *("curriculum", "spectral", "targets"),
-    *("model", "cost", "config", "finetune_config"),
+    *("decoder", "model", "cost", "config", "finetune_config"),
     *("data.stream", "data.photos", "data.shards", "data.sources", "data.cache", "data.decode"),
     *("data.replay", "data.loader", "data.labelled", "data"),
-    *("optim", "runtime", "run_folder", "interop", "checkpoint", "picture", "progress", "journal"),
-    *("plan", "pretrain", "mixing", "classifier", "evaluation", "finetune", "probe"),
+    *("optim", "runtime", "storage", "run_folder", "interop", "checkpoint", "picture", "progress", "journal"),
+    *("scaling", "plan", "pretrain", "mixing", "classifier", "evaluation", "finetune", "probe"),
     *("compare", "report", "reconstruct", "prepare", "search"),
     *("cli", "__main__", ""),  # "" is mae_et itself
 )

@@ -60,6 +60,8 @@ def test_the_formula_counts_what_pytorch_counts(name):
         ({"img_size": (64, 32), "in_chans": 1, "target_dim": 36}, Stage((32, 16), 5, 20, 1)),
         ({"img_size": (64, 32), "in_chans": 5, "decoder_depth": 2}, Stage((64, 32), 100, 28, 1)),
         ({"img_size": 32, "mlp_ratio": 3.0, "depth": 1, "decoder_embed_dim": 96}, Stage(32, 63, 1, 1)),
+        ({"img_size": (64, 32), "decoder": "cross"}, Stage((64, 32), 32, 96, 1)),
+        ({"img_size": 32, "decoder": "cross", "mlp_ratio": 3.0, "target_dim": 36}, Stage(16, 7, 3, 1)),
     ],
 )
 def test_it_holds_for_any_shape_and_either_attention(shape, stage, attention):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from mae_et.config import PretrainConfig, from_dict
 from mae_et.data.sources import open_source
 from mae_et.model import create_mae
 from mae_et.pretrain import pretrain
+from mae_et.reconstruct import ReconstructConfig, reconstruct
 
 ROOT = Path(__file__).parent.parent
 TINY = {
@@ -85,6 +88,15 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
         assert torch.equal(a[key], b[key]), key
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As `whole` and the scripts of these tests run: only then are results the same bit for bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def whole(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run, on one thread as the scripts of these tests run."""
@@ -123,13 +135,15 @@ def test_learns(photos: Path, tmp_path: Path) -> None:
 
 
 def test_kill_at_any_step_and_resume_bit_for_bit(photos: Path, tmp_path: Path, whole: Path) -> None:
-    """`kill -9` three times, the last time in the second stage, past the end of the data; then to the end."""
+    """`kill -9` three times, once during a save, the last time in the second stage, past the end of the data."""
     recipe = recipe_file(TINY | {"data_path": str(photos), "output_dir": str(tmp_path / "run")}, tmp_path / "r.yaml")
     flags = ("--recipe", str(recipe), "--resume", "auto", "--save_steps", "1", "--print_steps", "1")
     last = 0
     for steps in (3, 9, 15):
         process = script(*flags, "--num_workers", "1")
         _wait_for_step(tmp_path / "run", steps, process)
+        if steps == 9:
+            _wait_for_a_save(tmp_path / "run", process)
         process.send_signal(signal.SIGKILL)
         process.communicate()
         last = checkpoint.load(tmp_path / "run" / "checkpoint.pt")["step"]
@@ -156,6 +170,54 @@ def _wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
         time.sleep(0.02)
     process.kill()
     raise AssertionError(process.communicate()[0])
+
+
+def _wait_for_a_save(folder: Path, process: subprocess.Popen) -> None:
+    """Until a checkpoint is being written, or the process has ended."""
+    while not (folder / ".checkpoint.pt.tmp").exists() and process.poll() is None:
+        pass
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(
+    photos: Path, tmp_path: Path, whole: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The two newest are cut short: the run goes on from the third, and ends where an undamaged one does."""
+    config = tiny(photos, tmp_path / "run", save_steps=8, keep_checkpoints=4, resume="auto")
+    folder = pretrain(config)
+    newest, *older = (folder / "checkpoint.pt", *sorted(folder.glob("checkpoint.prev*.pt")))
+    assert checkpoint.load(older[1])["step"] < checkpoint.load(newest)["step"]
+    for file in (newest, older[0]):
+        file.write_bytes(file.read_bytes()[:-50])
+    pretrain(config)
+    assert "going on from the one before" in caplog.text and older[1].name in caplog.text
+    assert_same(weights(folder), weights(whole))
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps)), "no step is reported twice"
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_full_disk_keeps_the_last_checkpoint(
+    photos: Path, tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk fills up in mid-run; with room again, the run goes on and ends as if nothing had happened."""
+    config = tiny(photos, tmp_path / "run", save_steps=5, resume="auto")
+    left, real = [15], os.fsync
+
+    def filling(descriptor: int) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", filling)
+        with pytest.raises(checkpoint.CheckpointError, match="No space left on device") as error:
+            pretrain(config)
+    assert str(tmp_path / "run") in str(error.value)
+    assert not [file.name for file in (tmp_path / "run").iterdir() if file.name.endswith((".tmp", ".link"))]
+    assert 5 <= checkpoint.load(tmp_path / "run" / "checkpoint.pt")["step"] < 30
+    assert_same(weights(pretrain(config)), weights(whole))
 
 
 def test_sigterm_saves_and_resume_goes_on(photos: Path, tmp_path: Path) -> None:
@@ -224,11 +286,21 @@ def test_two_ranks_equal_one(photos: Path, tmp_path: Path, whole: Path) -> None:
     assert ledgers[0]["images"] == ledgers[1]["images"] and ledgers[0]["flops"] == ledgers[1]["flops"]
 
 
-@pytest.mark.parametrize("change", [{"target": "hog"}, {"lowfreq": "lanczos"}, {"lowfreq": "scaled"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"target": "hog"},
+        {"lowfreq": "lanczos"},
+        {"lowfreq": "scaled"},
+        {"decoder": "cross", "predict_ratio": 0.5, "norm_pix_loss": True},
+        {"early_large_batch": True, "max_batch_size": 12, "batch_size": 2, "total_batch_size": 6},
+    ],
+)
 def test_variants_run(photos: Path, tmp_path: Path, change: dict) -> None:
     folder = pretrain(tiny(photos, tmp_path / "run", epochs=0.6, clip_grad=1.0, precision="bf16", **change))
     assert json.loads((folder / "ledger.json").read_text())["total"]["steps"] > 2
-    assert (folder / "reconstruction.png").exists()
+    drawn = reconstruct(ReconstructConfig(str(folder), out=str(tmp_path / "again.png")))
+    assert drawn.stat().st_size > 0 and (folder / "reconstruction.png").exists()
 
 
 def test_compiles_whole_at_every_stage() -> None:

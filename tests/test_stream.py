@@ -35,7 +35,9 @@ def samples_by_step(plan: Curriculum, seed=0, micro_size=10**9, first_step=0, wo
     for rank in range(world_size):
         stream = iter(SampleStream(plan, seed, micro_size, first_step, rank, world_size))
         for step in range(first_step, plan.total_steps):
-            for rows in micro_batches(plan.at(step).batch_size, micro_size, rank, world_size):
+            for rows in micro_batches(
+                plan.at(step).batch_size, micro_size, rank, world_size, plan.at(step).rows_per_image
+            ):
                 micro = next(stream)
                 assert len(micro) == len(rows) <= micro_size
                 steps[step - first_step] += micro
@@ -154,10 +156,10 @@ def alone(source: Noise, index: int, number: int, stage: Stage, operator="lanczo
 def test_batches_do_not_depend_on_the_number_of_workers():
     source, plan = Noise(11, damaged=(4,)), curriculum(11, (5, 3), (7, 2))
     wanted = batches(source, plan)
-    assert [tuple(batch.shape) for batch in wanted] == [(3, 3, 16, 16), (2, 3, 16, 16)] * 3 + [
+    assert [tuple(batch.shape) for batch in wanted] == [(2, 3, 16, 16), (3, 3, 16, 16)] * 3 + [
+        (2, 3, 24, 24),
+        (2, 3, 24, 24),
         (3, 3, 24, 24),
-        (3, 3, 24, 24),
-        (1, 3, 24, 24),
     ] * 2
     assert {batch.dtype for batch in wanted} == {torch.uint8}
     for workers in (1, 2):

@@ -48,6 +48,16 @@ def test_a_flat_patch_is_normalised_to_zero():
     assert pixel_target(torch.full((1, 3, 8, 8), 7.0), 4, normalize=True).abs().max() == 0
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+def test_targets_of_some_patches_are_those_of_all_taken_there(normalize):
+    images, ids = torch.randn(2, 3, 16, 24), torch.tensor([[5, 0, 3], [1, 5, 2]])
+    everything = pixel_target(images, 8, normalize)
+    wanted = torch.stack([everything[row, ids[row]] for row in range(2)])
+    assert torch.equal(pixel_target(images, 8, normalize, ids), wanted)
+    prediction = torch.randn(2, 3, 192)
+    assert reconstruction_loss(prediction, wanted) == reconstruction_loss(prediction, everything, ids)
+
+
 # ---------------------------------------------------------------------------------------------------------------- HOG
 
 

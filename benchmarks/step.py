@@ -1,0 +1,256 @@
+"""A training step of `mae_et` against one of transformers' ViTMAE: same shapes, same batch, identical work, in one run.
+
+    python benchmarks/step.py                                       # ViT-B/16 and ViT-S/16, at 96, 160 and 224 px
+    python benchmarks/step.py --models mae_vit_base_patch16 --batch_size 16 --curriculum vanilla --rounds 7
+    python benchmarks/step.py --device cuda --batch_size 128 --json
+
+Every contestant gets the same uint8 images at full size and does the same with them: normalise, spectral crop to the
+stage's size, forward (all masked patches are decoded), loss on normalised pixels, backward, fused AdamW. Each model
+runs in fp32 and in bf16 autocast; a round takes one step of each, in turn. `--batch_size` is the batch at full size;
+smaller stages take more images for the same work (`--same_batch`: no). Utilisation: training FLOPs a second over those
+of the best matrix product in the same run and precision. Memory: high-water mark of a step over what was in use before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+import transformers
+import tyro
+from rich.console import Console
+from rich.table import Table
+from synthetic import LEARNING_RATE, Spread, loader_output, peak_memory, reset_peak_memory, synthetic_run
+from torch import Tensor, nn
+
+from mae_et import runtime
+from mae_et.config import PretrainConfig
+from mae_et.curriculum import Stage, grid_of, show_size
+from mae_et.interop import huggingface_config
+from mae_et.plan import model_kwargs
+from mae_et.pretrain import Run, take_step
+
+PRECISIONS = ("bf16", "fp32")
+MATMUL_SHAPES = ((1024, 1024, 1024), (2048, 2048, 2048), (4096, 1024, 4096))
+CUDA_MATMUL_SHAPES = ((4096, 4096, 4096), (8192, 8192, 8192), (16384, 4096, 4096))
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """Time training steps against transformers' ViTMAE."""
+
+    models: tuple[str, ...] = ("mae_vit_base_patch16", "mae_vit_small_patch16")
+    """Models of mae_et to time."""
+    curriculum: str = "et_pp"
+    """Whose sizes: vanilla is 224 px alone, et_pp 96, 160 and 224."""
+    batch_size: int = 16
+    """Images of a step at full size."""
+    same_batch: bool = False
+    """The same number of images at every size."""
+    rounds: int = 5
+    """Steps of each contestant."""
+    precisions: tuple[str, ...] = PRECISIONS
+    """bf16, fp32 or both."""
+    decoder: str = "self"
+    """Of mae_et; with cross the work is no longer identical."""
+    device: str = "auto"
+    """As of main_pretrain.py."""
+    compile: bool = False
+    """torch.compile both models."""
+    json: bool = False
+    """Machine-readable output."""
+
+
+@dataclass
+class Contestant:
+    """One model in one precision at one size. `step` takes uint8 images to new weights."""
+
+    name: str
+    precision: str
+    run: Run
+    stage: Stage
+    theirs: nn.Module | None = None
+    seconds: list[float] = field(default_factory=list)
+    step_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        self.batches = loader_output(self.run, self.stage)
+        if self.theirs is not None:
+            self.optimizer = torch.optim.AdamW(self.theirs.parameters(), lr=LEARNING_RATE, fused=True)
+
+    def warm_up(self) -> None:
+        """Two steps that don't count: the first makes the optimiser's state, the second's memory is measured."""
+        self._step()
+        before = reset_peak_memory(self.run.here.device)
+        self._step()
+        self.step_bytes = peak_memory(self.run.here.device) - before
+
+    def step(self) -> None:
+        began = time.perf_counter()
+        self._step()
+        self.seconds.append(time.perf_counter() - began)
+
+    def _step(self) -> None:
+        if self.theirs is None:
+            take_step(self.run, iter(self.batches), self.stage, LEARNING_RATE)
+        else:
+            self._their_step(self.batches[0])
+        self.run.here.synchronize()
+
+    def _their_step(self, images: Tensor) -> None:
+        prepared = self.run.prepare(images, self.stage)
+        noise = torch.rand(len(images), self.run.patches(self.stage), device=prepared.device)
+        with self.run.here.autocast():
+            loss = self.theirs(prepared, noise=noise).loss
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def main() -> None:
+    options = tyro.cli(StepConfig, use_underscores=True)
+    reports = []
+    for model in options.models:
+        reports += measure(options, model)
+    facts = {"torch": torch.__version__, "transformers": transformers.__version__, "threads": torch.get_num_threads()}
+    if options.json:
+        print(json.dumps(facts | {"options": asdict(options), "results": reports}, indent=1))
+    else:
+        show(reports, facts)
+
+
+def measure(options: StepConfig, model: str) -> list[dict[str, Any]]:
+    """One row per size, model and precision."""
+    config = PretrainConfig(
+        model=model,
+        curriculum=options.curriculum,
+        batch_size=options.batch_size,
+        early_large_batch=not options.same_batch,
+        norm_pix_loss=True,
+        decoder=options.decoder,
+        device=options.device,
+        compile=options.compile,
+        warmup_epochs=0,
+    )
+    rows = []
+    with contextlib.ExitStack() as stack:
+        # Entering decides how attention is computed; the model built next keeps it.
+        runs = {}
+        for precision in options.precisions:
+            here = stack.enter_context(runtime.start(options.device, precision))
+            runs[precision] = synthetic_run(config, here, num_images=1_000_000)
+        best = {precision: best_matmul(run.here) for precision, run in runs.items()}
+        for index, stage in enumerate(next(iter(runs.values())).curriculum.stages):
+            contestants = [Contestant("mae_et", name, run, run.curriculum.stages[index]) for name, run in runs.items()]
+            contestants += [
+                Contestant("transformers ViTMAE", name, run, stage, vit_mae(run, stage)) for name, run in runs.items()
+            ]
+            for contestant in contestants:
+                contestant.warm_up()
+            for _ in range(options.rounds):
+                for contestant in contestants:
+                    contestant.step()
+            rows += [row(model, contestant, contestants, best) for contestant in contestants]
+    return rows
+
+
+def vit_mae(run: Run, stage: Stage) -> nn.Module:
+    """transformers' ViTMAE of the same shape, for inputs of the stage's size."""
+    shape = model_kwargs(run.config) | {"img_size": stage.size_px}
+    patches = run.patches(stage)
+    ratio = 1 - (stage.num_visible + 0.5) / patches  # theirs keeps int(L · (1 − ratio))
+    config = huggingface_config(shape, norm_pix_loss=True, mask_ratio=ratio)
+    assert int(patches * (1 - ratio)) == stage.num_visible and stage.num_predicted == patches - stage.num_visible
+    model = transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(**config)).to(run.here.device).train()
+    return torch.compile(model, dynamic=False) if run.config.compile else model
+
+
+def best_matmul(here: runtime.Runtime) -> float:
+    """The most FLOP/s that a matrix product reaches here in the precision of the run."""
+    dtype, best = (torch.bfloat16 if here.precision == "bf16" else torch.float32), 0.0
+    for m, k, n in CUDA_MATMUL_SHAPES if here.device.type == "cuda" else MATMUL_SHAPES:
+        a, b = torch.randn(m, k, device=here.device, dtype=dtype), torch.randn(k, n, device=here.device, dtype=dtype)
+        for _ in range(8):
+            here.synchronize()
+            began = time.perf_counter()
+            a @ b
+            here.synchronize()
+            best = max(best, 2 * m * k * n / (time.perf_counter() - began))
+    return best
+
+
+def row(model: str, mine: Contestant, all_of_them: list[Contestant], best: dict[str, float]) -> dict[str, Any]:
+    """What was measured of one contestant, and against transformers in the same precision."""
+    stage, (rows, columns) = mine.stage, grid_of(mine.stage.size_px, mine.run.model.patch_size)
+    theirs = next(c for c in all_of_them if c.theirs is not None and c.precision == mine.precision)
+    rate = Spread.of([stage.batch_size / seconds for seconds in mine.seconds])
+    return {
+        "model": model,
+        "contestant": mine.name,
+        "precision": mine.precision,
+        "device": mine.run.here.describe(),
+        "size_px": stage.size_px,
+        "patches": rows * columns,
+        "batch_size": stage.batch_size,
+        "images_per_second": vars(rate),
+        "speedup_over_transformers": vars(
+            Spread.of([their / our for our, their in zip(mine.seconds, theirs.seconds, strict=True)])
+        ),
+        "flops_per_image": stage.flops_per_image,
+        "best_matmul_flops": best[mine.precision],
+        "utilisation": rate.median * stage.flops_per_image / best[mine.precision],
+        "step_bytes": mine.step_bytes,
+    }
+
+
+def show(rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
+    table = Table(title=", ".join(f"{name} {value}" for name, value in facts.items()), title_justify="left")
+    heads = ("model", "size", "batch", "what", "precision", "images/s (quartiles)", "× transformers", "of best matmul")
+    for head in (*heads, "memory of a step"):
+        table.add_column(head, justify="right")
+    for found in rows:
+        table.add_row(
+            found["model"].removeprefix("mae_"),
+            show_size(found["size_px"]),
+            str(found["batch_size"]),
+            found["contestant"],
+            found["precision"],
+            str(Spread(**found["images_per_second"])),
+            f"{found['speedup_over_transformers']['median']:.2f}",
+            f"{found['utilisation']:.2f}",
+            f"{found['step_bytes'] / 2**20:,.0f} MiB",
+            end_section=found["contestant"] != "mae_et" and found["precision"] == rows[-1]["precision"],
+        )
+    console = Console(width=160)
+    console.print(table)
+    console.print(rows[0]["device"].rpartition(",")[0])
+    for line in scaling_lines(rows):
+        console.print(line)
+
+
+def scaling_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """images/s of each size over images/s at full size times the FLOP ratio: 1 where small stages waste nothing."""
+    lines = []
+    for model, precision in dict.fromkeys((found["model"], found["precision"]) for found in rows):
+        ours = [
+            found
+            for found in rows
+            if (found["model"], found["precision"], found["contestant"]) == (model, precision, "mae_et")
+        ]
+        full = ours[-1]
+        for found in ours[:-1]:
+            faster = found["images_per_second"]["median"] / full["images_per_second"]["median"]
+            cheaper = full["flops_per_image"] / found["flops_per_image"]
+            lines.append(
+                f"{model} {precision}: {show_size(found['size_px'])} px is {faster:.2f}× faster by the clock, "
+                f"{cheaper:.2f}× by FLOPs: {faster / cheaper:.2f}"
+            )
+    return lines
+
+
+if __name__ == "__main__":
+    main()

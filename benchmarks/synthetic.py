@@ -1,0 +1,111 @@
+"""A run on synthetic images, taken one real step at a time: what the benchmarks of speed have in common."""
+
+from __future__ import annotations
+
+import ctypes
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mae_et.config import PretrainConfig
+from mae_et.cost import Ledger
+from mae_et.curriculum import Stage, height_width
+from mae_et.data.stream import micro_batches
+from mae_et.model import MaskedAutoencoder
+from mae_et.optim import adamw
+from mae_et.plan import build_curriculum, model_kwargs
+from mae_et.pretrain import Run, take_step
+from mae_et.runtime import Runtime
+
+LEARNING_RATE = 1e-5
+
+
+def synthetic_run(config: PretrainConfig, here: Runtime, num_images: int) -> Run:
+    """Everything `train` works on but data and a folder: real stages, model, optimiser."""
+    curriculum = build_curriculum(config, num_images, here.world_size)
+    torch.manual_seed(0)
+    model = MaskedAutoencoder(**model_kwargs(config)).to(here.device)
+    network = torch.compile(model, dynamic=False) if config.compile else model
+    optimizer = adamw(model, config.weight_decay)
+    return Run(config, here, curriculum, model, network, optimizer, LEARNING_RATE, Ledger.of(curriculum), step=0)
+
+
+def loader_output(run: Run, stage: Stage) -> list[Tensor]:
+    """Micro-batches of one step as the loader delivers them: uint8, at full size if the device does the crop."""
+    size = height_width(run.config.input_size) if run.config.lowfreq == "fourier" else stage.height_width
+    pieces = micro_batches(stage.batch_size, stage.micro_size(run.config.batch_size), 0, 1)
+    generator = torch.Generator().manual_seed(0)
+    shape = (max(map(len, pieces)), run.config.in_chans, *size)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    return [images[: len(piece)] for piece in pieces]
+
+
+@dataclass
+class Stopwatch:
+    """Times one kind of step: forward, backward and update, from uint8 images to new weights."""
+
+    run: Run
+    stage: Stage
+    batches: list[Tensor]
+    seconds: list[float]
+
+    @classmethod
+    def of(cls, run: Run, stage: Stage) -> Stopwatch:
+        watch = cls(run, stage, loader_output(run, stage), [])
+        watch.step()  # warms its shapes
+        watch.seconds.clear()
+        return watch
+
+    def step(self) -> None:
+        self.run.here.synchronize()
+        began = time.perf_counter()
+        take_step(self.run, iter(self.batches), self.stage, LEARNING_RATE)
+        self.run.here.synchronize()
+        self.seconds.append(time.perf_counter() - began)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Of a few measurements: the median, and the quartiles around it."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> Spread:
+        if len(values) < 2:
+            return cls(values[0], values[0], values[0])
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median, low, high)
+
+    def __str__(self) -> str:
+        return f"{self.median:.4g} ({self.low:.4g} to {self.high:.4g})"
+
+
+def reset_peak_memory(device: torch.device) -> int:
+    """Start the high-water mark anew; returns bytes in use now. 0 where the system can't."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    if not Path("/proc/self/clear_refs").exists():
+        return 0
+    ctypes.CDLL(None).malloc_trim(0)  # or the step would find its memory where the last one left it
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def peak_memory(device: torch.device) -> int:
+    """High-water mark since :func:`reset_peak_memory`, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return _status("VmHWM") if Path("/proc/self/status").exists() else 0
+
+
+def _status(name: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return 1024 * int(line.split()[1])

@@ -1,0 +1,161 @@
+"""Batches that grow with the devices' room, and hours on paper."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mae_et.config import from_recipe
+from mae_et.curriculum import LR_SCALINGS, Curriculum, Stage, StageRow, plan_stages
+from mae_et.data.stream import SampleStream, micro_batches
+from mae_et.plan import PlanConfig, plan_report
+from mae_et.scaling import Cluster, scaling_report
+
+ROWS = (StageRow(96, 0.2), StageRow(160, 0.4), StageRow(224, 0.4))
+
+
+def planned(**changes) -> Curriculum:
+    return plan_stages(ROWS, **{"epochs": 10, "num_images": 100_000, "batch_size": 1024, "devices": 8} | changes)
+
+
+# ------------------------------------------------------------------------------------------------- early large batch
+
+
+def test_small_stages_take_as_many_images_as_make_the_same_work():
+    plain, grown = planned(), planned(early_large_batch=True)
+    assert {stage.batch_size for stage in plain.stages} == {1024}
+    work = [stage.batch_size * stage.flops_per_image for stage in grown.stages]
+    assert work == pytest.approx([work[-1]] * 3, rel=0.01)
+    assert replace(grown.stages[-1], steps=0) == replace(plain.stages[-1], steps=0), "full size is as it was"
+    for a, b in zip(plain.stages, grown.stages, strict=True):
+        assert b.images == pytest.approx(a.images, abs=grown.stages[0].batch_size), (
+            "the images, and so the compute, stay"
+        )
+        assert b.batch_size % 8 == 0
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    devices=st.integers(1, 64),
+    per_device=st.integers(1, 64),
+    cap=st.none() | st.integers(1, 20_000),
+    scaling=st.sampled_from(sorted(LR_SCALINGS)),
+)
+def test_any_number_of_devices_gets_whole_images_and_the_cap_holds(devices, per_device, cap, scaling):
+    batch = devices * per_device
+    grown = planned(early_large_batch=True, batch_size=batch, devices=devices, max_batch_size=cap, lr_scaling=scaling)
+    full = grown.stages[-1]
+    for stage in grown.stages:
+        assert stage.batch_size % devices == 0 and stage.batch_size >= batch
+        assert cap is None or stage.batch_size <= max(cap, batch)
+        assert stage.batch_size * stage.flops_per_image <= full.batch_size * full.flops_per_image * (1 + 1e-9)
+        ratio = stage.batch_size / batch
+        assert stage.lr_scale == pytest.approx({"sqrt": math.sqrt(ratio), "linear": ratio, "none": 1.0}[scaling])
+
+
+def test_a_row_that_states_its_batch_keeps_it():
+    rows = (replace(ROWS[0], batch_size=500, lr_scale=2.0), *ROWS[1:])
+    grown = plan_stages(rows, epochs=10, num_images=100_000, batch_size=1024, early_large_batch=True)
+    assert (grown.stages[0].batch_size, grown.stages[0].lr_scale) == (500, 2.0)
+    assert grown.stages[1].batch_size > 1024
+    with pytest.raises(ValueError, match="unknown lr_scaling 'cubic'; choose from sqrt, linear, none"):
+        planned(lr_scaling="cubic")
+
+
+def test_micro_batches_of_small_stages_hold_as_much_work():
+    """The total batch stays; it is only cut into fewer, fuller pieces, on every rank as the loader cuts it."""
+    plan = planned()
+    small, full = plan.stages[0], plan.stages[-1]
+    assert full.micro_size(64) == 64 and small.micro_size(64) == int(64 * 196 / 36)
+    for rank in range(2):
+        pieces = micro_batches(small.batch_size, small.micro_size(64), rank, 2)
+        assert sum(map(len, pieces)) == 512 and len(pieces) == 2
+        stream = iter(SampleStream(plan, seed=0, micro_size=64, rank=rank, world_size=2))
+        assert [len(next(stream)) for _ in pieces] == [len(piece) for piece in pieces]
+
+
+# -------------------------------------------------------------------------------------------------- scaling on paper
+
+
+def curriculum() -> Curriculum:
+    stages = (
+        Stage(96, 9, 27, batch_size=400, steps=36, flops_per_image=1e9),
+        Stage(224, 49, 147, batch_size=200, steps=72, flops_per_image=8e9),
+    )
+    return Curriculum(stages, num_images=1000)
+
+
+def test_hours_are_what_a_hand_computes():
+    cluster = Cluster(devices=4, device_flops=1e12, utilisation=0.5, link=3e8, images_per_second=80.0)
+    found = scaling_report(curriculum(), parameters=25_000_000, cluster=cluster)
+    small, full = found["stages"]
+    assert small["compute_seconds"] == 100 * 1e9 / 0.5e12 == 0.2
+    assert small["link_seconds"] == full["link_seconds"] == pytest.approx(2 * 3 / 4 * 1e8 / 3e8) == 0.5
+    assert small["data_seconds"] == 100 / 80
+    assert full["compute_seconds"] == 50 * 8e9 / 0.5e12 == 0.8
+    assert (small["bound"], full["bound"]) == ("data", "compute")
+    assert small["hours"] == pytest.approx(36 * 1.25 / 3600) and full["hours"] == pytest.approx(72 * 0.8 / 3600)
+    assert found["hours"] == pytest.approx(small["hours"] + full["hours"])
+    assert small["images_per_second_needed"] == pytest.approx(100 / 0.5)
+    assert full["images_per_second_needed"] == pytest.approx(50 / 0.8)
+
+
+def test_one_device_sends_nothing_and_unknowns_cost_nothing():
+    lonely = Cluster(1, 1e12, 0.5, link=1.0, images_per_second=None)
+    for row in scaling_report(curriculum(), 25_000_000, lonely)["stages"]:
+        assert (row["link_seconds"], row["data_seconds"], row["bound"]) == (0, 0, "compute")
+    free = Cluster(8, 1e12, 0.5)
+    assert {row["bound"] for row in scaling_report(curriculum(), 25_000_000, free)["stages"]} == {"compute"}
+
+
+def test_a_slow_link_binds_what_more_devices_no_longer_help():
+    hours = {}
+    for devices in (1, 2, 4, 50):
+        report = scaling_report(curriculum(), 25_000_000, Cluster(devices, 1e12, 0.5, link=3e8))
+        hours[devices] = report["hours"]
+    assert hours[2] < hours[1]
+    assert report["stages"][0]["bound"] == report["stages"][1]["bound"] == "link"
+    assert hours[50] > hours[4] * 0.9
+
+
+def test_plan_prints_it(capsys):
+    from mae_et.cli import main
+
+    flags = "plan --recipe in1k_vitb_etpp400_hog --devices 64 --device_flops 312e12 --link 25e9".split()
+    main([*flags, "--early_large_batch", "--max_batch_size", "16384", "--json"])
+    report = json.loads(capsys.readouterr().out)
+    assert [row["batch_size"] for row in report["stages"]] == [16384, 8000, 4096]
+    assert [row["images_per_device"] for row in report["stages"]] == [256, 125, 64]
+    assert report["stages"][0]["lr_scale"] == 2
+    scaling = report["scaling"]
+    assert scaling["devices"] == 64 and len(scaling["stages"]) == 3
+    assert scaling["gradient_bytes"] == pytest.approx(4 * 111e6, rel=0.02)
+    main(flags)
+    assert "bound by" in capsys.readouterr().out
+    assert "scaling" not in plan_report(from_recipe(PlanConfig, "in1k_vitb_etpp400_hog"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--link 1e9", "--link.*--device_flops"),
+        ("--images_per_second 9", "--images_per_second.*--device_flops"),
+        ("--device_flops 1e12 --utilisation 40", "--utilisation"),
+        ("--devices 0", "--devices must be positive"),
+        ("--max_batch_size 9", "--max_batch_size.*--early_large_batch"),
+        ("--lr_scaling cubic", "--lr_scaling.*sqrt, linear, none"),
+    ],
+)
+def test_mistakes_are_one_line(flags, words, capsys):
+    from mae_et.cli import main
+
+    with pytest.raises(SystemExit):
+        main(["plan", "--recipe", "in1k_vitb_etpp400_hog", *flags.split()])
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert re.search(words, line), line
