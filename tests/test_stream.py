@@ -160,7 +160,7 @@ def test_batches_do_not_depend_on_the_number_of_workers():
         (1, 3, 24, 24),
     ] * 2
     assert {batch.dtype for batch in wanted} == {torch.uint8}
-    for workers in (1, 2):
+    for workers in (1, 2, 4):
         found = batches(source, plan, workers=workers)
         assert len(found) == len(wanted)
         assert all(a.equal(b) for a, b in zip(found, wanted, strict=True))
