@@ -133,9 +133,10 @@ def test_a_quality_outside_the_baseline_is_said_never_extrapolated(tmp_path, top
     assert words in answer_quality(found)
 
 
-def test_a_cost_outside_the_baseline_has_no_answer(tmp_path):
+@pytest.mark.parametrize("flops", [1e11, 9e12])
+def test_a_cost_outside_the_baseline_has_no_answer(tmp_path, flops):
     write_run(tmp_path / "a")
-    write_run(tmp_path / "c", flops=9e12, curriculum="et", stage_sizes=[16, 32])
+    write_run(tmp_path / "c", flops=flops, curriculum="et", stage_sizes=[16, 32])
     found = row(compare(CompareConfig((str(tmp_path),))), "equal_compute", "flops")
     assert found["difference"] is None and "outside" in answer_compute(found)
 
