@@ -111,6 +111,8 @@ def pack(source: Source, folder: Path, config: PrepareConfig) -> dict[str, Any]:
             write_text(_sidecar(folder, shard["file"]), json.dumps(shard | {"settings": settings}))
             shards.append(shard)
             first = shard["end"]
+            if not console.is_terminal:
+                log.info("%s: %d of %d images", folder / shard["file"], first, len(source))
     damaged = [entry for shard in shards for entry in shard["damaged"]]
     for name, reason in damaged:
         log.warning("damaged image skipped: %s: %s", name, reason)

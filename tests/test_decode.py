@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import v2
 
-from mae_et.data import decode
+from mae_et.data import decode, pixels
 from mae_et.data.decode import OPERATORS, DamagedImage, center_crop, to_image, train_crop, train_crops
 from mae_et.data.photos import _photograph
 
@@ -291,12 +291,12 @@ def test_any_corruption_is_an_image_or_damage(kind, data):
 
 
 def test_bombs_are_refused_before_they_are_decoded(monkeypatch):
-    monkeypatch.setattr(decode, "MAX_PIXELS", 239)
+    monkeypatch.setattr(pixels, "MAX_PIXELS", 239)
     for name in ("rgb png", "rgb jpeg", "npy rgb", "16-bit tiff"):
         for operator in OPERATORS:
             with pytest.raises(DamagedImage, match="limit"):
                 crop(FORMATS[name], operator=operator)
-    monkeypatch.setattr(decode, "MAX_PIXELS", 240)
+    monkeypatch.setattr(pixels, "MAX_PIXELS", 240)
     assert to_image(FORMATS["rgb png"], 3).size == (20, 12)
 
 

@@ -162,7 +162,7 @@ def test_batches_do_not_depend_on_the_number_of_workers():
         (3, 3, 24, 24),
     ] * 2
     assert {batch.dtype for batch in wanted} == {torch.uint8}
-    for workers in (1, 2):
+    for workers in (1, 2, 4):
         found = batches(source, plan, workers=workers)
         assert len(found) == len(wanted)
         assert all(a.equal(b) for a, b in zip(found, wanted, strict=True))

@@ -8,26 +8,23 @@ Four ways down to a small stage, all with the same crop for the same seed (METHO
 - ``scaled``   a JPEG is decoded at 1/2, 1/4 or 1/8 where the crop allows it, then one Lanczos resize of the crop
 
 JPEGs are the common case and take a short way: simplejpeg, where it is installed, and torch's resize of uint8.
-
-Colour profiles are ignored, as torchvision and timm do. Channels are handled one by one outside grey and RGB.
+Everything else is decoded in `pixels`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
-import math
-import struct
-import tokenize
-import zlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import tifffile
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torchvision.transforms import RandomResizedCrop, v2
+
+from .pixels import MODES, DamagedImage, convert, naming_damage, open_header, orientation_of, to_image
+
+__all__ = ["OPERATORS", "DamagedImage", "center_crop", "to_image", "train_crop", "train_crops"]
 
 try:
     import simplejpeg
@@ -50,69 +47,8 @@ def _torch_has_lanczos() -> bool:
 _RESIZED_CROP = {"lanczos": Image.Resampling.LANCZOS, "bilinear": Image.Resampling.BILINEAR}
 CROP_RATIO = (3 / 4, 4 / 3)  # width / height of a random crop; MAE, section A.1, through torchvision's default
 
-MAX_PIXELS = 89_478_485
-"""Larger images are refused as damaged: Pillow's own limit against decompression bombs, here an error."""
-
 #: Antialiased resizes of uint8 in this version of torch, by Pillow's name in lower case.
 _TORCH_FILTERS = ("bilinear", "bicubic", "lanczos") if _torch_has_lanczos() else ("bilinear", "bicubic")
-
-_MODES = {1: "L", 3: "RGB"}
-_TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_NPY_MAGIC = b"\x93NUMPY"
-_ORIENTATION_TAG = 0x0112  # EXIF
-_BITS_TAG, _PLANES_TAG = 258, 284  # TIFF
-_UPRIGHT = {  # EXIF orientation -> the transposition that brings the stored pixels upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-# What Pillow's decoders raise on broken files. OSError covers truncation and UnidentifiedImageError; broken PNG chunks
-# are SyntaxError or zlib.error; cut headers show up as struct.error, EOFError, IndexError, KeyError, TypeError.
-_PILLOW_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    LookupError,
-    TypeError,
-    OverflowError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
-# tifffile checks little: broken tags end in divisions by zero, failed assertions or RuntimeError (of which
-# NotImplementedError is one).
-_TIFFFILE_ERRORS = (*_PILLOW_ERRORS, ArithmeticError, AssertionError, RuntimeError)
-
-
-class DamagedImage(ValueError):
-    """These bytes are no readable image: truncated, corrupted, of an unknown format, or larger than MAX_PIXELS."""
-
-
-def to_image(item: bytes | Image.Image | np.ndarray, in_chans: int) -> Image.Image | np.ndarray:
-    """Decode, turn upright (EXIF) and bring to `in_chans` channels of 8 bits.
-
-    Returns a Pillow image of mode "L" (1 channel) or "RGB" (3), else a uint8 array [H, W, C]. For 1 and 3 channels
-    transparency is composited on white; 4 channels keep alpha as it is stored. Other counts can only come from arrays:
-    .npy files, multi-band TIFF, or a source that returns them. 16 bits are scaled by 1/257, never clipped. Of several
-    frames the first is taken.
-
-    Raises DamagedImage for unreadable bytes, ValueError if the channels or the pixel type do not fit `in_chans`.
-    """
-    if isinstance(item, bytes):
-        if item.startswith(_NPY_MAGIC):
-            item = _read_npy(item)
-        elif item.startswith(_TIFF_MAGIC):
-            item = _open_tiff(item, in_chans)
-        else:
-            item = _open(item)
-    if isinstance(item, np.ndarray):
-        return _array_to_channels(item, in_chans)
-    return _pillow_to_channels(item, in_chans)
 
 
 def train_crop(
@@ -152,7 +88,7 @@ def train_crops(
         raise ValueError(f"operator is {operator!r}; choose one of {', '.join(OPERATORS)}")
     if not 0 <= augment <= 30:
         raise ValueError(f"augment is {augment}; a RandAugment magnitude lies in 0..30")
-    if augment and in_chans not in _MODES:
+    if augment and in_chans not in MODES:
         raise ValueError(
             f"augment is {augment}, but RandAugment needs --in_chans 1 or 3, not {in_chans}; set augment 0"
         )
@@ -215,154 +151,6 @@ def center_crop(
     image = _resize(image, resized_px, Image.Resampling.BICUBIC)
     top, left = (round((resized - size) / 2) for resized, size in zip(resized_px, size_px, strict=True))
     return _to_tensor(_cut(image, (left, top, left + size_px[1], top + size_px[0])))
-
-
-# ---------------------------------------------------------------------------------------------------------- decoding
-
-
-@contextlib.contextmanager
-def _damage() -> Iterator[None]:
-    try:
-        yield
-    except DamagedImage:
-        raise
-    except UnidentifiedImageError as error:  # its own message is an address in memory
-        raise DamagedImage("not a readable image (of no known format)") from error
-    except _PILLOW_ERRORS as error:
-        raise DamagedImage(f"not a readable image ({type(error).__name__}: {error})") from error
-
-
-def _open(data: bytes) -> Image.Image:
-    """Read the header only; pixels are decoded on `load`."""
-    with _damage():
-        image = Image.open(io.BytesIO(data))
-        _check_size(image.width, image.height)
-    return image
-
-
-def _check_size(width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise DamagedImage(f"{width}x{height} pixels are more than the limit of {MAX_PIXELS}")
-    if width * height == 0:
-        raise DamagedImage("the image has no pixels")
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        value = image.getexif().get(_ORIENTATION_TAG)
-    except _PILLOW_ERRORS:
-        return 1  # broken metadata does not make the pixels worthless
-    return value if value in _UPRIGHT else 1
-
-
-def _pillow_to_channels(image: Image.Image, in_chans: int) -> Image.Image | np.ndarray:
-    if in_chans not in (1, 3, 4):
-        raise ValueError(
-            f"--in_chans {in_chans} needs arrays with {in_chans} channels (.npy or multi-band TIFF);"
-            f" a picture of mode {image.mode} gives 1, 3 or 4"
-        )
-    with _damage():
-        image.load()
-        # after `load`, because Pillow turns TIFF upright itself there and then drops the tag
-        orientation = _orientation(image)
-    if image.mode.startswith("I") or image.mode == "F":
-        image = Image.fromarray(_to_uint8(_integer_pixels(image)))
-    with _damage():
-        image = _convert(image, in_chans)
-    if orientation in _UPRIGHT:
-        image = image.transpose(_UPRIGHT[orientation])
-        image.info = {}  # or the tag would turn it once more
-    return image if in_chans in _MODES else np.asarray(image)
-
-
-def _convert(image: Image.Image, in_chans: int) -> Image.Image:
-    if in_chans == 4:
-        return image.convert("RGBA")
-    if image.mode == _MODES[in_chans] and "transparency" not in image.info:
-        return image
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert(_MODES[in_chans])
-
-
-def _integer_pixels(image: Image.Image) -> np.ndarray:
-    """16-bit pictures, [H, W] uint16. Depending on its version Pillow opens them as "I;16", "I;16B" or "I"."""
-    pixels = np.asarray(image)
-    if pixels.dtype.kind == "f" or pixels.min() < 0 or pixels.max() > 65535:
-        raise ValueError(f"pixels of mode {image.mode} have no known range; save them as 8 or 16 unsigned bits")
-    return pixels.astype(np.uint16)
-
-
-def _to_uint8(pixels: np.ndarray) -> np.ndarray:
-    if pixels.dtype == np.uint8:
-        return pixels
-    if pixels.dtype.kind != "u" or pixels.dtype.itemsize != 2:
-        raise ValueError(f"pixels are {pixels.dtype}; only uint8 and uint16 have a known range")
-    return ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)  # v/257 rounded: 0 -> 0, 65535 -> 255
-
-
-def _array_to_channels(pixels: np.ndarray, in_chans: int) -> Image.Image | np.ndarray:
-    if pixels.ndim == 2:
-        pixels = pixels[..., None]
-    if pixels.ndim != 3:
-        raise ValueError(f"an image array has shape [H, W] or [H, W, C], not {list(pixels.shape)}")
-    _check_size(pixels.shape[1], pixels.shape[0])
-    channels = pixels.shape[2]
-    if channels != in_chans and {channels, in_chans} != {1, 3}:
-        raise ValueError(f"--in_chans is {in_chans}, but an image array of shape {list(pixels.shape)} has {channels}")
-    pixels = np.ascontiguousarray(_to_uint8(pixels))
-    if in_chans not in _MODES:
-        return pixels
-    return Image.fromarray(pixels[..., 0] if channels == 1 else pixels).convert(_MODES[in_chans])
-
-
-def _read_npy(data: bytes) -> np.ndarray:
-    """[H, W] or [H, W, C] from the bytes of a .npy file, without copying and without unpickling."""
-    stream = io.BytesIO(data)
-    read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    try:
-        version = np.lib.format.read_magic(stream)
-        shape, is_fortran, dtype = read_header[version](stream)
-    except (ValueError, KeyError, SyntaxError, TypeError, tokenize.TokenError) as error:
-        raise DamagedImage(f"not a readable .npy file ({error})") from error
-    if dtype.kind != "u":
-        raise ValueError(f"a .npy image holds {dtype}; only uint8 and uint16 have a known range")
-    expected_bytes = math.prod(shape) * dtype.itemsize
-    if len(data) - stream.tell() != expected_bytes:
-        raise DamagedImage(f".npy of shape {list(shape)} needs {expected_bytes} bytes, has {len(data) - stream.tell()}")
-    return np.frombuffer(data, dtype, offset=stream.tell()).reshape(shape, order="F" if is_fortran else "C")
-
-
-def _open_tiff(data: bytes, in_chans: int) -> Image.Image | np.ndarray:
-    if in_chans in _MODES:
-        with contextlib.suppress(DamagedImage):  # Pillow knows more compressions, tifffile more layouts of bands
-            image = _open(data)
-            bits, planes = image.tag_v2.get(_BITS_TAG, (8,)), image.tag_v2.get(_PLANES_TAG, 1)
-            if max(bits) <= 8 or planes == 1:  # Pillow takes separate planes of 16 bits for planes of 8
-                return image
-    return _read_tiff(data)
-
-
-def _read_tiff(data: bytes) -> np.ndarray:
-    """[H, W, C] from a multi-band TIFF, whether its bands are samples, planes or pages."""
-    try:
-        with tifffile.TiffFile(io.BytesIO(data)) as tiff:
-            bands = tiff.series[0]
-            axes, shape = bands.axes, bands.shape
-            is_image = len(shape) <= 3 and "Y" in axes and "X" in axes
-            if is_image:
-                _check_size(shape[axes.index("X")], shape[axes.index("Y")])
-                pixels = bands.asarray(maxworkers=1)
-    except _TIFFFILE_ERRORS as error:
-        if "imagecodecs" in str(error):
-            raise ValueError(f"a TIFF cannot be read without the package imagecodecs ({error})") from error
-        raise DamagedImage(f"not a readable TIFF ({error})") from error
-    if not is_image:
-        raise ValueError(f"a TIFF with axes {axes} and shape {list(shape)} is no image of bands")
-    if pixels.ndim == 2:
-        return pixels
-    return np.moveaxis(pixels, (axes.index("Y"), axes.index("X")), (0, 1))
 
 
 # ----------------------------------------------------------------------------------------------- crops of whole images
@@ -467,10 +255,10 @@ def _open_jpeg(item: bytes | Image.Image | np.ndarray) -> _Jpeg | None:
     """A JPEG of which only the header is read, or None for everything else."""
     if not (isinstance(item, bytes) and item.startswith(b"\xff\xd8")):
         return None
-    image = _open(item)
+    image = open_header(item)
     if image.format not in ("JPEG", "MPO"):  # MPO: a JPEG with further pictures behind it
         return None
-    return _Jpeg(item, image, _orientation(image), image.size)
+    return _Jpeg(item, image, orientation_of(image), image.size)
 
 
 def _reduction(box: tuple[int, int, int, int], size_px: tuple[int, int]) -> float:
@@ -496,11 +284,11 @@ def _decode_jpeg(jpeg: _Jpeg, in_chans: int, divisor: int) -> np.ndarray:
                 min_width=-(-width // divisor),
                 min_factor=1,
             )
-    with _damage():
+    with naming_damage():
         # Pillow takes the smallest of its scales 1/8, 1/4, 1/2, 1 that keeps both sides at least this large
-        jpeg.header.draft(_MODES[in_chans], (width // divisor, height // divisor))
+        jpeg.header.draft(MODES[in_chans], (width // divisor, height // divisor))
         jpeg.header.load()
-        pixels = np.array(_convert(jpeg.header, in_chans))
+        pixels = np.array(convert(jpeg.header, in_chans))
     return pixels if pixels.ndim == 3 else pixels[..., None]
 
 
