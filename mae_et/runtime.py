@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,12 +15,15 @@ import torch
 import torch.distributed as dist
 from timm.layers import set_fused_attn
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 log = logging.getLogger(__name__)
 
 #: How other launchers say that there are several processes; without torchrun's RANK each would think it is alone.
 OTHER_LAUNCHERS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE")
+#: What gloo, NCCL and the store say when a rank is gone; they have no type of error of their own for it.
+LOST_RANK = re.compile(r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|timed out", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -118,12 +122,28 @@ def start(device: str = "auto", precision: str = "auto", dist_url: str = "env://
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if world_size > 1:
-        dist.init_process_group(
-            "nccl" if chosen.type == "cuda" else "gloo", init_method=dist_url, rank=rank, world_size=world_size
-        )
-    yield Runtime(chosen, precision, rank, world_size)
+        _join("nccl" if chosen.type == "cuda" else "gloo", dist_url, rank, world_size)
+    try:
+        yield Runtime(chosen, precision, rank, world_size)
+    except RuntimeError as error:
+        if world_size == 1 or not LOST_RANK.search(str(error)):
+            raise
+        raise ConnectionError(
+            f"rank {rank} of {world_size}: another rank has died or can't be reached; the last checkpoint is intact, "
+            "start again with --resume auto"
+        ) from error
     if world_size > 1:  # not after an error: tearing down would wait for ranks that wait for this one
         dist.destroy_process_group()
+
+
+def _join(backend: str, dist_url: str, rank: int, world_size: int) -> None:
+    """Meet the other ranks, in a part of torchrun's store of its own for each restart.
+
+    torchrun keeps its store when it restarts ranks; where those before were, the new ones would find dead addresses.
+    """
+    store, rank, world_size = next(rendezvous(dist_url, rank, world_size))
+    store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
 
 
 def _device(name: str, local_rank: int, world_size: int) -> torch.device:

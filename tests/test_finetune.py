@@ -157,8 +157,9 @@ def test_fine_tuning_learns_reports_and_its_checkpoint_evaluates_to_the_same(run
 
 
 def test_a_killed_run_resumes_bit_for_bit(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With everything random on: augmentation, erasing, mixing, drop path, and an average of the weights."""
-    config = FinetuneConfig(finetune=str(run), mixup_mode="elem", model_ema=True, save_steps=3, **QUICK)
+    """With everything random on: augmentation, erasing, mixing, drop path, and an average of the weights; and with the
+    newest checkpoint cut short, so that it goes on from the one before."""
+    config = FinetuneConfig(finetune=str(run), mixup_mode="elem", model_ema=True, save_steps=2, **QUICK)
     whole, cut = (replace(config, output_dir=str(tmp_path / name)) for name in ("whole", "cut"))
     finetune(whole)
     step = finetune_module.guarded_step
@@ -174,7 +175,11 @@ def test_a_killed_run_resumes_bit_for_bit(run: Path, tmp_path: Path, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         finetune(cut)
     monkeypatch.undo()
-    assert checkpoint.load(tmp_path / "cut/checkpoint.pt")["step"] < 6
+    newest = tmp_path / "cut/checkpoint.pt"
+    assert checkpoint.load(newest)["step"] == 4
+    newest.write_bytes(newest.read_bytes()[:-100])
+    content, before = checkpoint.load_newest(newest)
+    assert (content["step"], before.name) == (2, "checkpoint.prev1.pt")
     torch.manual_seed(123)
     finetune(replace(cut, resume="auto", save_steps=0))
     states = [checkpoint.load(tmp_path / name / "checkpoint.pt") for name in ("whole", "cut")]

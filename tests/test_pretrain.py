@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -27,6 +28,7 @@ from mae_et.pretrain import pretrain
 from mae_et.reconstruct import ReconstructConfig, reconstruct
 
 ROOT = Path(__file__).parent.parent
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 TINY = {
     "model": "mae_vit_tiny_patch16",
     "input_size": 32,
@@ -262,27 +264,66 @@ def test_loader_processes_leave_signals_to_the_trainer(
     assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["p"] == 1
 
 
-def test_two_ranks_equal_one(photos: Path, tmp_path: Path, whole: Path) -> None:
-    """Same data, masks and total batch, in uneven micro-batches on two ranks: the same weights up to rounding."""
+@pytest.mark.parametrize(("nodes", "ranks_per_node"), [(1, 2), (2, 2)])
+def test_many_ranks_equal_one(photos: Path, tmp_path: Path, whole: Path, nodes: int, ranks_per_node: int) -> None:
+    """Same data, masks and total batch, in uneven micro-batches on 2 ranks, and on 4 ranks that two launchers started
+    as two machines would: the same weights up to rounding."""
     config = TINY | {"data_path": str(photos), "output_dir": str(tmp_path / "run")}
     config |= {"total_batch_size": 6, "batch_size": 2}
     recipe = recipe_file(config, tmp_path / "r.yaml")
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    process = script("--recipe", str(recipe), program=torchrun)
-    output, _ = process.communicate(timeout=120)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meeting = (f"--nnodes={nodes}", "--master_addr=127.0.0.1", f"--master_port={port}")
+    launchers = [
+        script("--recipe", str(recipe), program=(*TORCHRUN, *meeting, f"--nproc_per_node={ranks_per_node}", node))
+        for node in (f"--node_rank={number}" for number in range(nodes))
+    ]
+    outputs = [process.communicate(timeout=180)[0] for process in launchers]
+    assert [process.returncode for process in launchers] == [0] * nodes, outputs
+    assert f"{nodes * ranks_per_node} ranks" in outputs[0]
+    _assert_close(tmp_path / "run", whole)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the ranks in /proc")
+def test_a_rank_that_dies_ends_all_and_a_restart_goes_on(photos: Path, tmp_path: Path, whole: Path) -> None:
+    """`kill -9` one rank: the others end within a minute and say why; torchrun's own restart goes on to the end."""
+    config = TINY | {"data_path": str(photos), "output_dir": str(tmp_path / "run"), "save_steps": 1, "print_steps": 1}
+    recipe = recipe_file(config | {"total_batch_size": 6, "batch_size": 3}, tmp_path / "r.yaml")
+    flags, torchrun = ("--recipe", str(recipe), "--resume", "auto"), (*TORCHRUN, "--standalone", "--nproc_per_node=2")
+    process = script(*flags, program=torchrun)
+    _kill_a_rank(tmp_path / "run", 5, process)
+    began = time.monotonic()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0 and time.monotonic() - began < 60
+    assert "another rank has died" in output and "--resume auto" in output, output
+
+    process = script(*flags, program=(*torchrun, "--max_restarts=1"))
+    _kill_a_rank(tmp_path / "run", 12, process)
+    output, _ = process.communicate(timeout=180)
     assert process.returncode == 0, output
-    assert "2 ranks" in output
-    one, two = weights(whole), weights(tmp_path / "run")
+    _assert_close(tmp_path / "run", whole, same_lines=False)
+
+
+def _kill_a_rank(folder: Path, step: int, launcher: subprocess.Popen) -> None:
+    _wait_for_step(folder, step, launcher)
+    ranks = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    os.kill(int(ranks[-1]), signal.SIGKILL)
+
+
+def _assert_close(folder: Path, whole: Path, same_lines: bool = True) -> None:
+    """Weights, losses, gradients and counts of a run on several ranks are those of one process, up to rounding."""
+    one, two = weights(whole), weights(folder)
     for key in one:
         if not key.endswith("qkv.bias"):  # its key part has no gradient but rounding noise, which Adam scales up
             torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=2e-5, msg=key)
-    records = [
-        [json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (whole, tmp_path / "run")
-    ]
-    for name, tolerance in (("loss", 1e-5), ("grad_norm", 1e-3)):  # Adam would hide a gradient that is off by a factor
+    records = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (whole, folder)]
+    for name, tolerance in (
+        (("loss", 1e-5), ("grad_norm", 1e-3)) if same_lines else ()
+    ):  # Adam would hide a gradient that is off by a factor
         theirs, ours = ([record[name] for record in run] for run in records)
         assert ours == pytest.approx(theirs, rel=tolerance), name
-    ledgers = [json.loads((folder / "ledger.json").read_text())["total"] for folder in (whole, tmp_path / "run")]
+    ledgers = [json.loads((f / "ledger.json").read_text())["total"] for f in (whole, folder)]
     assert ledgers[0]["images"] == ledgers[1]["images"] and ledgers[0]["flops"] == ledgers[1]["flops"]
 
 
