@@ -13,14 +13,17 @@ import torch
 import tyro
 
 from .checkpoint import CheckpointError, read_pretrained, write_export
+from .compare import CompareConfig, compare
 from .config import PretrainConfig, parse, to_yaml
 from .finetune import finetune
 from .finetune_config import FinetuneConfig
 from .plan import PlanConfig, plan_report, plan_summary, plan_table
+from .prepare import PrepareConfig, prepare
 from .pretrain import pretrain
 from .probe import probe
-from .progress import console
+from .progress import console, logging_to_console
 from .reconstruct import ReconstructConfig, reconstruct
+from .report import notes, terminal_tables, write_report
 from .scaling import scaling_table
 
 #: Mistakes and mishaps that one line explains; anything else is a bug and shows its traceback.
@@ -66,6 +69,19 @@ def _plan(argv: list[str]) -> None:
         console.print(line, highlight=False, soft_wrap=True)
 
 
+def _prepare(argv: list[str]) -> None:
+    config = parse(PrepareConfig, argv, prog="mae_et prepare")
+    with logging_to_console():
+        total = prepare(config)
+    before, after = (f"{total[name] / 1e6:,.1f} MB" for name in ("source_bytes", "bytes"))
+    console.print(
+        f"{total['images']:,} images in {config.out}, {total['damaged']:,} damaged ones skipped; {before} → {after}; "
+        f"verified. Train with --data_path {config.out}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
 def _reconstruct(argv: list[str]) -> None:
     path = reconstruct(parse(ReconstructConfig, argv, prog="mae_et reconstruct"))
     console.print(f"{path}", highlight=False, soft_wrap=True)
@@ -96,11 +112,26 @@ def _export(argv: list[str]) -> None:
     console.print(f"{pretrained.origin} → {out}", highlight=False, soft_wrap=True)
 
 
+def _compare(argv: list[str]) -> None:
+    config = parse(CompareConfig, argv, prog="mae_et compare")
+    report = compare(config)
+    paths = write_report(report, Path(config.out)) if config.out else []
+    if config.json:
+        print(json.dumps(report, indent=1))
+        return
+    for table in terminal_tables(report):
+        console.print(table)
+    for line in (*notes(report), *(f"written: {path}" for path in paths)):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "pretrain": (_pretrain, "pretrain, as main_pretrain.py does"),
     "finetune": (_finetune, "fine-tune, probe or evaluate, as main_finetune.py does"),
     "plan": (_plan, "print what a configuration will cost, before any training"),
+    "compare": (_compare, "compare what runs cost and gave, and what the baseline would have needed"),
     "export": (_export, "write pretrained weights for timm, facebookresearch/mae or transformers"),
+    "prepare": (_prepare, "pack images once into shards that are quick to read"),
     "reconstruct": (_reconstruct, "draw what a checkpoint reconstructs"),
 }
 

@@ -6,9 +6,12 @@ counter sees nothing of fused attention on CPU (pytorch issue 195460). Tests hol
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -77,6 +80,7 @@ class Account:
     size_px: SizePx
     steps: int = 0
     images: int = 0
+    """Images seen: rows of batches."""
     visible_patches: int = 0
     predicted_patches: int = 0
     flops: float = 0.0
@@ -89,6 +93,12 @@ class Account:
     warmup_seconds: float = 0.0
     """Compiling and warming the stage's shapes."""
     peak_memory_bytes: int = 0
+    energy_joules: float = 0.0
+    """Of the devices, or of the CPU packages, between reports; 0 where they don't tell."""
+    decoded_images: int = 0
+    """Images decoded for those seen, by the plan; what a resumed run decodes again for its buffer isn't counted."""
+    replay_bytes: int = 0
+    """The replay buffer, over all devices."""
 
     @property
     def seconds(self) -> float:
@@ -109,11 +119,12 @@ class Ledger:
 
     @classmethod
     def of(cls, curriculum: Curriculum) -> Ledger:
-        return cls([Account(stage.size_px) for stage in curriculum.stages])
+        return cls([Account(stage.size_px, replay_bytes=stage.replay_bytes) for stage in curriculum.stages])
 
     def add(self, index: int, stage: Stage, *, train_seconds: float, data_seconds: float) -> None:
         """Book one optimiser step of stage number `index`."""
         account = self.stages[index]
+        account.decoded_images += stage.decoded_before(account.steps + 1) - stage.decoded_before(account.steps)
         account.steps += 1
         account.images += stage.batch_size
         account.visible_patches += stage.batch_size * stage.num_visible
@@ -126,9 +137,9 @@ class Ledger:
     def total(self) -> Account:
         """Sums over the stages; the peak of the peaks for memory; the last stage's size."""
         total = Account(self.stages[-1].size_px)
-        for name in (f.name for f in dataclasses.fields(Account) if f.name not in ("size_px", "peak_memory_bytes")):
-            setattr(total, name, sum(getattr(account, name) for account in self.stages))
-        total.peak_memory_bytes = max(account.peak_memory_bytes for account in self.stages)
+        for name in (f.name for f in dataclasses.fields(Account) if f.name != "size_px"):
+            over_stages = max if name.endswith("_bytes") else sum
+            setattr(total, name, over_stages(getattr(account, name) for account in self.stages))
         return total
 
     def state_dict(self) -> dict:
@@ -138,6 +149,47 @@ class Ledger:
     @classmethod
     def from_state_dict(cls, state: dict) -> Ledger:
         return cls([Account(**account) for account in state["stages"]])
+
+
+class EnergyMeter:
+    """Joules used since the last reading, as the devices tell.
+
+    A CUDA device has a counter (read through nvidia-ml-py, where that is installed): this rank's, times the number of
+    devices, since asking the others would make them wait. CPU packages have RAPL (Linux's powercap interface, which
+    often only root may read): those of this machine.
+    """
+
+    def __init__(self, device: torch.device, devices: int = 1) -> None:
+        self._devices, self._gpu, self._packages = devices, None, []
+        if device.type == "cuda":
+            with contextlib.suppress(ImportError):
+                import pynvml
+
+                pynvml.nvmlInit()
+                uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+                self._gpu = functools.partial(
+                    pynvml.nvmlDeviceGetTotalEnergyConsumption, pynvml.nvmlDeviceGetHandleByUUID(uuid)
+                )
+        else:
+            found = sorted(Path("/sys/class/powercap").glob("intel-rapl:[0-9]*"))
+            self._packages = [package for package in found if package.name.count(":") == 1]  # not parts of packages
+        self._last = self._read()
+
+    def since(self) -> float:
+        """Joules since this was last called; 0 where nothing tells."""
+        before, self._last = self._last, self._read()
+        if before is None or self._last is None:
+            return 0.0
+        # RAPL's counters run over.
+        return sum(max(0.0, now - then) for now, then in zip(self._last, before, strict=True))
+
+    def _read(self) -> list[float] | None:
+        if self._gpu:
+            return [self._devices * self._gpu() / 1e3]  # millijoules
+        try:
+            return [int((package / "energy_uj").read_text()) / 1e6 for package in self._packages] or None
+        except OSError:
+            return None
 
 
 def peak_memory_bytes(device: torch.device) -> int:

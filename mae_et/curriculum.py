@@ -26,6 +26,8 @@ SCHEDULES: dict[str, tuple[str, tuple[tuple[int, float], ...]]] = {
     "et_pp": ("compute", ((96, 0.2), (160, 0.4), (224, 0.4))),  # ET++, Table 6
     "et_pp_192": ("compute", ((96, 0.2), (160, 0.4), (192, 0.2), (224, 0.2))),  # ET++ reference code, DeiT
 }
+#: (size at a full size of 224 px, times a decoded sample is used) of ET++'s replay buffer; larger stages don't replay.
+REPLAY: tuple[tuple[int, int], ...] = ((96, 4), (160, 2))  # ET++ reference code
 SHARES_OF = ("compute", "epochs")
 ALLOCATIONS = ("area", "flops")
 #: Factor on the learning rate for a batch that is so many times larger.
@@ -79,16 +81,36 @@ class Stage:
     """RandAugment magnitude; 0 is off."""
     lr_scale: float = 1.0
     """Factor on the learning rate."""
+    replay: int = 1
+    """Steps that use a decoded sample: batch/replay samples of a step are fresh, the rest come from the buffer."""
+    replay_depth: int = 1
+    """Samples that the replay buffer holds for each sample of a step."""
+    replay_bytes: int = 0
+    """Memory of the replay buffer, over all devices; 0 where nothing is replayed."""
+    views_per_image: int = 1
+    """Crops from one decoded image."""
+    masks_per_image: int = 1
+    """Masks on one crop."""
     micro_scale: float = 1.0
     """Images of a micro-batch relative to full size: small ones come in larger micro-batches, for the same work."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "size_px", as_size(self.size_px))
         object.__setattr__(self, "crop_scale", tuple(self.crop_scale))
+        if self.batch_size % self.rows_per_image:
+            raise ValueError(
+                f"a batch of {self.batch_size} is no multiple of views_per_image × masks_per_image = "
+                f"{self.rows_per_image}"
+            )
 
     @property
     def height_width(self) -> tuple[int, int]:
         return height_width(self.size_px)
+
+    @property
+    def rows_per_image(self) -> int:
+        """Rows of a batch that come from one decoded image."""
+        return self.views_per_image * self.masks_per_image
 
     def micro_size(self, full: int) -> int:
         """Images of a micro-batch, where one of full-size images has `full`."""
@@ -103,6 +125,26 @@ class Stage:
     def flops(self) -> float:
         """Training FLOPs of this stage."""
         return self.images * self.flops_per_image
+
+    @property
+    def lanes(self) -> int:
+        """Decoded images that one step shows, fresh or replayed; each fills views × masks rows of the batch."""
+        return self.batch_size // self.rows_per_image
+
+    def decoded_before(self, step: int) -> int:
+        """Images decoded in the first `step` steps of the stage.
+
+        Lane q takes a fresh image where (step + q) is a multiple of `replay`; and all do at step 0, whose buffer is
+        empty.
+        """
+        if step == 0:
+            return 0
+        rounds, rest = divmod(step - 1, self.replay)  # every round of `replay` steps renews each lane once
+        return self.lanes * (1 + rounds) + sum(-((i - self.lanes) // self.replay) for i in self._renewed(rest))
+
+    def _renewed(self, steps: int) -> Iterable[int]:
+        """First lane that is renewed at step 1, 2, ... of a round; the others follow at a distance of `replay`."""
+        return (-step % self.replay for step in range(1, steps + 1))
 
 
 def check_views(prefix: str, crop_scale: tuple[float, float], augment: int) -> None:
@@ -138,9 +180,13 @@ class StageRow:
     """RandAugment magnitude; default: the run's."""
     lr_scale: float = 1.0
     """Factor on the learning rate."""
+    replay: int | None = None
+    """Steps that use a decoded sample; default: the run's."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "size_px", as_size(self.size_px))
+        if self.replay is not None and self.replay < 1:
+            raise ValueError(f"stages: replay must be 1 (off) or more, got {self.replay}")
         if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"stages: batch_size must be positive, got {self.batch_size}")
         check_views("stages: ", self.crop_scale or (1.0, 1.0), self.augment or 0)
@@ -172,6 +218,11 @@ class Curriculum:
     def total_flops(self) -> float:
         return sum(stage.flops for stage in self.stages)
 
+    @cached_property
+    def decoded_images(self) -> int:
+        """Images that are decoded; fewer than are seen where samples are replayed or give several views."""
+        return self.decoded_before(self.total_steps)
+
     def index(self, step: int) -> int:
         """Number of the stage that `step` belongs to."""
         if not 0 <= step < self.total_steps:
@@ -189,6 +240,11 @@ class Curriculum:
     def images_before(self, step: int) -> int:
         """Images seen before `step`: the global number of that step's first sample. step <= total_steps."""
         return round(self._before(step, lambda stage: stage.batch_size))
+
+    def decoded_before(self, step: int) -> int:
+        """Images decoded before `step`. step <= total_steps."""
+        pairs = zip(self.stages, self._ends, strict=True)
+        return sum(s.decoded_before(min(max(step - (end - s.steps), 0), s.steps)) for s, end in pairs)
 
     def flops_before(self, step: int) -> float:
         """Training FLOPs spent before `step`."""
@@ -224,6 +280,9 @@ def plan_stages(
     allocation: str = "area",
     crop_scale: tuple[float, float] = (0.2, 1.0),
     augment: int = 0,
+    replay: bool = False,
+    views_per_image: int = 1,
+    masks_per_image: int = 1,
     early_large_batch: bool = False,
     max_batch_size: int | None = None,
     lr_scaling: str = "sqrt",
@@ -236,6 +295,7 @@ def plan_stages(
         (`share_of="epochs"`). A stage with compute share c makes T·c·F(full)/F(stage) passes (ET++, Sec. 5.2), with F
         proportional to the image area (`allocation="area"`, as published) or exact (`"flops"`).
     num_images: images in the data set. batch_size: images per step over all devices.
+    replay: replay as ET++ does (REPLAY) where a row doesn't say otherwise.
     early_large_batch: a stage of cheaper images takes more of them per step, so that a step's work stays that of full
         size (ET++, Sec. 5.3): as many on each of `devices`, at most `max_batch_size` in all. Its learning rate grows by
         `lr_scaling` (a key of LR_SCALINGS) of the ratio. Rows that state their batch keep it.
@@ -269,6 +329,9 @@ def plan_stages(
             crop_scale=row.crop_scale or crop_scale,
             augment=augment if row.augment is None else row.augment,
             lr_scale=row.lr_scale,
+            replay=row.replay or (published_replay(row.size_px, full_size_px, patch_px) if replay else 1),
+            views_per_image=views_per_image,
+            masks_per_image=masks_per_image,
         )
         return replace(stage, flops_per_image=flops(stage))
 
@@ -281,7 +344,8 @@ def plan_stages(
         if not early_large_batch or row.batch_size:
             return stage
         most = min(stage.batch_size * ratio, max_batch_size or math.inf)
-        batch = max(stage.batch_size, int(most) // devices * devices)
+        whole = devices * stage.rows_per_image
+        batch = max(stage.batch_size, int(most) // whole * whole)
         factor = LR_SCALINGS[lr_scaling](batch / stage.batch_size)
         return replace(stage, batch_size=batch, lr_scale=stage.lr_scale * factor)
 
@@ -333,6 +397,14 @@ def scale_size(size_at_224: int, full_size_px: SizePx, patch_px: int) -> SizePx:
     rows, columns = grid_of(full_size_px, patch_px)
     # In integers: ceil(14 * 96 / 224) must be 6, not 7 by floating point.
     return as_size(tuple(-(-side * size_at_224 // 224) * patch_px for side in (rows, columns)))
+
+
+def published_replay(size_px: SizePx, full_size_px: SizePx, patch_px: int) -> int:
+    """How many steps ET++ uses a decoded sample in at a stage's size: REPLAY, scaled to `full_size_px`."""
+    for size_at_224, replay in REPLAY:
+        if math.prod(height_width(size_px)) <= math.prod(height_width(scale_size(size_at_224, full_size_px, patch_px))):
+            return replay
+    return 1
 
 
 def patch_counts(row: StageRow, patch_px: int, mask_ratio: float, predict_ratio: float) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from rich.table import Table
 from .config import PretrainConfig, from_recipe
 from .cost import Ledger, encoder_flops_per_image, flops_per_image, input_flops_per_image
 from .curriculum import Curriculum, Stage, grid_of, height_width, plan_stages, scheduled, show_size
-from .data.sources import open_source
+from .data.sources import is_prepared, open_source
 from .model import MaskedAutoencoder, model_shape
 from .scaling import Cluster, scaling_report
 from .targets import target_dim
@@ -101,6 +101,9 @@ def build_curriculum(config: PretrainConfig, num_images: int, devices: int = 1) 
         "allocation": config.allocation,
         "crop_scale": config.crop_scale,
         "augment": config.augment,
+        "replay": config.replay,
+        "views_per_image": config.views_per_image,
+        "masks_per_image": config.masks_per_image,
         "early_large_batch": config.early_large_batch,
         "max_batch_size": config.max_batch_size,
         "lr_scaling": config.lr_scaling,
@@ -117,7 +120,28 @@ def build_curriculum(config: PretrainConfig, num_images: int, devices: int = 1) 
         raise ValueError(
             f"total_batch_size: a stage's batch of {smallest} is smaller than the number of devices, {devices}"
         )
-    return curriculum
+    views = config.views_per_image * config.masks_per_image
+    for name, size in (("--batch_size", config.batch_size), ("total batch / devices", batch_size / devices)):
+        if size % views:
+            raise ValueError(
+                f"{name} {size:g} must be a multiple of {views}, the --views_per_image × --masks_per_image of an image"
+            )
+    return replace(curriculum, stages=tuple(_with_buffer(stage, config) for stage in curriculum.stages))
+
+
+def _with_buffer(stage: Stage, config: PretrainConfig) -> Stage:
+    """The stage with a replay buffer as deep as --replay_gib allows, if it replays."""
+    if stage.replay == 1:
+        return stage
+    size_px = config.input_size if config.lowfreq == "fourier" else stage.size_px  # fourier crops are cut down later
+    step_bytes = stage.batch_size // config.masks_per_image * config.in_chans * math.prod(height_width(size_px))
+    depth = min(int(config.replay_gib * 2**30) // step_bytes, -(-stage.steps // stage.replay))
+    if depth < 1:
+        raise ValueError(
+            f"--replay_gib {config.replay_gib:g} is less than one step of the stage of {show_size(stage.size_px)} px, "
+            f"{step_bytes / 2**30:.2g} GiB; raise it, or don't replay"
+        )
+    return replace(stage, replay_depth=depth, replay_bytes=depth * step_bytes)
 
 
 def _check_sizes(config: PretrainConfig) -> None:
@@ -163,6 +187,9 @@ def plan_report(config: PlanConfig) -> dict[str, Any]:
                 "passes": plan.passes(stage),
                 "steps": stage.steps,
                 "images": stage.images,
+                "decoded_images": stage.decoded_before(stage.steps),
+                "replay": stage.replay,
+                "replay_bytes": stage.replay_bytes,
                 "gflops_per_image": stage.flops_per_image / 1e9,
                 "compute_share": stage.flops / plan.total_flops,
                 "lr_scale": stage.lr_scale,
@@ -197,6 +224,7 @@ def _totals(plan: Curriculum) -> dict[str, float]:
     return {
         "flops": plan.total_flops,
         "images": plan.total_images,
+        "decoded_images": plan.decoded_images,
         "passes": plan.total_images / plan.num_images,
         "steps": plan.total_steps,
     }
@@ -239,7 +267,18 @@ def plan_table(report: dict[str, Any]) -> Table:
 def plan_summary(report: dict[str, Any]) -> list[str]:
     """The comparison, in sentences."""
     total, vs, finetune = report["totals"], report["vs"], report["finetune"]
+    decoded = []
+    if total["decoded_images"] < total["images"]:
+        share = total["decoded_images"] / total["images"]
+        decoded.append(f"{total['decoded_images']:,} images are decoded for {total['images']:,} seen, {share:.0%}")
+    for row in report["stages"]:
+        if row["replay_bytes"]:
+            decoded.append(
+                f"{show_size(row['size_px'])} px shows each decoded sample in {row['replay']} steps; its replay buffer "
+                f"takes {row['replay_bytes'] / 2**30:.2f} GiB over all devices"
+            )
     return [
+        *decoded,
         f"{total['flops']:.3e} training FLOPs; whole steps leave {total['remainder_images']:+.0f} images over",
         f"{vs['recipe']}: {vs['totals']['flops']:.3e} FLOPs for {vs['totals']['passes']:.1f} passes, "
         f"{vs['speedup_flops']:.2f}× the cost of this plan",
@@ -250,9 +289,47 @@ def plan_summary(report: dict[str, Any]) -> list[str]:
     ]
 
 
+MOST_WAITING = 0.1
+"""Share of a stage's time that may pass waiting for data before the end of a run says what helps."""
+
+
+def remedies(config: PretrainConfig, plan: Curriculum, ledger: Ledger, is_jpeg: bool, spare_cores: int) -> list[str]:
+    """A line for every stage that waited for data too long, with what would help."""
+    lines = []
+    for i, (stage, account) in enumerate(zip(plan.stages, ledger.stages, strict=True)):
+        if account.data_wait <= MOST_WAITING:
+            continue
+        full = stage.height_width == height_width(config.input_size)
+        choices = {
+            f"more --num_workers ({spare_cores} cores are left)": spare_cores > 0,
+            "--lowfreq scaled (decodes JPEGs smaller)": is_jpeg and config.lowfreq != "scaled" and not full,
+            "--replay": stage.replay == 1 and not full,
+            "--views_per_image 2": stage.views_per_image == 1,
+            "python -m mae_et prepare (smaller files)": is_jpeg and not is_prepared(config.data_path),
+        }
+        fitting = [choice for choice, fits in choices.items() if fits]
+        lines.append(
+            f"stage {i + 1}, {show_size(stage.size_px)} px, waited for data {account.data_wait:.0%} of its time; what "
+            f"helps: {', '.join(fitting) or 'more cores'}"
+        )
+    return lines
+
+
 def ledger_table(ledger: Ledger, curriculum: Curriculum, vanilla_flops_per_image: float) -> Table:
     """What a run has cost, stage by stage, next to vanilla MAE's FLOPs for the same number of images."""
-    heads = ("size", "steps", "images", "images/s", "seconds", "data wait", "FLOPs", "share", "vanilla FLOPs", "ratio")
+    heads = (
+        "size",
+        "steps",
+        "images",
+        "decoded",
+        "images/s",
+        "seconds",
+        "data wait",
+        "FLOPs",
+        "share",
+        "vanilla FLOPs",
+        "ratio",
+    )
     table = Table(title="Cost, and vanilla MAE's for the same images", title_justify="left")
     for head in heads:
         table.add_column(head, justify="right")
@@ -264,6 +341,7 @@ def ledger_table(ledger: Ledger, curriculum: Curriculum, vanilla_flops_per_image
             name,
             f"{account.steps:,}",
             f"{account.images:,}",
+            f"{account.decoded_images:,}",
             f"{account.images / account.seconds if account.seconds else 0:,.0f}",
             f"{account.seconds:,.1f}",
             f"{account.data_wait:.0%}",

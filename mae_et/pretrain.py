@@ -20,16 +20,17 @@ from torch import Tensor, nn
 
 from . import checkpoint, interop, run_folder, runtime, storage
 from .config import PretrainConfig, to_dict, to_yaml
-from .cost import Ledger, peak_memory_bytes
-from .curriculum import Curriculum, Stage, as_size, grid_of, height_width, show_size
+from .cost import EnergyMeter, Ledger, peak_memory_bytes
+from .curriculum import Curriculum, Stage, grid_of, height_width, show_size
+from .data.cache import CachedSource
 from .data.decode import DamagedImage, center_crop
-from .data.loader import DamageLog, TrainImages, train_batches
-from .data.sources import open_source
+from .data.loader import DamageLog, TrainImages, spare_cores, train_batches
+from .data.sources import is_jpeg_source, open_source
 from .data.stream import SampleStream, derive_seed, mask_noise, micro_batches, rank_rows
 from .model import MaskedAutoencoder
 from .optim import adamw, guarded_step, learning_rate, set_learning_rate
 from .picture import draw_reconstruction
-from .plan import build_curriculum, ledger_table, model_kwargs, vanilla_twin
+from .plan import build_curriculum, ledger_table, model_kwargs, remedies, vanilla_twin
 from .progress import Recorder, console, logging_to_console
 from .runtime import Runtime, Stop, stop_signals
 from .spectral import low_frequency_crop
@@ -38,12 +39,12 @@ from .targets import hog_target, pixel_target, reconstruction_loss, take_patches
 log = logging.getLogger(__name__)
 
 #: Fields that may change when a run is resumed: they change neither data nor masks nor the mathematics of a step.
-#: The batch is compared through the planned stages, so that another number of devices may share it out otherwise.
+#: Batch, replay and views are compared through the planned stages: other devices may share them out otherwise.
 FREE_ON_RESUME = frozenset(
     """
-    recipe data_path num_images num_workers pin_mem damaged_limit output_dir log_dir resume overwrite start_epoch
-    device precision compile print_steps save_steps save_minutes keep_checkpoints picture_steps print_config
-    batch_size accum_iter total_batch_size
+    recipe data_path num_images num_workers pin_mem damaged_limit cache_gib output_dir log_dir resume overwrite
+    start_epoch device precision compile print_steps save_steps save_minutes keep_checkpoints picture_steps print_config
+    batch_size accum_iter total_batch_size replay replay_gib views_per_image masks_per_image
     world_size local_rank dist_on_itp dist_url job_dir nodes ngpus use_volta32
     """.split()
 )
@@ -103,6 +104,11 @@ class Run:
                 target = pixel_target(images, self.model.patch_size, self.config.norm_pix_loss, ids)
         return reconstruction_loss(pred, target)
 
+    def micro_batches(self, stage: Stage) -> list[range]:
+        """This rank's rows of a step, piece by piece."""
+        size = stage.micro_size(self.config.batch_size)
+        return micro_batches(stage.batch_size, size, self.here.rank, self.here.world_size, stage.rows_per_image)
+
     def patches(self, stage: Stage) -> int:
         return math.prod(grid_of(stage.size_px, self.model.patch_size))
 
@@ -126,6 +132,8 @@ def pretrain(config: PretrainConfig) -> Path:
         # ── plan and model ──
         with here.main_first():
             source = open_source(config.data_path, "train")
+        if config.cache_gib:
+            source = CachedSource(source, int(config.cache_gib * 2**30))
         curriculum = build_curriculum(config, len(source), here.world_size)
         vanilla = build_curriculum(vanilla_twin(config), len(source), here.world_size)
         torch.manual_seed(derive_seed(config.seed, "weights"))
@@ -161,7 +169,12 @@ def pretrain(config: PretrainConfig) -> Path:
                 os.replace(whole, resume)
             lasting = dataclasses.replace(config, resume="", overwrite=False)  # it is a recipe: no one-off flags
             run_folder.write_text(run.folder / run_folder.CONFIG, to_yaml(lasting))
-            facts = run_folder.environment(device=here.describe(), precision=here.precision, devices=here.world_size)
+            facts = run_folder.environment(
+                device=here.describe(),
+                precision=here.precision,
+                devices=here.world_size,
+                num_images=len(source),
+            )
             run_folder.write_json(run.folder / run_folder.ENVIRONMENT, facts)
             announce(run, vanilla)
 
@@ -180,6 +193,9 @@ def pretrain(config: PretrainConfig) -> Path:
                     draw(run, curriculum.stages, run.folder / run_folder.PICTURE)
             run.save()
             console.print(ledger_table(run.ledger, curriculum, vanilla.stages[0].flops_per_image))
+            is_jpeg = is_jpeg_source(source)
+            for line in remedies(config, curriculum, run.ledger, is_jpeg, spare_cores(config.num_workers)):
+                log.warning(line)
             if finished:
                 log.info("done: %s", run.folder)
             else:
@@ -196,7 +212,7 @@ def train(run: Run, batches: Iterator[Tensor], recorder: Recorder, stop: Stop, v
     Everything at a step is a function of (seed, step). The host waits for the device only where it reports or saves.
     """
     config, here, curriculum = run.config, run.here, run.curriculum
-    index, outcomes, saved_at = -1, [], time.monotonic()
+    index, outcomes, saved_at, meter = -1, [], time.monotonic(), EnergyMeter(here.device, here.world_size)
     while run.step < curriculum.total_steps:
         if index != curriculum.index(run.step):
             index = curriculum.index(run.step)
@@ -228,6 +244,7 @@ def train(run: Run, batches: Iterator[Tensor], recorder: Recorder, stop: Stop, v
         run.ledger.add(index, stage, train_seconds=seconds - data_seconds, data_seconds=data_seconds)
         if report or stopping:
             account.peak_memory_bytes = max(account.peak_memory_bytes, peak_memory_bytes(here.device))
+            account.energy_joules += meter.since()
             mean_loss = sum(value for value, *_ in values) / len(values)
             recorder.report(run.step - 1, index, mean_loss, values[-1][2], lr, run.ledger, vanilla_flops)
             outcomes = []
@@ -266,7 +283,7 @@ def accumulate_gradients(run: Run, batches: Iterator[Tensor], stage: Stage) -> t
     rows = rank_rows(stage.batch_size, here.rank, here.world_size)
     noise = mask_noise(run.config.seed, run.step, stage.batch_size, run.patches(stage))
     noise = here.to_device(noise[rows.start : rows.stop])
-    pieces = micro_batches(stage.batch_size, stage.micro_size(run.config.batch_size), here.rank, here.world_size)
+    pieces = run.micro_batches(stage)
     for piece in pieces:
         waiting = time.perf_counter()
         images = next(batches)
@@ -285,7 +302,7 @@ def warm_up(run: Run, stage: Stage) -> float:
     if here.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(here.device)
     run.model.positions(grid_of(stage.size_px, run.model.patch_size))  # cached, so that no compiled graph builds them
-    pieces = micro_batches(stage.batch_size, stage.micro_size(run.config.batch_size), here.rank, here.world_size)
+    pieces = run.micro_batches(stage)
     for size in sorted({len(piece) for piece in pieces}):
         images = torch.zeros(size, run.config.in_chans, *stage.height_width, device=here.device)
         with here.local_gradients(run.network):
@@ -325,11 +342,12 @@ def check_same_run(state: dict[str, Any], config: PretrainConfig, curriculum: Cu
         was, now = state["num_images"], mine["num_images"]
         raise ValueError(f"--resume {path} was trained on {was} images, --data_path {config.data_path} has {now}")
     for theirs, ours in zip(state["stages"], mine["stages"], strict=True):
+        # Sizes written one way; what is newer than the checkpoint was as it is by default; micro-batches may change.
+        theirs = dataclasses.asdict(Stage(**theirs | {"micro_scale": ours["micro_scale"]}))
         for name in ours:
-            was = theirs.get(name, ours[name])
-            if as_size(was) != as_size(ours[name]) if name == "size_px" else was != ours[name]:
+            if theirs[name] != ours[name]:
                 raise ValueError(
-                    f"--resume {path}: stage of {ours['size_px']} px had {name} {was}, now {ours[name]}; "
+                    f"--resume {path}: stage of {ours['size_px']} px had {name} {theirs[name]}, now {ours[name]}; "
                     "set --total_batch_size to keep the batch on another number of devices"
                 )
 
@@ -400,6 +418,11 @@ def announce(run: Run, vanilla: Curriculum) -> None:
             *(i + 1, show_size(stage.size_px), stage.num_visible, run.patches(stage), stage.num_predicted),
             *(f"{stage.steps:,}", plan.passes(stage), 100 * stage.flops / plan.total_flops),
         )
+        if stage.replay > 1:
+            log.info(
+                "stage %d: each decoded sample in %d steps, from a replay buffer of %.2f GiB over all devices",
+                *(i + 1, stage.replay, stage.replay_bytes / 2**30),
+            )
     ratio = plan.total_images * vanilla.stages[0].flops_per_image / plan.total_flops
     log.info("%.2e training FLOPs; vanilla MAE needs %.2f× that for the same images", plan.total_flops, ratio)
     if abs(plan.remainder_images) > 0.1 * plan.total_images:

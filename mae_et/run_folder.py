@@ -54,7 +54,7 @@ class Metrics:
     """metrics.jsonl: one JSON object a line, appended. On resume, lines from `first_step` on are dropped."""
 
     def __init__(self, path: Path, first_step: int = 0) -> None:
-        kept = [line for line in _lines(path) if line["step"] < first_step]
+        kept = [line for line in read_metrics(path) if line["step"] < first_step]
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a", buffering=1)
 
@@ -65,7 +65,8 @@ class Metrics:
         self._file.close()
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl, in order; none if there is no such file."""
     lines = []
     for text in path.read_text().splitlines() if path.exists() else []:
         try:

@@ -15,10 +15,11 @@ PACKAGE = Path(__file__).parents[1] / "mae_et"  # read, never imported: a circle
 ORDER = (
     *("curriculum", "spectral", "targets"),
     *("decoder", "model", "cost", "config", "finetune_config"),
-    *("data.stream", "data.photos", "data.sources", "data.decode", "data.loader", "data.labelled", "data"),
+    *("data.stream", "data.photos", "data.shards", "data.sources", "data.cache", "data.pixels", "data.decode"),
+    *("data.replay", "data.loader", "data.labelled", "data"),
     *("optim", "runtime", "storage", "run_folder", "interop", "checkpoint", "picture", "progress", "journal"),
     *("scaling", "plan", "pretrain", "mixing", "classifier", "evaluation", "finetune", "probe"),
-    *("compare", "reconstruct", "search"),
+    *("run_record", "compare", "report", "reconstruct", "prepare", "search"),
     *("cli", "__main__", ""),  # "" is mae_et itself
 )
 MODULES = {

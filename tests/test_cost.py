@@ -126,11 +126,15 @@ def booked() -> tuple[Curriculum, Ledger]:
 def test_the_ledger_books_every_step_on_its_stage():
     curriculum, ledger = booked()
     seconds = {"data_seconds": 1.5, "eval_seconds": 0.25}
-    first = Account(16, 3, 24, 96, 288, 240.0, train_seconds=7.0, peak_memory_bytes=700, **seconds)
-    second = Account((32, 16), 2, 12, 96, 240, 600.0, 24.0, 1.0, warmup_seconds=4.0, peak_memory_bytes=300)
+    first = Account(16, 3, 24, 96, 288, 240.0, train_seconds=7.0, peak_memory_bytes=700, decoded_images=24, **seconds)
+    second = Account(
+        (32, 16), 2, 12, 96, 240, 600.0, 24.0, 1.0, warmup_seconds=4.0, peak_memory_bytes=300, decoded_images=12
+    )
     assert ledger.stages == [first, second]
     assert [account.images for account in ledger.stages] == [stage.images for stage in curriculum.stages]
-    assert ledger.total == Account((32, 16), 5, 36, 192, 528, 840.0, 31.0, 2.5, 0.25, 4.0, peak_memory_bytes=700)
+    assert ledger.total == Account(
+        (32, 16), 5, 36, 192, 528, 840.0, 31.0, 2.5, 0.25, 4.0, peak_memory_bytes=700, decoded_images=36
+    )
     assert ledger.total.flops == curriculum.total_flops
     assert ledger.total.seconds == 33.5
     assert ledger.total.data_wait == 2.5 / 33.5

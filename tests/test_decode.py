@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import v2
 
-from mae_et.data import decode
-from mae_et.data.decode import OPERATORS, DamagedImage, center_crop, to_image, train_crop
+from mae_et.data import decode, pixels
+from mae_et.data.decode import OPERATORS, DamagedImage, center_crop, to_image, train_crop, train_crops
 from mae_et.data.photos import _photograph
 
 FEW = settings(max_examples=15, deadline=None)
@@ -291,12 +291,12 @@ def test_any_corruption_is_an_image_or_damage(kind, data):
 
 
 def test_bombs_are_refused_before_they_are_decoded(monkeypatch):
-    monkeypatch.setattr(decode, "MAX_PIXELS", 239)
+    monkeypatch.setattr(pixels, "MAX_PIXELS", 239)
     for name in ("rgb png", "rgb jpeg", "npy rgb", "16-bit tiff"):
         for operator in OPERATORS:
             with pytest.raises(DamagedImage, match="limit"):
                 crop(FORMATS[name], operator=operator)
-    monkeypatch.setattr(decode, "MAX_PIXELS", 240)
+    monkeypatch.setattr(pixels, "MAX_PIXELS", 240)
     assert to_image(FORMATS["rgb png"], 3).size == (20, 12)
 
 
@@ -360,6 +360,45 @@ def test_at_full_size_lanczos_and_fourier_are_the_plain_crop(jpeg):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_jpeg_takes_a_short_way_to_the_same_crop(photo, orientation, monkeypatch):
+    """torch's resize of the stored pixels, then upright, is Pillow's of the upright ones, to 0.2 of 255 levels."""
+    item = oriented(photo, orientation, quality=90)
+    decoded = to_image(item, 3)  # not bytes: the long way
+    fast = [crop(item, seed=seed) for seed in range(6)]
+    for seed in range(6):
+        difference = (fast[seed].int() - crop(decoded, seed=seed).int()).abs()
+        assert difference.max() <= 8
+        assert difference.float().mean() < 0.25
+    if orientation == 1:
+        pixels = v2.functional.pil_to_tensor(decoded)
+        reference = v2.Compose([
+            v2.RandomResizedCrop(FULL, scale=(0.2, 1.0), interpolation=v2.InterpolationMode.BICUBIC, antialias=True),
+            v2.RandomHorizontalFlip(),
+        ])  # fmt: skip
+        for seed in range(6):
+            torch.manual_seed(seed)
+            assert torch.equal(fast[seed], reference(pixels))
+    monkeypatch.setattr(decode, "simplejpeg", None)
+    assert all(torch.equal(fast[seed], crop(item, seed=seed)) for seed in range(6))
+    monkeypatch.undo()
+    for operator in ("scaled", "lanczos"):
+        quick = crop(item, operator=operator, size_px=(24, 24))
+        monkeypatch.setattr(decode, "simplejpeg", None)
+        assert torch.equal(quick, crop(item, operator=operator, size_px=(24, 24)))
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_crops_of_one_decode_are_those_of_several(jpeg, photo, operator):
+    for item in (jpeg, photo):
+        together = train_crops(item, (16, 16), FULL, operator, (0.3, 0.4), 0, [1, 2, 3], 3)
+        alone = [crop(item, (16, 16), operator, seed, crop_scale=(0.3, 0.4)) for seed in (1, 2, 3)]
+        assert all(psnr(a, b) > 30 for a, b in zip(together, alone, strict=True))  # scaled takes the finest scale
+        if operator != "scaled" or item is photo:
+            assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
+
+
 def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
     return (10 * torch.log10(255**2 / (a.float() - b.float()).square().mean())).item()
 
@@ -410,8 +449,12 @@ def test_any_size_can_be_cropped(width, height, orientation, seed, out_height, o
 def test_scaled_decodes_no_more_than_it_needs(photo, monkeypatch):
     """A crop of the whole picture at 1/8 must be decoded at 1/8, at 1/3 at 1/2: otherwise nothing is gained."""
     decoded = []
-    resize = decode._resize
-    monkeypatch.setattr(decode, "_resize", lambda image, *rest: decoded.append(image.size) or resize(image, *rest))
+    resize = decode._jpeg_crop
+    monkeypatch.setattr(
+        decode,
+        "_jpeg_crop",
+        lambda jpeg, pixels, *rest: decoded.append(pixels.shape[:2]) or resize(jpeg, pixels, *rest),
+    )
     item = encode(photo.resize((256, 256)), "JPEG")
     for size in (32, 33, 85, 128, 129):
         train_crop(item, (size, size), (256, 256), "scaled", (1.0, 1.0), 0, 5, 3)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import zlib
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from mae_et.curriculum import Curriculum, Stage
 from mae_et.data.decode import train_crop
 from mae_et.data.loader import DamageLog, TrainImages, train_batches
+from mae_et.data.replay import MissingSamples
+from mae_et.data.sources import open_source
 from mae_et.data.stream import SampleStream, derive_seed, image_index, mask_noise, micro_batches, rank_rows
 
 FEW = settings(max_examples=30, deadline=None)
@@ -30,7 +35,9 @@ def samples_by_step(plan: Curriculum, seed=0, micro_size=10**9, first_step=0, wo
     for rank in range(world_size):
         stream = iter(SampleStream(plan, seed, micro_size, first_step, rank, world_size))
         for step in range(first_step, plan.total_steps):
-            for rows in micro_batches(plan.at(step).batch_size, micro_size, rank, world_size):
+            for rows in micro_batches(
+                plan.at(step).batch_size, micro_size, rank, world_size, plan.at(step).rows_per_image
+            ):
                 micro = next(stream)
                 assert len(micro) == len(rows) <= micro_size
                 steps[step - first_step] += micro
@@ -155,7 +162,7 @@ def test_batches_do_not_depend_on_the_number_of_workers():
         (3, 3, 24, 24),
     ] * 2
     assert {batch.dtype for batch in wanted} == {torch.uint8}
-    for workers in (1, 2):
+    for workers in (1, 2, 4):
         found = batches(source, plan, workers=workers)
         assert len(found) == len(wanted)
         assert all(a.equal(b) for a, b in zip(found, wanted, strict=True))
@@ -218,3 +225,183 @@ def test_the_limit_counts_images_not_sightings():
 def test_data_of_which_nothing_can_be_read_stop_the_run():
     with pytest.raises(ValueError, match=r"--data_path: 4 damaged images in a row, from noise/\d.png"):
         batches(Noise(4, damaged=(0, 1, 2, 3)), curriculum(4, (2, 1)), limit=0.9)
+
+
+# ------------------------------------------------------------------------------------------------- replay and views
+
+
+def replaying(num_images: int, *stages: tuple[int, int, int, int], views=1, masks=1) -> Curriculum:
+    """Stages given as (batch size, steps, replay, depth), of growing size."""
+    return Curriculum(
+        tuple(
+            Stage(
+                16 + 8 * i,
+                *(4, 12, batch, steps, 1.0),
+                replay=replay,
+                replay_depth=depth,
+                views_per_image=views,
+                masks_per_image=masks,
+            )
+            for i, (batch, steps, replay, depth) in enumerate(stages)
+        ),
+        num_images,
+    )
+
+
+@st.composite
+def replay_plans(draw) -> Curriculum:
+    views, masks = draw(st.integers(1, 3)), draw(st.integers(1, 2))
+    stages = [
+        (
+            views * masks * draw(st.integers(1, 9)),
+            draw(st.integers(1, 12)),
+            draw(st.integers(1, 4)),
+            draw(st.integers(1, 4)),
+        )
+        for _ in range(draw(st.integers(1, 2)))
+    ]
+    return replaying(draw(st.integers(1, 30)), *stages, views=views, masks=masks)
+
+
+@FEW
+@given(plan=replay_plans(), seed=st.integers(0, 9))
+def test_images_are_decoded_in_order_and_counted(plan, seed):
+    """What the buffer misses, step by step, is every image once per epoch, as many as the plan says, with all views."""
+    stream = SampleStream(plan, seed, 10**9)
+    decoded = []
+    for step, missing in enumerate(MissingSamples(stream)):
+        views = plan.at(step).views_per_image
+        decoded += sorted({sample.number // views for sample in missing})
+        assert len(missing) == views * len({sample.number // views for sample in missing})
+        assert len(decoded) == plan.decoded_before(step + 1)
+    assert decoded == list(range(plan.decoded_images))
+    assert all(s.index == image_index(seed, s.number // plan.at(0).views_per_image, plan.num_images) for s in missing)
+
+
+def test_a_step_takes_its_share_of_fresh_samples_and_a_stage_starts_anew():
+    plan = replaying(100, (8, 20, 4, 3), (6, 7, 2, 2), (6, 3, 1, 1))
+    fresh = [plan.decoded_before(step + 1) - plan.decoded_before(step) for step in range(plan.total_steps)]
+    assert fresh == [8] + [2] * 19 + [6] + [3] * 6 + [6] * 3
+    stages = samples_by_step(plan)
+    for step, samples in enumerate(stages):
+        assert {s.stage for s in samples} == {plan.index(step)}
+        first = plan.decoded_before(plan.start(plan.index(step)))
+        assert all(first <= s.number < plan.decoded_before(step + 1) for s in samples)  # nothing from the stage before
+    # Away from the ends of the stage, every sample is shown in `replay` steps, spread over the buffer's depth.
+    shown = {}
+    for step, samples in enumerate(stages[:20]):
+        for sample in samples:
+            shown.setdefault(sample.number, []).append(step)
+    steady = [steps for number, steps in shown.items() if 16 <= number < 8 + 2 * 8]
+    assert steady and all(len(steps) == 4 and steps[-1] - steps[0] == 2 * 4 + 3 for steps in steady)
+
+
+@FEW
+@given(plan=replay_plans(), world_size=st.integers(1, 3), micro=st.integers(1, 4), data=st.data())
+def test_replay_depends_on_neither_ranks_nor_micro_batches_nor_restarts(plan, world_size, micro, data):
+    unit = plan.stages[0].views_per_image * plan.stages[0].masks_per_image
+    if any(stage.batch_size % (unit * world_size) for stage in plan.stages):
+        world_size = 1
+    first_step = data.draw(st.integers(0, plan.total_steps))
+    assert samples_by_step(plan, 5, micro * unit, first_step, world_size) == samples_by_step(plan, 5)[first_step:]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2, 4])
+def test_a_buffer_changes_no_batch(workers):
+    """With a buffer, whatever the workers and ranks, after any restart: what decoding every sample anew would give."""
+    source = Noise(11, damaged=(4,))
+    plan = replaying(11, (8, 7, 4, 2), (8, 5, 2, 2), views=2, masks=2)
+    wanted = [
+        torch.stack([alone(source, 5 if s.index == 4 else s.index, s.number, plan.stages[s.stage]) for s in samples])
+        for samples in samples_by_step(plan, seed=7)
+    ]
+    for first_step, world_size in ((0, 1), (5, 2), (9, 1)) if workers in (0, 2) else ((0, 1),):
+        ranks = [
+            batches(source, plan, workers=workers, micro_size=4, first_step=first_step, rank=r, world_size=world_size)
+            for r in range(world_size)
+        ]
+        per_step = 2 // world_size  # micro-batches of 4 rows
+        for step in range(first_step, plan.total_steps):
+            at = (step - first_step) * per_step
+            found = torch.cat([batch for rank in ranks for batch in rank[at : at + per_step]])
+            assert found.equal(wanted[step]), (step, world_size)
+        assert all(len(rank) == (plan.total_steps - first_step) * per_step for rank in ranks)
+
+
+def test_a_replayed_sample_is_read_once_and_views_share_a_read():
+    reads = []
+
+    class Counted(Noise):
+        def read(self, index):
+            reads.append(index)
+            return super().read(index)
+
+    plan = replaying(50, (12, 8, 4, 2), views=3, masks=2)
+    batches(Counted(50), plan, micro_size=6)
+    assert (
+        len(reads)
+        == plan.decoded_images
+        == 2 + 1 * 0 + sum(plan.decoded_before(s + 1) - plan.decoded_before(s) for s in range(1, 8))
+    )
+    assert plan.total_images == 96 and plan.decoded_images < 96 / 6
+
+
+def test_views_of_one_image_differ_and_masks_repeat_a_view():
+    plan = replaying(9, (12, 1, 1, 1), views=3, masks=2)
+    (batch,) = batches(Noise(9), plan, micro_size=12)
+    images = batch.reshape(2, 3, 2, -1)  # image, view, mask
+    assert images[:, :, 0].equal(images[:, :, 1])
+    assert len({tuple(view.tolist()) for view in images[:, :, 0].flatten(0, 1)}) == 6
+
+
+# ---------------------------------------------------------------------------------------------------- damaged files
+
+
+def ten_kinds_of_damage() -> dict[str, bytes]:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8))
+
+    def file(kind: str) -> bytes:
+        buffer = io.BytesIO()
+        picture.save(buffer, kind)
+        return buffer.getvalue()
+
+    jpeg, png, webp, tiff = (file(kind) for kind in ("JPEG", "PNG", "WEBP", "TIFF"))
+    npy = io.BytesIO()
+    np.save(npy, np.zeros((40, 50, 3), np.uint8))
+    huge = png[:16] + (200_000).to_bytes(4, "big") * 2 + png[24:]
+    return {
+        "empty.jpg": b"",
+        "text.jpg": b"<html>404 Not Found</html>",
+        "cut.jpg": jpeg[: len(jpeg) // 2],
+        "header.jpg": jpeg[:200],
+        "zeros.jpg": b"\xff\xd8\xff\xe0" + bytes(2000),
+        "cut.png": png[: len(png) // 2],
+        "huge.png": huge[:29] + zlib.crc32(huge[12:29]).to_bytes(4, "big") + huge[33:],
+        "cut.webp": webp[: len(webp) // 2],
+        "cut.tif": tiff[: len(tiff) // 2],
+        "cut.npy": npy.getvalue()[:-100],
+    }
+
+
+@pytest.mark.parametrize("operator", ["fourier", "scaled"])
+def test_a_twentieth_of_damaged_files_of_ten_kinds(tmp_path, caplog, operator):
+    """190 sound files and 10 damaged ones: each is named, the run goes on below the limit and stops above it."""
+    for i in range(190):
+        pixels = np.full((24, 30, 3), i, np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{i:03}.{('jpg', 'png')[i % 2]}")
+    damage = ten_kinds_of_damage()
+    for i, (name, data) in enumerate(damage.items()):
+        (tmp_path / f"{19 * i:03}-{name}").write_bytes(data)
+    source, plan = open_source(tmp_path), curriculum(200, (20, 11), (10, 5))
+    assert len(source) == 200
+    with caplog.at_level(logging.WARNING, logger="mae_et.data.loader"):
+        wanted = batches(source, plan, operator, limit=0.05, micro_size=20)
+    assert len(wanted) == 16
+    named = [r.getMessage() for r in caplog.records if "damaged image skipped" in r.getMessage()]
+    assert len(named) == 10
+    assert all(any(name in message for message in named) for name in damage)
+    assert all("\n" not in message and " at 0x" not in message for message in named)
+    found = batches(source, plan, operator, limit=0.05, micro_size=20, workers=2)
+    assert all(a.equal(b) for a, b in zip(found, wanted, strict=True))
+    with pytest.raises(ValueError, match=r"10 of 200 images are damaged, more than --damaged_limit 0\.049"):
+        batches(source, plan, operator, limit=0.049, micro_size=20, workers=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import signal
@@ -9,10 +10,11 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from ..curriculum import Curriculum, SizePx, height_width
-from .decode import DamagedImage, train_crop
+from .decode import DamagedImage, train_crops
+from .replay import MissingSamples, replayed
 from .sources import Source
 from .stream import Sample, SampleStream, derive_seed
 
@@ -31,23 +33,32 @@ class TrainImages(Dataset):
         self.source, self.stages = source, curriculum.stages
         self.full_px, self.operator, self.in_chans, self.seed = height_width(full_size_px), operator, in_chans, seed
 
-    def __getitem__(self, sample: Sample) -> tuple[Tensor, list[Damage]]:
-        stage = self.stages[sample.stage]
+    def __getitems__(self, samples: list[Sample]) -> list[tuple[list[Tensor], list[Damage]]]:
+        """Crops of a micro-batch, image by image: views of one image are neighbours, and it is decoded once."""
+        made = []
+        for _, views in itertools.groupby(
+            samples, lambda s: (s.stage, s.number // self.stages[s.stage].views_per_image)
+        ):
+            made.append(self._crops(list(views)))
+        return made
+
+    def _crops(self, views: list[Sample]) -> tuple[list[Tensor], list[Damage]]:
+        stage = self.stages[views[0].stage]
         damaged: list[Damage] = []
         for offset in range(min(MOST_DAMAGED_IN_A_ROW, len(self.source))):
-            index = (sample.index + offset) % len(self.source)
+            index = (views[0].index + offset) % len(self.source)
             try:
-                image = train_crop(
+                crops = train_crops(
                     self.source.read(index)[0],
                     size_px=stage.height_width,
                     full_px=self.full_px,
                     operator=self.operator,
                     crop_scale=stage.crop_scale,
                     augment=stage.augment,
-                    seed=derive_seed(self.seed, "augment", sample.number),
+                    seeds=[derive_seed(self.seed, "augment", sample.number) for sample in views],
                     in_chans=self.in_chans,
                 )
-                return image, damaged
+                return crops, damaged
             except (DamagedImage, OSError) as error:
                 damaged.append((index, self.source.name(index), str(error)))
         raise ValueError(f"--data_path: {len(damaged)} damaged images in a row, from {damaged[0][1]}: {damaged[0][2]}")
@@ -81,10 +92,25 @@ def train_batches(
     pin_memory: bool = False,
 ) -> Iterator[Tensor]:
     """Micro-batches, uint8 [b, C, h, w], of the stream, in order, whatever the number of workers."""
+    stages = stream.curriculum.stages
+    if all(stage.replay == stage.masks_per_image == 1 for stage in stages):
+        yield from _decoded(dataset, stream, damage, num_workers, pin_memory)
+    else:
+        missing = _decoded(dataset, MissingSamples(stream), damage, num_workers, pin_memory=False)
+        yield from replayed(stream, missing, pin_memory)
+
+
+def _decoded(
+    dataset: TrainImages,
+    sampler: Sampler[list[Sample]],
+    damage: DamageLog,
+    num_workers: int | None,
+    pin_memory: bool,
+) -> Iterator[Tensor]:
     workers = default_workers() if num_workers is None else num_workers
     loader = DataLoader(
         dataset,
-        batch_sampler=stream,
+        batch_sampler=sampler,
         num_workers=workers,
         pin_memory=pin_memory,
         collate_fn=_collate,
@@ -99,12 +125,24 @@ def train_batches(
 
 def default_workers() -> int:
     """This process's share of the cores that a container leaves it, at most 10 (facebookresearch/mae's number)."""
+    return max(1, min(10, _cores()))
+
+
+def spare_cores(num_workers: int | None) -> int:
+    """Cores of this process's share that its workers leave, not counting the one that trains."""
+    return _cores() - 1 - (default_workers() if num_workers is None else num_workers)
+
+
+def _cores() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(10, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    return cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def _collate(batch: list[tuple[Tensor, list[Damage]]]) -> tuple[Tensor, list[Damage]]:
-    return default_collate([image for image, _ in batch]), [damage for _, damaged in batch for damage in damaged]
+def _collate(made: list[tuple[list[Tensor], list[Damage]]]) -> tuple[Tensor, list[Damage]]:
+    images = [image for crops, _ in made for image in crops]
+    # A batch of which the replay buffer holds all has nothing to decode.
+    stacked = default_collate(images) if images else torch.empty(0, dtype=torch.uint8)
+    return stacked, [damage for _, damaged in made for damage in damaged]
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:

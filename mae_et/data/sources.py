@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from .photos import PhotoTiles
+from .shards import INDEX, ShardSource
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif", ".npy")
 VAL_NAMES = ("val", "validation", "test")  # the folder (or tar) that holds the split "val", first match
@@ -50,8 +51,9 @@ def open_source(data_path: str | os.PathLike[str], split: str = "train") -> Sour
        if it is not there; `hfds/NAME[:CACHE]`: a Hugging Face data set through timm; `FILE.tar`: images in a tar,
        class = folder, whose split "val" is the val.tar beside it
     3. a folder of IDX files (the MNIST family, gzipped or not)
-    4. a folder with train/ and val/ (or validation/, test/): sub-folders are classes, images directly inside have none
-    5. any other folder of images, nested or not: unlabelled, and without a split "val"
+    4. a folder that `python -m mae_et prepare` has written
+    5. a folder with train/ and val/ (or validation/, test/): sub-folders are classes, images directly inside have none
+    6. any other folder of images, nested or not: unlabelled, and without a split "val"
 
     Raises FileNotFoundError for what is missing and ValueError for what cannot be used, in one line.
     """
@@ -74,7 +76,23 @@ def open_source(data_path: str | os.PathLike[str], split: str = "train") -> Sour
         raise ValueError(f"--data_path {data_path} is a file; give {KINDS}")
     if any(_IDX_NAME.match(name) for name in os.listdir(root)):
         return IdxSource(root, split)
+    if is_prepared(root):
+        return ShardSource(root / "train" if split == "train" else _val_sibling(root / "train", "", data_path))
     return _open_folder(root, split)
+
+
+def is_jpeg_source(source: Source) -> bool:
+    """Whether the first image is a JPEG file."""
+    try:
+        item = source.read(0)[0]
+    except OSError:
+        return False
+    return isinstance(item, bytes) and item.startswith(b"\xff\xd8")
+
+
+def is_prepared(data_path: str | os.PathLike[str]) -> bool:
+    """Whether this is a folder that `python -m mae_et prepare` has written."""
+    return (Path(data_path) / "train" / INDEX).is_file()
 
 
 def subset(source: Source, num_images: int, seed: int) -> Source:

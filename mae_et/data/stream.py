@@ -1,8 +1,14 @@
 """Which sample at which step: pure functions of (seed, step), so that data and masks do not depend on the number of
 ranks or workers, and a run resumes exactly, mid-epoch, even on another number of devices.
 
-A global sample number g counts through training: it is place g % N of the permutation of epoch g // N. Augmentation is
-keyed by the sample number; mask noise is drawn for the whole batch from (seed, step), and each rank takes its rows.
+Decoded images are counted through training: image d is place d % N of the permutation of epoch d // N. Its crops have
+the sample numbers d·views + 0, 1, ..., which key their augmentation. Mask noise is drawn for the whole batch from
+(seed, step), and each rank takes its rows.
+
+Replay is index arithmetic too. A batch has `lanes`, one per decoded image that it shows. Lane q takes a fresh image
+every `replay` steps (lanes take turns, so every step has batch/replay of them) and in between shows its own earlier
+images again, evenly spaced over the last `replay_depth` ones. Lanes don't mix, so neither do ranks, and what a step
+shows can be told, and decoded, without knowing any step before it.
 """
 
 from __future__ import annotations
@@ -28,6 +34,8 @@ class Sample(NamedTuple):
     """Global sample number: the key of its augmentation."""
     stage: int
     """Number of the stage."""
+    slot: int = 0
+    """Place in a replay buffer over all ranks: whatever a step shows again is still there."""
 
 
 def derive_seed(seed: int, *purpose: int | str) -> int:
@@ -53,17 +61,41 @@ def rank_rows(batch_size: int, rank: int, world_size: int) -> range:
     return range(batch_size * rank // world_size, batch_size * (rank + 1) // world_size)
 
 
-def micro_batches(batch_size: int, micro_size: int, rank: int, world_size: int) -> list[range]:
-    """A rank's rows in pieces of at most `micro_size`, as even as they can be, which are accumulated into one step."""
+def micro_batches(batch_size: int, micro_size: int, rank: int, world_size: int, together: int = 1) -> list[range]:
+    """A rank's rows in pieces of at most `micro_size`, as even as they can be, which are accumulated into one step.
+
+    together: neighbouring rows that stay in one piece, since they come from one image.
+    """
     rows = rank_rows(batch_size, rank, world_size)
-    pieces = -(-len(rows) // micro_size)
-    return [rows[len(rows) * i // pieces : len(rows) * (i + 1) // pieces] for i in range(pieces)]
+    images = -(-len(rows) // together)
+    pieces = -(-images // max(1, micro_size // together))
+    return [rows[images * i // pieces * together : images * (i + 1) // pieces * together] for i in range(pieces)]
 
 
 def mask_noise(seed: int, step: int, batch_size: int, patches: int) -> Tensor:
     """Uniform noise [batch, L] of a whole step, on the CPU: the patches with the lowest noise stay visible."""
     generator = torch.Generator().manual_seed(derive_seed(seed, "mask", step))
     return torch.rand(batch_size, patches, generator=generator)
+
+
+def samples_at(curriculum: Curriculum, seed: int, step: int, rows: range) -> list[Sample]:
+    """The samples in these rows of a step's batch."""
+    index = curriculum.index(step)
+    stage, start = curriculum.stages[index], curriculum.start(index)
+    decoded = curriculum.decoded_before(start)
+    views, masks, replay, depth = stage.views_per_image, stage.masks_per_image, stage.replay, stage.replay_depth
+    samples = []
+    for row in rows:
+        lane, view = divmod(row // masks, views)
+        cycle, turn = divmod(step - start + lane % replay, replay)  # the how-many-th image of this lane, shown again
+        if turn:
+            cycle -= turn * (depth - 1) // (replay - 1) % (cycle + 1)
+        fresh_at = max(0, cycle * replay - lane % replay)
+        # At step 0 all lanes are fresh, later every `replay`-th.
+        image = decoded + stage.decoded_before(fresh_at) + (lane // replay if fresh_at else lane)
+        place = (lane * views + view) * depth + cycle % depth
+        samples.append(Sample(image_index(seed, image, curriculum.num_images), image * views + view, index, place))
+    return samples
 
 
 class SampleStream(Sampler[list[Sample]]):
@@ -83,10 +115,8 @@ class SampleStream(Sampler[list[Sample]]):
 
     def __iter__(self) -> Iterator[list[Sample]]:
         for step in range(self.first_step, self.curriculum.total_steps):
-            stage = self.curriculum.index(step)
-            first = self.curriculum.images_before(step)
-            batch_size = self.curriculum.stages[stage].batch_size
-            micro_size = self.curriculum.stages[stage].micro_size(self.micro_size)
-            for rows in micro_batches(batch_size, micro_size, self.rank, self.world_size):
-                numbers = (first + row for row in rows)
-                yield [Sample(image_index(self.seed, g, self.curriculum.num_images), g, stage) for g in numbers]
+            stage = self.curriculum.at(step)
+            micro_size = stage.micro_size(self.micro_size)
+            together = stage.rows_per_image
+            for rows in micro_batches(stage.batch_size, micro_size, self.rank, self.world_size, together):
+                yield samples_at(self.curriculum, self.seed, step, rows)

@@ -1,0 +1,261 @@
+"""Run a study, arms × seeds × evaluations, through the real scripts, and compare what it cost and gave.
+
+    python benchmarks/equal_accuracy.py benchmarks/studies/fashion_mnist.yaml --keep docs/results/fashion_mnist
+
+A study is a YAML file:
+
+    flags: {recipe: fashion_mnist_vanilla, epochs: 2, …}      # of main_pretrain.py and its recipes, for all arms
+    seeds: [0, 1, 2]                                          # an arm may have its own
+    arms:
+      vanilla T: {}                                           # what an arm changes
+      et_pp T: {curriculum: et_pp, match_flops: vanilla T}    # epochs such that the FLOPs are another arm's
+      equal steps: {curriculum: et_pp, match_flops: vanilla T, match_steps: vanilla T}   # … and its steps, by the batch
+      from scratch: {pretrain: false, like: vanilla T}        # only fine-tuning, from random weights
+    evaluate: [{linear_probe: true}, {knn: true}, {train_images: 6000, epochs: 5}]   # flags of main_finetune.py
+    holdout: 10000         # optional: judge on the last 10,000 training images instead of the test images (IDX files)
+
+    beside: [fashion_mnist/vanilla*]                          # optional: runs kept beside --keep, to compare with
+
+It can be stopped at any time and goes on where it was: a run whose results lie in --keep is finished and needs nothing
+else, so the small files can be committed and the checkpoints thrown away.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import tyro
+import yaml
+
+from mae_et.config import PretrainConfig, from_dict, from_recipe, parse, to_dict, to_yaml
+from mae_et.data.sources import open_source
+from mae_et.finetune_config import FinetuneConfig
+from mae_et.plan import build_curriculum, count_images
+
+ROOT = Path(__file__).resolve().parent.parent
+KEPT = ("config.yaml", "environment.json", "ledger.json", "metrics.jsonl")
+OURS = ("match_flops", "match_steps", "pretrain", "like", "seeds", "evaluate")
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """Run a study and compare its arms."""
+
+    study: tyro.conf.Positional[Path]
+    """YAML file."""
+    out: Path = Path("runs/study")
+    """Run folders, with checkpoints."""
+    keep: Path | None = None
+    """Folder for the small files of finished runs; default: OUT/results."""
+    arms: tuple[str, ...] = ()
+    """Only these arms."""
+    seeds: tuple[int, ...] = ()
+    """Only these seeds."""
+    jobs: int = 1
+    """Runs side by side; the cores are shared out among them."""
+    discard: bool = False
+    """Delete a run's folder, with its checkpoint, when its results are kept."""
+    dry_run: bool = False
+    """Print what would be run and stop."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One arm with one seed."""
+
+    arm: str
+    seed: int
+    flags: dict[str, Any]
+    """Of main_pretrain.py; empty: no pretraining."""
+    evaluations: dict[str, dict[str, Any]]
+    """Flags of main_finetune.py by the name of their result."""
+    like: str = ""
+    """Without pretraining: the arm whose model is fine-tuned from random weights."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm.replace(' ', '_').replace('/', '-')}-seed{self.seed}"
+
+
+def jobs_of(study: dict[str, Any], config: StudyConfig, data_path: str | None) -> list[Job]:
+    """All jobs, the first seed of every arm before the second of any. ValueError names an unknown arm or flag."""
+    arms = {name: dict(changes or {}) for name, changes in study["arms"].items()}
+    for name in config.arms:
+        if name not in arms:
+            raise ValueError(f"--arms: no arm {name!r} in {config.study}; choose from {', '.join(arms)}")
+    plain = {name: {k: v for k, v in changes.items() if k not in OURS} for name, changes in arms.items()}
+    flags = {name: study["flags"] | changes for name, changes in plain.items()}
+    if data_path:
+        flags = {name: some | {"data_path": data_path} for name, some in flags.items()}
+    for name, changes in arms.items():
+        flags[name] |= matched(flags, name, changes)
+    jobs = []
+    for name, changes in arms.items():
+        pretrains = changes.get("pretrain", True)
+        evaluations = tuple(changes.get("evaluate", study["evaluate"]))
+        if not pretrains:
+            evaluations = tuple(e for e in evaluations if not (e.get("linear_probe") or e.get("knn")))
+        results = {f"eval-{protocol(evaluation)}.json": evaluation for evaluation in evaluations}
+        for seed in changes.get("seeds", study["seeds"]):
+            if (not config.arms or name in config.arms) and (not config.seeds or seed in config.seeds):
+                jobs.append(Job(name, seed, flags[name] if pretrains else {}, results, changes.get("like", "")))
+    # Runs that others are compared with first; `like` needs the run it names.
+    return sorted(jobs, key=lambda job: (job.seed, bool(job.like)))
+
+
+def matched(flags: dict[str, dict], name: str, changes: dict[str, Any]) -> dict[str, Any]:
+    """The flags that give an arm another arm's FLOPs, and its steps."""
+    found: dict[str, Any] = {}
+    if other := changes.get("match_flops"):
+        goal, mine = planned(flags[other]), planned(flags[name])
+        epochs = mine[0].epochs * goal[1].total_flops / mine[1].total_flops
+        found["epochs"] = round(epochs, 4)
+        found["warmup_epochs"] = round(mine[0].warmup_epochs * epochs / mine[0].epochs, 4)  # the same share
+    if other := changes.get("match_steps"):
+        images = planned(flags[name] | found)[1].total_images
+        found["batch_size"] = round(images / planned(flags[other])[1].total_steps)
+    return found
+
+
+def planned(flags: dict[str, Any]):
+    """(configuration, curriculum) of flags."""
+    base = to_dict(from_recipe(PretrainConfig, flags["recipe"]))
+    config = from_dict(PretrainConfig, base | flags, "study")
+    return config, build_curriculum(config, count_images(config))
+
+
+def arguments(flags: dict[str, Any]) -> list[str]:
+    """{"norm_pix_loss": True, "mean": [0.5]} -> ["--norm_pix_loss", "--mean", "0.5"]."""
+    words: list[str] = []
+    for key, value in flags.items():
+        if isinstance(value, bool):
+            words.append(f"--{key}" if value else f"--no_{key}")
+        else:
+            words += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
+def run_job(job: Job, config: StudyConfig, data_path: str | None, cores: list[int]) -> str:
+    """Whatever of a job is not done yet; returns "" or what went wrong."""
+    folder, kept = config.out / job.name, keep_folder(config) / job.name
+    if all((kept / name).exists() for name in (*job.evaluations, *(KEPT if job.flags else ("config.yaml",)))):
+        return ""
+    log = config.out / f"{job.name}.log"
+    if job.flags and not (folder / "encoder.safetensors").exists():
+        recipe = config.out / f"{job.name}.yaml"
+        recipe.write_text(to_yaml(planned(job.flags)[0]))
+        words = arguments({"recipe": recipe, "seed": job.seed, "output_dir": folder, "resume": "auto"})
+        if problem := script("main_pretrain.py", words, log, cores):
+            return problem
+    for name, flags in job.evaluations.items():
+        if (folder / name).exists():
+            continue
+        start = {"finetune": str(folder)} if job.flags else {"output_dir": str(folder)}
+        if not job.flags:
+            start["like"] = str(config.out / replace(job, arm=job.like).name)
+        if data_path:
+            start["data_path"] = data_path
+        tuning = not (flags.get("linear_probe") or flags.get("knn"))
+        words = arguments(flags | start | {"seed": job.seed} | ({"resume": "auto"} if tuning else {}))
+        if problem := script("main_finetune.py", words, log, cores):
+            return problem
+    kept.mkdir(parents=True, exist_ok=True)
+    for name in (*(KEPT if job.flags else ("config.yaml", "environment.json")), *job.evaluations):
+        shutil.copy(folder / name, kept / name)
+    if config.discard:
+        shutil.rmtree(folder)
+    return ""
+
+
+def protocol(flags: dict[str, Any]) -> str:
+    """Names the result of an evaluation."""
+    return parse(FinetuneConfig, [*arguments(flags), "--finetune", "x"]).protocol
+
+
+def script(name: str, words: list[str], log: Path, cores: list[int]) -> str:
+    """Run one of the project's scripts on some cores; returns "" or its last line."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(len(cores))}
+    with log.open("a") as file:
+        print(f"$ python {name} {' '.join(words)}", file=file, flush=True)
+        done = subprocess.run(
+            [sys.executable, str(ROOT / name), *words],
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            preexec_fn=lambda: os.sched_setaffinity(0, cores),
+        )
+    return "" if done.returncode == 0 else f"{name} failed: {log.read_text().strip().splitlines()[-1]} (see {log})"
+
+
+def holdout_folder(study: dict[str, Any], out: Path) -> str | None:
+    """IDX files whose test images are the last `holdout` training images, so that tuning never sees the test images."""
+    if not study.get("holdout"):
+        return None
+    folder = out / "holdout"
+    path = from_recipe(PretrainConfig, study["flags"]["recipe"]).data_path
+    source = open_source(study["flags"].get("data_path", path), "train")
+    folder.mkdir(parents=True, exist_ok=True)
+    pairs = [source.read(i) for i in range(len(source))]
+    cut = len(pairs) - study["holdout"]
+    for split, some in (("train", pairs[:cut]), ("t10k", pairs[cut:])):
+        height, width = some[0][0].shape[:2]
+        images = struct.pack(">IIII", 0x803, len(some), height, width) + b"".join(i.tobytes() for i, _ in some)
+        labels = struct.pack(">II", 0x801, len(some)) + bytes(int(label) for _, label in some)
+        for kind, data in (("images-idx3", images), ("labels-idx1", labels)):
+            (folder / f"{split}-{kind}-ubyte.gz").write_bytes(gzip.compress(data, 1))
+    return str(folder)
+
+
+def keep_folder(config: StudyConfig) -> Path:
+    return config.keep or config.out / "results"
+
+
+def main() -> None:
+    """Run what is missing, then compare. Exit code 1 if a run failed; the others are done all the same."""
+    config = tyro.cli(StudyConfig, use_underscores=True)
+    study = yaml.safe_load(config.study.read_text())
+    config.out.mkdir(parents=True, exist_ok=True)
+    data_path = holdout_folder(study, config.out)
+    jobs = jobs_of(study, config, data_path)
+    if config.dry_run:
+        for job in jobs:
+            print(job.name, json.dumps(job.flags))
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    share = max(1, len(cores) // config.jobs)
+    free: SimpleQueue[list[int]] = SimpleQueue()
+    for i in range(config.jobs):
+        free.put(cores[i * share : (i + 1) * share] or cores)
+
+    def work(job: Job) -> str:
+        mine = free.get()
+        try:
+            problem = run_job(job, config, data_path, mine)
+        finally:
+            free.put(mine)
+        print(f"{job.name}: {problem or 'done'}", flush=True)
+        return problem
+
+    with ThreadPoolExecutor(config.jobs) as pool:
+        problems = [problem for problem in pool.map(work, jobs) if problem]
+    if problems:
+        raise SystemExit(1)
+    kept = keep_folder(config)
+    beside = [path for pattern in study.get("beside", []) for path in kept.parent.glob(pattern)]
+    runs = [str(path) for path in sorted([*kept.iterdir(), *beside]) if path.is_dir()]
+    subprocess.run([sys.executable, "-m", "mae_et", "compare", *runs, "--out", str(kept)], check=True)
+
+
+if __name__ == "__main__":
+    main()

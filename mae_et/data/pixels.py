@@ -1,0 +1,228 @@
+"""From what a source holds (file bytes, a Pillow image, an array) to all its pixels: 8 bits, upright, in some channels.
+
+Colour profiles are ignored, as torchvision and timm do. Channels are handled one by one outside grey and RGB.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import struct
+import tokenize
+import zlib
+from collections.abc import Iterator
+
+import numpy as np
+import tifffile
+from PIL import Image, UnidentifiedImageError
+
+MAX_PIXELS = 89_478_485
+"""Larger images are refused as damaged: Pillow's own limit against decompression bombs, here an error."""
+
+
+MODES = {1: "L", 3: "RGB"}
+_TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_NPY_MAGIC = b"\x93NUMPY"
+_ORIENTATION_TAG = 0x0112  # EXIF
+_BITS_TAG, _PLANES_TAG = 258, 284  # TIFF
+UPRIGHT = {  # EXIF orientation -> the transposition that brings the stored pixels upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# What Pillow's decoders raise on broken files. OSError covers truncation and UnidentifiedImageError; broken PNG chunks
+# are SyntaxError or zlib.error; cut headers show up as struct.error, EOFError, IndexError, KeyError, TypeError.
+_PILLOW_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    LookupError,
+    TypeError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+# tifffile checks little: broken tags end in divisions by zero, failed assertions or RuntimeError (of which
+# NotImplementedError is one).
+_TIFFFILE_ERRORS = (*_PILLOW_ERRORS, ArithmeticError, AssertionError, RuntimeError)
+
+
+class DamagedImage(ValueError):
+    """These bytes are no readable image: truncated, corrupted, of an unknown format, or larger than MAX_PIXELS."""
+
+
+def to_image(item: bytes | Image.Image | np.ndarray, in_chans: int) -> Image.Image | np.ndarray:
+    """Decode, turn upright (EXIF) and bring to `in_chans` channels of 8 bits.
+
+    Returns a Pillow image of mode "L" (1 channel) or "RGB" (3), else a uint8 array [H, W, C]. For 1 and 3 channels
+    transparency is composited on white; 4 channels keep alpha as it is stored. Other counts can only come from arrays:
+    .npy files, multi-band TIFF, or a source that returns them. 16 bits are scaled by 1/257, never clipped. Of several
+    frames the first is taken.
+
+    Raises DamagedImage for unreadable bytes, ValueError if the channels or the pixel type do not fit `in_chans`.
+    """
+    if isinstance(item, bytes):
+        if item.startswith(_NPY_MAGIC):
+            item = _read_npy(item)
+        elif item.startswith(_TIFF_MAGIC):
+            item = _open_tiff(item, in_chans)
+        else:
+            item = open_header(item)
+    if isinstance(item, np.ndarray):
+        return _array_to_channels(item, in_chans)
+    return _pillow_to_channels(item, in_chans)
+
+
+@contextlib.contextmanager
+def naming_damage() -> Iterator[None]:
+    """Whatever Pillow raises on broken files becomes DamagedImage."""
+    try:
+        yield
+    except DamagedImage:
+        raise
+    except UnidentifiedImageError as error:  # its own message is an address in memory
+        raise DamagedImage("not a readable image (of no known format)") from error
+    except _PILLOW_ERRORS as error:
+        raise DamagedImage(f"not a readable image ({type(error).__name__}: {error})") from error
+
+
+def open_header(data: bytes) -> Image.Image:
+    """Read the header only; pixels are decoded on `load`."""
+    with naming_damage():
+        image = Image.open(io.BytesIO(data))
+        _check_size(image.width, image.height)
+    return image
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise DamagedImage(f"{width}x{height} pixels are more than the limit of {MAX_PIXELS}")
+    if width * height == 0:
+        raise DamagedImage("the image has no pixels")
+
+
+def orientation_of(image: Image.Image) -> int:
+    """EXIF orientation, 1 to 8; 1, upright, where it is missing or broken."""
+    try:
+        value = image.getexif().get(_ORIENTATION_TAG)
+    except _PILLOW_ERRORS:
+        return 1  # broken metadata does not make the pixels worthless
+    return value if value in UPRIGHT else 1
+
+
+def _pillow_to_channels(image: Image.Image, in_chans: int) -> Image.Image | np.ndarray:
+    if in_chans not in (1, 3, 4):
+        raise ValueError(
+            f"--in_chans {in_chans} needs arrays with {in_chans} channels (.npy or multi-band TIFF);"
+            f" a picture of mode {image.mode} gives 1, 3 or 4"
+        )
+    with naming_damage():
+        image.load()
+        # after `load`, because Pillow turns TIFF upright itself there and then drops the tag
+        orientation = orientation_of(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        image = Image.fromarray(_to_uint8(_integer_pixels(image)))
+    with naming_damage():
+        image = convert(image, in_chans)
+    if orientation in UPRIGHT:
+        image = image.transpose(UPRIGHT[orientation])
+        image.info = {}  # or the tag would turn it once more
+    return image if in_chans in MODES else np.asarray(image)
+
+
+def convert(image: Image.Image, in_chans: int) -> Image.Image:
+    """To 1, 3 or 4 channels; for 1 and 3 transparency is composited on white."""
+    if in_chans == 4:
+        return image.convert("RGBA")
+    if image.mode == MODES[in_chans] and "transparency" not in image.info:
+        return image
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert(MODES[in_chans])
+
+
+def _integer_pixels(image: Image.Image) -> np.ndarray:
+    """16-bit pictures, [H, W] uint16. Depending on its version Pillow opens them as "I;16", "I;16B" or "I"."""
+    pixels = np.asarray(image)
+    if pixels.dtype.kind == "f" or pixels.min() < 0 or pixels.max() > 65535:
+        raise ValueError(f"pixels of mode {image.mode} have no known range; save them as 8 or 16 unsigned bits")
+    return pixels.astype(np.uint16)
+
+
+def _to_uint8(pixels: np.ndarray) -> np.ndarray:
+    if pixels.dtype == np.uint8:
+        return pixels
+    if pixels.dtype.kind != "u" or pixels.dtype.itemsize != 2:
+        raise ValueError(f"pixels are {pixels.dtype}; only uint8 and uint16 have a known range")
+    return ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)  # v/257 rounded: 0 -> 0, 65535 -> 255
+
+
+def _array_to_channels(pixels: np.ndarray, in_chans: int) -> Image.Image | np.ndarray:
+    if pixels.ndim == 2:
+        pixels = pixels[..., None]
+    if pixels.ndim != 3:
+        raise ValueError(f"an image array has shape [H, W] or [H, W, C], not {list(pixels.shape)}")
+    _check_size(pixels.shape[1], pixels.shape[0])
+    channels = pixels.shape[2]
+    if channels != in_chans and {channels, in_chans} != {1, 3}:
+        raise ValueError(f"--in_chans is {in_chans}, but an image array of shape {list(pixels.shape)} has {channels}")
+    pixels = np.ascontiguousarray(_to_uint8(pixels))
+    if in_chans not in MODES:
+        return pixels
+    return Image.fromarray(pixels[..., 0] if channels == 1 else pixels).convert(MODES[in_chans])
+
+
+def _read_npy(data: bytes) -> np.ndarray:
+    """[H, W] or [H, W, C] from the bytes of a .npy file, without copying and without unpickling."""
+    stream = io.BytesIO(data)
+    read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    try:
+        version = np.lib.format.read_magic(stream)
+        shape, is_fortran, dtype = read_header[version](stream)
+    except (ValueError, KeyError, SyntaxError, TypeError, tokenize.TokenError) as error:
+        raise DamagedImage(f"not a readable .npy file ({error})") from error
+    if dtype.kind != "u":
+        raise ValueError(f"a .npy image holds {dtype}; only uint8 and uint16 have a known range")
+    expected_bytes = math.prod(shape) * dtype.itemsize
+    if len(data) - stream.tell() != expected_bytes:
+        raise DamagedImage(f".npy of shape {list(shape)} needs {expected_bytes} bytes, has {len(data) - stream.tell()}")
+    return np.frombuffer(data, dtype, offset=stream.tell()).reshape(shape, order="F" if is_fortran else "C")
+
+
+def _open_tiff(data: bytes, in_chans: int) -> Image.Image | np.ndarray:
+    if in_chans in MODES:
+        with contextlib.suppress(DamagedImage):  # Pillow knows more compressions, tifffile more layouts of bands
+            image = open_header(data)
+            bits, planes = image.tag_v2.get(_BITS_TAG, (8,)), image.tag_v2.get(_PLANES_TAG, 1)
+            if max(bits) <= 8 or planes == 1:  # Pillow takes separate planes of 16 bits for planes of 8
+                return image
+    return _read_tiff(data)
+
+
+def _read_tiff(data: bytes) -> np.ndarray:
+    """[H, W, C] from a multi-band TIFF, whether its bands are samples, planes or pages."""
+    try:
+        with tifffile.TiffFile(io.BytesIO(data)) as tiff:
+            bands = tiff.series[0]
+            axes, shape = bands.axes, bands.shape
+            is_image = len(shape) <= 3 and "Y" in axes and "X" in axes
+            if is_image:
+                _check_size(shape[axes.index("X")], shape[axes.index("Y")])
+                pixels = bands.asarray(maxworkers=1)
+    except _TIFFFILE_ERRORS as error:
+        if "imagecodecs" in str(error):
+            raise ValueError(f"a TIFF cannot be read without the package imagecodecs ({error})") from error
+        raise DamagedImage(f"not a readable TIFF ({error})") from error
+    if not is_image:
+        raise ValueError(f"a TIFF with axes {axes} and shape {list(shape)} is no image of bands")
+    if pixels.ndim == 2:
+        return pixels
+    return np.moveaxis(pixels, (axes.index("Y"), axes.index("X")), (0, 1))

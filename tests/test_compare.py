@@ -1,0 +1,303 @@
+"""Comparing run folders: statistics against numpy and by hand, what is refused, and the command end to end."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mae_et.compare import CompareConfig, compare, interpolate, needed
+from mae_et.config import PretrainConfig, to_dict
+from mae_et.finetune_config import FinetuneConfig
+from mae_et.report import answer_compute, answer_quality, markdown, number, write_report
+
+ROOT = Path(__file__).parent.parent
+
+
+def write_run(folder: Path, seed=0, flops=1e12, top1=80.0, seconds=100.0, protocol="knn", **changes) -> Path:
+    """A run folder as pretraining and an evaluation leave it, with the figures wanted."""
+    stages = changes.pop("stage_sizes", [32])
+    environment = {"device": "cpu", "precision": "bf16", "num_images": 1000, "packages": {"torch": "2"}}
+    environment |= changes.pop("environment", {})
+    p = changes.pop("p", 1.0)
+    flags = to_dict(FinetuneConfig(finetune=str(folder), knn=True, k=changes.pop("k", 20)))
+    eval_images = changes.pop("eval_images", 500)
+    config = PretrainConfig(**({"input_size": 32, "patch_size": 8, "epochs": 4} | changes), seed=seed)
+    account = {
+        "steps": 10,
+        "images": 640,
+        "visible_patches": 640 * 4,
+        "predicted_patches": 640 * 12,
+        "flops": flops / len(stages),
+        "train_seconds": 0.9 * seconds / len(stages),
+        "data_seconds": 0.1 * seconds / len(stages),
+        "eval_seconds": 1.0,
+        "warmup_seconds": 1.0,
+        "peak_memory_bytes": 2**30,
+    }
+    accounts = [{"size_px": size} | account for size in stages]
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
+    (folder / "environment.json").write_text(json.dumps(environment))
+    (folder / "ledger.json").write_text(json.dumps({"stages": accounts}))
+    points = [{"step": i, "p": p * (i + 1) / 10, "loss": 1 / (i + 1)} for i in range(10)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(point) + "\n" for point in points))
+    result = {"protocol": protocol, "top1": top1, "num_images": eval_images, "flags": flags}
+    (folder / f"eval-{protocol}.json").write_text(json.dumps(result))
+    return folder
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    """Vanilla at three lengths and a curriculum at one, three seeds each."""
+    for seed in range(3):
+        for t, top1 in ((1, 70.0), (2, 80.0), (4, 84.0)):
+            write_run(tmp_path / f"vanilla-{t}-seed{seed}", seed, t * 1e12, top1 + seed - 1, 100.0 * t, epochs=4 * t)
+        write_run(
+            tmp_path / f"et_pp-seed{seed}",
+            seed,
+            *(1e12, 82.0 + (seed - 1) / 10, 125.0),
+            curriculum="et_pp",
+            stage_sizes=[16, 32],
+        )
+    return tmp_path
+
+
+def row(report: dict, answer: str, axis: str) -> dict:
+    return next(r for r in report[answer] if r["axis"] == axis)
+
+
+def test_both_answers_by_hand(study):
+    report = compare(CompareConfig((str(study),)))
+    assert report["baseline"] == ["vanilla-1", "vanilla-2", "vanilla-4"]
+    assert [arm["n"] for arm in report["arms"]] == [3, 3, 3, 3]
+    at_flops = row(report, "equal_compute", "flops")
+    assert at_flops["difference"] == pytest.approx(12.0)
+    at_seconds = row(report, "equal_compute", "seconds")
+    assert at_seconds["difference"] == pytest.approx(82 - (70 + 10 * math.log(1.25, 2)))
+    needs = row(report, "equal_quality", "flops")
+    assert needs["status"] == "reached" and needs["ratio"] == pytest.approx(2 * 2**0.5)  # halfway from 80 to 84
+    low, high = needs["interval"]
+    assert low < needs["ratio"] < high
+    assert row(report, "equal_quality", "seconds")["ratio"] == pytest.approx(2 * 2**0.5 * 100 / 125)
+
+
+def test_arms_are_mean_and_sample_deviation(study):
+    arm = next(a for a in compare(CompareConfig((str(study),)))["arms"] if a["name"] == "vanilla-2")
+    quality = arm["quality"]["knn"]
+    assert (quality["mean"], quality["std"]) == pytest.approx((80.0, np.std([79, 80, 81], ddof=1)))
+    assert arm["seconds"]["mean"] == pytest.approx(200) and arm["data_wait"]["mean"] == pytest.approx(0.1)
+    assert arm["passes"] == pytest.approx(0.64)
+
+
+def test_stages_add_up_and_are_measured_against_the_baseline(study):
+    arm = next(a for a in compare(CompareConfig((str(study),)))["arms"] if a["name"] == "et_pp")
+    assert [stage["size_px"] for stage in arm["stages"]] == ["16", "32"]
+    assert sum(stage["flops_share"] for stage in arm["stages"]) == pytest.approx(1)
+    for stage in arm["stages"]:
+        # the baseline: 7e12 FLOPs and 700 s for 3·640 images; a stage: 5e11 FLOPs and 62.5 s for 640
+        assert stage["speedup_flops"] == pytest.approx(7e12 / 1920 / (5e11 / 640))
+        assert stage["seconds_per_flop"] == pytest.approx((700 / 1920 / (62.5 / 640)) / (7e12 / 1920 / (5e11 / 640)))
+
+
+def test_one_seed_has_no_interval_and_says_so(tmp_path):
+    write_run(tmp_path / "a", top1=70.0)
+    write_run(tmp_path / "b", flops=4e12, top1=90.0, epochs=8)
+    write_run(tmp_path / "c", flops=2e12, top1=80.5, curriculum="et", stage_sizes=[16, 32])
+    report = compare(CompareConfig((str(tmp_path),)))
+    assert row(report, "equal_compute", "flops")["interval"] is None
+    assert row(report, "equal_compute", "flops")["difference"] == pytest.approx(0.5)
+    assert any("one seed only" in warning for warning in report["warnings"])
+
+
+@pytest.mark.parametrize(
+    ("top1", "status", "words"),
+    [(60.0, "below", "shortest arm has it"), (99.0, "not reached", "not reached within 4.00×")],
+)
+def test_a_quality_outside_the_baseline_is_said_never_extrapolated(tmp_path, top1, status, words):
+    write_run(tmp_path / "a", top1=70.0)
+    write_run(tmp_path / "b", flops=4e12, top1=90.0, epochs=8)
+    write_run(tmp_path / "c", top1=top1, curriculum="et", stage_sizes=[16, 32])
+    found = row(compare(CompareConfig((str(tmp_path),))), "equal_quality", "flops")
+    assert (found["status"], found["ratio"]) == (status, None)
+    assert words in answer_quality(found)
+
+
+@pytest.mark.parametrize("flops", [1e11, 9e12])
+def test_a_cost_outside_the_baseline_has_no_answer(tmp_path, flops):
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "c", flops=flops, curriculum="et", stage_sizes=[16, 32])
+    found = row(compare(CompareConfig((str(tmp_path),))), "equal_compute", "flops")
+    assert found["difference"] is None and "outside" in answer_compute(found)
+
+
+@given(
+    st.lists(st.tuples(st.floats(0.1, 1.0), st.floats(0.01, 10)), min_size=1, max_size=5),
+    st.floats(0.001, 0.999),
+)
+def test_needed_undoes_interpolate_on_rising_curves(steps, share):
+    costs = [1.0, *(1 + np.cumsum([cost for cost, _ in steps])).tolist()]
+    qualities = [0.0, *np.cumsum([quality for _, quality in steps]).tolist()]
+    quality = share * qualities[-1]
+    assert interpolate(costs, qualities, needed(costs, qualities, quality)) == pytest.approx(quality, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"data_path": "elsewhere"}, "data_path is photos"),
+        ({"patch_size": 4}, "patch_size is 8"),
+        ({"embed_dim": 96}, "embed_dim is 1024"),
+        ({"model": "mae_vit_tiny_patch16", "patch_size": 8}, "model is mae_vit_large_patch16"),
+        ({"environment": {"num_images": 7}}, "data set has 1000 images"),
+        ({"k": 5}, "evaluation knn: --k is 20"),
+        ({"eval_images": 100}, "evaluation knn: num_images is 500"),
+        ({"p": 0.4}, "stopped at 40%"),
+    ],
+)
+def test_what_cant_be_compared_is_refused_and_forced_only_in_writing(tmp_path, changes, named):
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", curriculum="et", stage_sizes=[16, 32], **changes)
+    with pytest.raises(ValueError, match="not comparable") as refused:
+        compare(CompareConfig((str(tmp_path),)))
+    assert named in str(refused.value)
+    report = compare(CompareConfig((str(tmp_path),), force=True))
+    assert any(named in difference for difference in report["forced"])
+    assert f"FORCED although not comparable: {report['forced'][0]}" in markdown(report, {})
+
+
+def test_other_machines_are_a_warning(tmp_path):
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", curriculum="et", stage_sizes=[16, 32], environment={"device": "cuda (H100), bf16"})
+    warnings = compare(CompareConfig((str(tmp_path),)))["warnings"]
+    assert any("different machines" in warning and "H100" in warning for warning in warnings)
+
+
+def test_from_scratch_costs_nothing_and_is_no_baseline(study):
+    scratch = study / "scratch-seed0"
+    scratch.mkdir()
+    config = to_dict(FinetuneConfig(like=str(study / "vanilla-1-seed0")))
+    (scratch / "config.yaml").write_text(yaml.safe_dump(config))
+    (scratch / "environment.json").write_text("{}")
+    result = json.loads((study / "et_pp-seed0" / "eval-knn.json").read_text())
+    (scratch / "eval-knn.json").write_text(json.dumps(result))
+    report = compare(CompareConfig((str(study),)))
+    first = report["arms"][0]
+    assert (first["name"], first["flops"], first["stages"]) == ("from scratch", 0.0, [])
+    assert {r["arm"] for r in report["equal_compute"]} == {"et_pp"}
+
+
+def test_the_baseline_may_be_named(study):
+    report = compare(CompareConfig((str(study),), baseline=(str(study / "et_pp-seed0"), str(study / "et_pp-seed1"))))
+    assert report["baseline"] == ["et_pp"]
+    assert {r["arm"] for r in report["equal_compute"]} == {"vanilla-1", "vanilla-2", "vanilla-4"}
+
+
+def test_folders_named_anyhow_are_named_by_what_differs(tmp_path):
+    write_run(tmp_path / "monday", 0)
+    write_run(tmp_path / "tuesday", 1)
+    write_run(tmp_path / "x", 0, curriculum="et_pp", target="hog", stage_sizes=[16, 32])
+    names = [arm["name"] for arm in compare(CompareConfig((str(tmp_path),)))["arms"]]
+    assert sorted(names) == ["et_pp · hog", "vanilla · pixel"]
+
+
+def test_the_same_seed_twice_is_refused(tmp_path):
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b")
+    with pytest.raises(ValueError, match="same configuration with the same seed"):
+        compare(CompareConfig((str(tmp_path),)))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda run: (run / "ledger.json").write_text("{"), "ledger.json is damaged"),
+        (lambda run: (run / "ledger.json").unlink(), "has no ledger.json yet"),
+        (lambda run: (run / "config.yaml").unlink(), "holds no config.yaml"),
+        (lambda run: (run / "config.yaml").write_text("epochz: 4"), "unknown key 'epochz'"),
+        (lambda run: (run / "eval-knn.json").write_text("[]"), "eval-knn.json is not a result"),
+    ],
+)
+def test_damaged_folders_are_named_in_one_line(tmp_path, spoil, message):
+    spoil(write_run(tmp_path / "a"))
+    done = subprocess.run(
+        [sys.executable, "-m", "mae_et", "compare", str(tmp_path / "a")], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_no_vanilla_run_asks_for_a_baseline(tmp_path):
+    write_run(tmp_path / "a", curriculum="et", stage_sizes=[16, 32])
+    with pytest.raises(ValueError, match="--baseline"):
+        compare(CompareConfig((str(tmp_path),)))
+
+
+class Page(HTMLParser):
+    """Balanced tags, and every address that the page would load."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open, self.loads, self.cells = [], [], 0
+
+    def handle_starttag(self, tag, attributes):
+        self.loads += [value for name, value in attributes if name in ("src", "href")]
+        self.cells += tag == "td"
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_command_writes_a_report_that_needs_nothing_else(study):
+    out = study / "out"
+    command = [sys.executable, "-m", "mae_et", "compare", str(study), "--out", str(out), "--json", "--title", "A <b>"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report == json.loads((out / "report.json").read_text())
+    page = Page()
+    page.feed((out / "report.html").read_text())
+    assert not page.open and page.loads and all(load.startswith("data:image/png;base64,") for load in page.loads)
+    assert "A &lt;b&gt;" in (out / "report.html").read_text()
+    text = (out / "report.md").read_text()
+    assert page.cells > 50 and "2.83× [" in text and "+12.00 [" in text
+    for line in text.splitlines():
+        if line.startswith("!["):
+            assert (out / line.partition("(")[2].partition(")")[0]).stat().st_size < 300_000
+
+
+def test_a_report_is_the_same_from_the_same_files(study, tmp_path):
+    report = compare(CompareConfig((str(study),)))
+    again = compare(CompareConfig((str(study),)))
+    assert report == again
+    first, second = (write_report(copy.deepcopy(r), tmp_path / str(i)) for i, r in enumerate((report, again)))
+    for a, b in zip(first, second, strict=True):
+        assert a.read_bytes() == b.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "–"),
+        (0, "0"),
+        (1.2345e13, "1.23e13"),
+        (12345.6, "12,346"),
+        (99.96, "100"),
+        (437.2, "437"),
+        (0.5, "0.5"),
+        (2e-5, "2.00e-5"),
+    ],
+)
+def test_numbers_as_people_write_them(value, text):
+    assert number(value) == text

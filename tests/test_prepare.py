@@ -1,0 +1,248 @@
+"""Shards: what `prepare` packs is what --data_path reads; stopping it costs nothing; and the in-memory cache."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mae_et.curriculum import Curriculum, Stage
+from mae_et.data.cache import CachedSource
+from mae_et.data.decode import to_image
+from mae_et.data.loader import DamageLog, TrainImages, train_batches
+from mae_et.data.shards import INDEX, ShardSource
+from mae_et.data.sources import open_source
+from mae_et.data.stream import SampleStream
+from mae_et.prepare import PrepareConfig, prepare
+
+ROOT = Path(__file__).parents[1]
+
+
+def picture(seed: int, size: tuple[int, int] = (90, 60)) -> Image.Image:
+    small = np.random.default_rng(seed).integers(0, 256, (3, 4, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """12 training images of two classes, in several formats, one of them damaged, and 4 held-out ones."""
+    root = tmp_path / "images"
+    for split, count in (("train", 12), ("val", 4)):
+        for i in range(count):
+            path = root / split / ("cat", "dog")[i % 2] / f"{i:02}.{('jpg', 'png', 'webp')[i % 3]}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture(i).save(path)
+    (root / "train" / "cat" / "04.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
+    picture(77, (40, 30)).save(root / "train" / "dog" / "small.jpg", quality=50)
+    return root
+
+
+def packed(folder: Path, out: Path, **flags) -> dict:
+    flags = {"short_side": 32, "shard_mb": 0.003, "num_workers": 0} | flags
+    return prepare(PrepareConfig(str(folder), str(out), **flags))
+
+
+def test_shards_hold_the_images_in_order_smaller_and_labelled(folder, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, logger="mae_et"):
+        total = packed(folder, tmp_path / "out")
+    assert (total["images"], total["damaged"]) == (12 + 4, 1)
+    assert "cat/04.png: not a readable image" in caplog.text
+    assert total["bytes"] == sum(file.stat().st_size for file in (tmp_path / "out").glob("*/*.tar"))
+    for split in ("train", "val"):
+        before, after = open_source(folder, split), open_source(tmp_path / "out", split)
+        assert isinstance(after, ShardSource)
+        kept = [i for i in range(len(before)) if "04.png" not in before.name(i)] if split == "train" else range(4)
+        assert after.classes == before.classes == ["cat", "dog"]
+        assert np.array_equal(after.labels, before.labels[list(kept)])
+        for place, index in enumerate(kept):
+            data, label = after.read(place)
+            assert label == before.labels[index]
+            image, original = to_image(data, 3), to_image(before.read(index)[0], 3)
+            assert min(image.size) <= 32
+            assert f"[{index:08}.jpg]" in after.name(place)
+            difference = np.asarray(image, float) - np.asarray(original.resize(image.size), float)
+            assert np.abs(difference).mean() < 8
+            if "small" in before.name(index):  # already small enough: not encoded once more
+                assert data == before.read(index)[0]
+            else:
+                assert image.size == (48, 32)
+    assert len(list((tmp_path / "out" / "train").glob("*.tar"))) > 3
+    with tarfile.open(tmp_path / "out" / "train" / "00000.tar") as tar:  # an ordinary WebDataset shard
+        names = tar.getnames()
+        assert names[:2] == ["00000000.jpg", "00000000.cls"]
+        assert tar.extractfile(names[0]).read() == open_source(tmp_path / "out").read(0)[0]
+
+
+def test_a_flat_folder_has_no_labels_and_no_val(tmp_path):
+    for i in range(3):
+        (tmp_path / "flat").mkdir(exist_ok=True)
+        picture(i).save(tmp_path / "flat" / f"{i}.jpg")
+    assert packed(tmp_path / "flat", tmp_path / "out")["images"] == 3
+    source = open_source(tmp_path / "out")
+    assert source.classes is source.labels is source.read(2)[1] is None
+    with pytest.raises(FileNotFoundError, match="no held-out images"):
+        open_source(tmp_path / "out", "val")
+
+
+def test_batches_from_shards_do_not_depend_on_the_workers(folder, tmp_path):
+    packed(folder, tmp_path / "out")
+    source = open_source(tmp_path / "out")
+    pickled = pickle.loads(pickle.dumps(source))
+    plan = Curriculum((Stage(16, 4, 12, 6, 5, 1.0),), len(source))
+
+    def batches(source, workers: int) -> list[torch.Tensor]:
+        images = TrainImages(source, plan, 32, "scaled", 3, seed=3)
+        return list(train_batches(images, SampleStream(plan, 3, 6), DamageLog(len(source), 0), workers))
+
+    wanted = batches(source, 0)
+    for found in (batches(source, 2), batches(pickled, 0), batches(CachedSource(source, 2000), 2)):
+        assert all(a.equal(b) for a, b in zip(found, wanted, strict=True))
+
+
+def test_a_killed_prepare_goes_on_and_ends_as_if_nothing_had_happened(tmp_path):
+    root, whole, killed = tmp_path / "images", tmp_path / "whole", tmp_path / "killed"
+    root.mkdir()
+    for i in range(60):
+        picture(i, (300, 200)).save(root / f"{i:02}.png")
+    flags = {"short_side": 150, "shard_mb": 0.02}
+    packed(root, whole, **flags)
+    command = [sys.executable, "-m", "mae_et", "prepare", str(root), str(killed), "--num_workers", "1"]
+    command += [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (killed / "train" / "00001.tar.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = {path.name: path.stat().st_mtime_ns for path in (killed / "train").glob("*.tar.json")}
+    assert len(done) >= 2
+    if not (killed / "train" / INDEX).exists():  # unless the machine was too quick for us
+        with pytest.raises(FileNotFoundError, match="no images"):
+            open_source(killed)
+    packed(root, killed, **flags)
+    assert {name: (killed / "train" / name).stat().st_mtime_ns for name in done} == done  # kept, not written again
+    for file in sorted((whole / "train").glob("*.tar")):
+        assert (killed / "train" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_shard_that_changed_is_written_again_and_other_settings_are_refused(folder, tmp_path, caplog):
+    out = tmp_path / "out"
+    packed(folder, out)
+    shard = out / "train" / "00001.tar"
+    good = shard.read_bytes()
+    shard.write_bytes(good[:700] + b"x" + good[701:])
+    with caplog.at_level(logging.WARNING, logger="mae_et"):
+        packed(folder, out)
+    assert "00001.tar is not what was written" in caplog.text
+    assert shard.read_bytes() == good
+    with pytest.raises(ValueError, match="begun with --short_side 32; choose another folder"):
+        packed(folder, out, short_side=16)
+    picture(1).save(folder / "train" / "cat" / "new.png")
+    with pytest.raises(ValueError, match="begun of other images"):
+        packed(folder, out)
+
+
+def test_a_broken_index_is_named(folder, tmp_path):
+    packed(folder, tmp_path / "out")
+    path = tmp_path / "out" / "train" / INDEX
+    good = json.loads(path.read_text())
+
+    def message(change) -> str:
+        index = json.loads(json.dumps(good))
+        change(index, index["shards"][0])
+        path.write_text(json.dumps(index))
+        with pytest.raises(ValueError) as error:  # noqa: PT011
+            open_source(tmp_path / "out")
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    assert "names a shard outside" in message(lambda index, shard: shard.update(file="../../secret"))
+    assert "beyond the end" in message(lambda index, shard: shard["offsets"].__setitem__(0, 10**9))
+    assert "broken entries" in message(lambda index, shard: shard["offsets"].__setitem__(0, -1))
+    assert "broken entries" in message(lambda index, shard: shard["keys"].pop())
+    assert "should have" in message(lambda index, shard: shard.update(bytes=5))
+    assert "is missing" in message(lambda index, shard: shard.update(file="9.tar"))
+    assert "beyond its 2 classes" in message(lambda index, shard: shard["labels"].__setitem__(0, 7))
+    assert "is no index" in message(lambda index, shard: index.update(format="other"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"short_side": 0}, "--short_side must be positive"),
+        ({"quality": 99}, "--quality must be 1 to 95"),
+        ({"in_chans": 4}, "--in_chans must be 1 or 3"),
+    ],
+)
+def test_wrong_flags(folder, tmp_path, flags, message):
+    with pytest.raises(ValueError, match=message):
+        packed(folder, tmp_path / "out", **flags)
+
+
+def test_out_must_not_be_inside_the_source(folder):
+    with pytest.raises(ValueError, match="is inside SRC"):
+        packed(folder, folder / "out")
+
+
+def test_nothing_readable_is_an_error(tmp_path):
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "1.jpg").write_bytes(b"no")
+    with pytest.raises(ValueError, match="none of its 1 images can be read"):
+        packed(tmp_path / "bad", tmp_path / "out")
+
+
+# -------------------------------------------------------------------------------------------------------------- cache
+
+
+class Files:
+    """A source of encoded images that counts how often each is read; number 2 can't be."""
+
+    def __init__(self) -> None:
+        self.classes, self.labels, self.reads = ["only"], np.zeros(6, dtype=np.int64), []
+        self.items = []
+        for i in range(6):
+            buffer = io.BytesIO()
+            picture(i).save(buffer, "PNG")
+            self.items.append(buffer.getvalue())
+
+    def __len__(self) -> int:
+        return 6
+
+    def read(self, index: int) -> tuple[bytes, int]:
+        self.reads.append(index)
+        if index == 2:
+            raise OSError("gone")
+        return self.items[index], 0
+
+    def name(self, index: int) -> str:
+        return f"file {index}"
+
+
+def test_a_cache_reads_once_and_stops_at_its_size():
+    files = Files()
+    size = sum(map(len, files.items[:2])) + len(files.items[3])
+    cache = CachedSource(files, size + 1)
+    files.reads.clear()
+    assert [cache.read(i) for i in (0, 1, 3, 4, 5)] == [(files.items[i], 0) for i in (0, 1, 3, 4, 5)]
+    assert files.reads == [4, 5]
+    with pytest.raises(OSError, match="gone"):
+        cache.read(2)
+    assert (len(cache), cache.name(3), cache.classes) == (6, "file 3", ["only"])
+
+
+def test_what_is_decoded_is_not_cached():
+    photos = open_source("photos")
+    assert np.array_equal(CachedSource(photos, 10**6).read(7)[0], photos.read(7)[0])
