@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from mae_et.config import PretrainConfig, from_recipe
-from mae_et.data.decode import MAX_PIXELS, DamagedImage, to_image
+from mae_et.data.pixels import MAX_PIXELS, DamagedImage, to_image
 from mae_et.data.sources import open_source
 from mae_et.finetune_config import FinetuneConfig
 
