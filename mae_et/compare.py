@@ -234,6 +234,7 @@ def arm_report(arm: Arm, is_baseline: bool, baseline: Sequence[Arm], arms: Seque
         "differs": {field: fields[field] for field in differing} if arm.pretrained else {},
         "steps": totals[0].steps,
         "images": images,
+        "decoded_images": statistics.fmean(t.decoded_images or t.images for t in totals),
         "passes": images / num_images if num_images else None,
         "visible_patches": statistics.fmean(t.visible_patches for t in totals),
         "predicted_patches": statistics.fmean(t.predicted_patches for t in totals),

@@ -103,7 +103,8 @@ def arm_table(report: Mapping[str, Any]) -> tuple[Row, list[Row]]:
     """What each arm cost and gave."""
     heads = ["arm", "n", "steps", "images", "passes", "FLOPs", "seconds", "data wait", "memory GiB"]
     energy = any(arm["energy_joules"] for arm in report["arms"])
-    heads += (["energy kJ"] if energy else []) + list(report["protocols"])
+    decoded = any(arm["decoded_images"] < arm["images"] for arm in report["arms"])
+    heads += (["decoded"] if decoded else []) + (["energy kJ"] if energy else []) + list(report["protocols"])
     rows = []
     for arm in report["arms"]:
         row = [arm["name"] + (" (baseline)" if arm["baseline"] else ""), str(arm["n"])]
@@ -113,6 +114,7 @@ def arm_table(report: Mapping[str, Any]) -> tuple[Row, list[Row]]:
             row.append(gibibytes(arm["peak_memory_bytes"]["mean"]))
         else:
             row += ["–"] * 7
+        row += [number(arm["decoded_images"])] if decoded else []
         row += [spread(arm["energy_joules"], lambda v: number(v / 1e3))] if energy else []
         rows.append(row + [spread(arm["quality"].get(protocol)) for protocol in report["protocols"]])
     return heads, rows
