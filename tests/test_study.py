@@ -11,8 +11,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mae_et.compare import CompareConfig, compare
+from mae_et.report import markdown
+
 ROOT = Path(__file__).parent.parent
 STUDIES = sorted((ROOT / "benchmarks" / "studies").glob("*.yaml"))
+STUDY_OF = {path.stem: path for path in STUDIES}
+RESULTS = sorted(path.parent for path in (ROOT / "docs" / "results").glob("*/report.json"))
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +45,16 @@ def test_shipped_studies_match_what_they_say(harness, monkeypatch, path):
             assert plans[name].total_flops == pytest.approx(plans[other].total_flops, rel=0.002)
         if other := (arm or {}).get("match_steps"):
             assert plans[name].total_steps == pytest.approx(plans[other].total_steps, rel=0.01)
+
+
+@pytest.mark.parametrize("folder", RESULTS, ids=lambda folder: folder.name)
+def test_committed_results_give_the_committed_report(folder):
+    stored = json.loads((folder / "report.json").read_text())
+    beside = yaml.safe_load(STUDY_OF[folder.name].read_text()).get("beside", []) if folder.name in STUDY_OF else []
+    others = [str(path) for pattern in beside for path in sorted(folder.parent.glob(pattern))]
+    again = compare(CompareConfig((str(folder), *others), title=stored["title"]))
+    text = (folder / "report.md").read_text()
+    assert markdown(again, {}).partition("## Pictures")[0] == text.partition("## Pictures")[0]
 
 
 def test_an_unknown_arm_is_named(harness):
