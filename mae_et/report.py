@@ -90,7 +90,7 @@ def answer_quality(row: Mapping[str, Any]) -> str:
 
 
 def interval(ends: Sequence[float | None] | None, form: str) -> str:
-    """[0.41, 1.20]; … for an end outside the baseline's arms; nothing without repeated seeds, or if both are outside."""
+    """[0.41, 1.20]; … for an end outside the baseline's arms; nothing without repeated seeds, or with both outside."""
     if ends is None or not any(ends):
         return ""
     return f" [{', '.join('…' if end is None else format(end, form) for end in ends)}]"
