@@ -122,7 +122,7 @@ def build_curriculum(config: PretrainConfig, num_images: int, devices: int = 1) 
         )
     views = config.views_per_image * config.masks_per_image
     for name, size in (("--batch_size", config.batch_size), ("total batch / devices", batch_size / devices)):
-        if size % views:
+        if views > 1 and size % views:  # without views, ranks may have uneven shares
             raise ValueError(
                 f"{name} {size:g} must be a multiple of {views}, the --views_per_image × --masks_per_image of an image"
             )
