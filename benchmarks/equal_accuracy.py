@@ -13,7 +13,6 @@ A study is a YAML file:
       from scratch: {pretrain: false, like: vanilla T}        # only fine-tuning, from random weights
     evaluate: [{linear_probe: true}, {knn: true}, {train_images: 6000, epochs: 5}]   # flags of main_finetune.py
     holdout: 10000         # optional: judge on the last 10,000 training images instead of the test images (IDX files)
-
     beside: [fashion_mnist/vanilla*]                          # optional: runs kept beside --keep, to compare with
 
 It can be stopped at any time and goes on where it was: a run whose results lie in --keep is finished and needs nothing

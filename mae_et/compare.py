@@ -258,6 +258,8 @@ def stage_reports(arm: Arm, baseline: Sequence[Arm]) -> list[dict[str, Any]]:
     )
     rows = []
     for i, first in enumerate(arm.runs[0].ledger.stages):
+        if not first.images:
+            continue  # skipped by --start_epoch
         accounts = [run.ledger.stages[i] for run in arm.runs]
         totals = [run.total for run in arm.runs]
         seconds = statistics.fmean(a.seconds for a in accounts)

@@ -6,10 +6,10 @@ counter sees nothing of fused attention on CPU (pytorch issue 195460). Tests hol
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -151,6 +151,9 @@ class Ledger:
         return cls([Account(**account) for account in state["stages"]])
 
 
+POWERCAP = Path("/sys/class/powercap")
+
+
 class EnergyMeter:
     """Joules used since the last reading, as the devices tell.
 
@@ -162,16 +165,9 @@ class EnergyMeter:
     def __init__(self, device: torch.device, devices: int = 1) -> None:
         self._devices, self._gpu, self._packages = devices, None, []
         if device.type == "cuda":
-            with contextlib.suppress(ImportError):
-                import pynvml
-
-                pynvml.nvmlInit()
-                uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-                self._gpu = functools.partial(
-                    pynvml.nvmlDeviceGetTotalEnergyConsumption, pynvml.nvmlDeviceGetHandleByUUID(uuid)
-                )
+            self._gpu = _gpu_millijoules(device)
         else:
-            found = sorted(Path("/sys/class/powercap").glob("intel-rapl:[0-9]*"))
+            found = sorted(POWERCAP.glob("intel-rapl:[0-9]*"))
             self._packages = [package for package in found if package.name.count(":") == 1]  # not parts of packages
         self._last = self._read()
 
@@ -190,6 +186,22 @@ class EnergyMeter:
             return [int((package / "energy_uj").read_text()) / 1e6 for package in self._packages] or None
         except OSError:
             return None
+
+
+def _gpu_millijoules(device: torch.device) -> Callable[[], int] | None:
+    """Reads a CUDA device's energy counter; None where nvidia-ml-py isn't installed, or the device (or a MIG part of
+    one) doesn't tell."""
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+    except pynvml.NVMLError:
+        return None
+    return functools.partial(pynvml.nvmlDeviceGetTotalEnergyConsumption, handle)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -144,7 +144,8 @@ def stage_table(report: Mapping[str, Any]) -> tuple[Row, list[Row]]:
             row += [number(stage[key]) for key in ("visible_patches", "predicted_patches", "flops")]
             row += [f"{stage['flops_share']:.0%}", spread(stage["seconds"], number), f"{stage['seconds_share']:.0%}"]
             row += [number(stage["images_per_second"]), f"{stage['data_wait']:.0%}", f"{stage['speedup_flops']:.2f}×"]
-            row += [f"{stage['speedup_seconds']:.2f}×", f"{stage['seconds_per_flop']:.2f}"]
+            untimed = stage["speedup_seconds"] is None
+            row += ["–", "–"] if untimed else [f"{stage['speedup_seconds']:.2f}×", f"{stage['seconds_per_flop']:.2f}"]
             rows.append(row)
     return heads, rows
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -89,9 +88,7 @@ def read_run(folder: Path) -> RunRecord:
     if "like" in values:
         if not values["like"]:
             raise ValueError(f"{folder} is a fine-tuning run; give the pretraining run it started from")
-        like = {"model": Path(values["like"]).name, "data_path": values.get("data_path") or "photos"}
-        config = dataclasses.replace(PretrainConfig(), data_path=like["data_path"], output_dir=str(folder))
-        return RunRecord(folder, values["seed"], config, None, environment, [], evaluations)
+        return RunRecord(folder, values["seed"], PretrainConfig(), None, environment, [], evaluations)
     config = from_dict(PretrainConfig, values, f"{folder / run_folder.CONFIG}")
     if not (folder / run_folder.LEDGER).exists():
         raise FileNotFoundError(f"{folder} has no {run_folder.LEDGER} yet: the run has not saved anything")
@@ -130,6 +127,8 @@ def incomparable(runs: Sequence[RunRecord]) -> list[str]:
             names = sorted((first["flags"].keys() & result["flags"].keys()) - FREE_IN_EVALUATION)
             pairs = [(f"--{n}", first["flags"][n], result["flags"][n]) for n in names]
             pairs.append(("num_images", first["num_images"], result["num_images"]))
+            data = [_evaluated_on(r, protocol) for r in (with_it[0], run)]
+            pairs += [("--data_path", *data)] if None not in data else []
             found += [
                 f"evaluation {protocol}: {name} is {a} in {with_it[0].folder} and {b} in {run.folder}"
                 for name, a, b in pairs
@@ -144,7 +143,13 @@ def incomparable(runs: Sequence[RunRecord]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def _evaluated_on(run: RunRecord, protocol: str) -> str | None:
+    """Data of an evaluation: its own, else the pretraining's; None for a run from random weights that doesn't say."""
+    return run.evaluations[protocol]["flags"].get("data_path") or (run.config.data_path if run.ledger else None)
+
+
 def shape_field(run: RunRecord, field: str) -> Any:
+    """A field of the configuration, or what the model's name says where it is left open."""
     value = getattr(run.config, field)
     if value is None and field in ("patch_size", "embed_dim", "depth", "num_heads"):
         value = model_shape(run.config.model)[field]

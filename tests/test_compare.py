@@ -176,6 +176,29 @@ def test_what_cant_be_compared_is_refused_and_forced_only_in_writing(tmp_path, c
     assert f"FORCED although not comparable: {report['forced'][0]}" in markdown(report, {})
 
 
+def test_evaluations_on_other_data_are_refused(tmp_path):
+    write_run(tmp_path / "a")
+    result = json.loads(
+        (write_run(tmp_path / "b", curriculum="et", stage_sizes=[16, 32]) / "eval-knn.json").read_text()
+    )
+    result["flags"]["data_path"] = "elsewhere"
+    (tmp_path / "b" / "eval-knn.json").write_text(json.dumps(result))
+    with pytest.raises(ValueError, match=r"--data_path is photos .* and elsewhere"):
+        compare(CompareConfig((str(tmp_path),)))
+
+
+def test_a_stage_that_was_skipped_is_left_out(tmp_path):
+    write_run(tmp_path / "a")
+    run = write_run(tmp_path / "b", curriculum="et", stage_sizes=[16, 32])
+    ledger = json.loads((run / "ledger.json").read_text())
+    for name in ("steps", "images", "flops", "train_seconds", "data_seconds"):
+        ledger["stages"][0][name] = 0
+    (run / "ledger.json").write_text(json.dumps(ledger))
+    report = compare(CompareConfig((str(tmp_path),)))
+    arm = next(arm for arm in report["arms"] if arm["name"] == "b")
+    assert [stage["size_px"] for stage in arm["stages"]] == ["32"]
+
+
 def test_other_machines_are_a_warning(tmp_path):
     write_run(tmp_path / "a")
     write_run(tmp_path / "b", curriculum="et", stage_sizes=[16, 32], environment={"device": "cuda (H100), bf16"})

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mae_et.config import from_recipe
-from mae_et.cost import Account, Ledger, encoder_flops_per_image, flops_per_image, input_flops_per_image
+from mae_et.cost import Account, EnergyMeter, Ledger, encoder_flops_per_image, flops_per_image, input_flops_per_image
 from mae_et.curriculum import Curriculum, Stage, grid_of, scheduled
 from mae_et.model import MODELS, MaskedAutoencoder, create_mae
 from mae_et.plan import PlanConfig, plan_report
@@ -179,3 +179,23 @@ def test_et_is_as_much_cheaper_than_its_vanilla_twin_as_published(recipe, stated
     )
     named = report(recipe, recipe.replace("et1600", "mae1600"))
     assert named["vs"]["speedup_flops"] == pytest.approx(found["vs"]["speedup_flops"], rel=1e-6)
+
+
+def test_energy_is_what_the_packages_counted_between_readings(tmp_path, monkeypatch):
+    package, part = tmp_path / "intel-rapl:0", tmp_path / "intel-rapl:0:0"  # a part of a package counts once
+    for folder in (package, part):
+        folder.mkdir()
+        (folder / "energy_uj").write_text("1000000")
+    monkeypatch.setattr("mae_et.cost.POWERCAP", tmp_path)
+    meter = EnergyMeter(torch.device("cpu"))
+    (package / "energy_uj").write_text("3500000")
+    assert meter.since() == pytest.approx(2.5)
+    (package / "energy_uj").write_text("100")  # the counter has run over
+    assert meter.since() == 0
+    (package / "energy_uj").unlink()
+    assert meter.since() == 0
+
+
+def test_energy_is_nothing_where_nothing_tells(tmp_path, monkeypatch):
+    monkeypatch.setattr("mae_et.cost.POWERCAP", tmp_path)
+    assert EnergyMeter(torch.device("cpu")).since() == 0
