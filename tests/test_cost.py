@@ -188,7 +188,8 @@ def test_energy_is_what_the_packages_counted_between_readings(tmp_path, monkeypa
         (folder / "energy_uj").write_text("1000000")
     monkeypatch.setattr("mae_et.cost.POWERCAP", tmp_path)
     meter = EnergyMeter(torch.device("cpu"))
-    (package / "energy_uj").write_text("3500000")
+    for folder in (package, part):
+        (folder / "energy_uj").write_text("3500000")
     assert meter.since() == pytest.approx(2.5)
     (package / "energy_uj").write_text("100")  # the counter has run over
     assert meter.since() == 0
