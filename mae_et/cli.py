@@ -25,6 +25,8 @@ from .progress import console, logging_to_console
 from .reconstruct import ReconstructConfig, reconstruct
 from .report import notes, terminal_tables, write_report
 from .scaling import scaling_table
+from .search import SearchConfig, search
+from .search_report import candidate_table, describe, write_found
 
 #: Mistakes and mishaps that one line explains; anything else is a bug and shows its traceback.
 EXPLAINED = (ValueError, OSError, CheckpointError, FloatingPointError)
@@ -125,6 +127,18 @@ def _compare(argv: list[str]) -> None:
         console.print(line, highlight=False, soft_wrap=True)
 
 
+def _search(argv: list[str]) -> None:
+    config = parse(SearchConfig, argv, default_recipe="demo", prog="mae_et search")
+    with logging_to_console():
+        found = search(config)
+    if found is None:
+        return
+    paths = write_found(found)
+    console.print(candidate_table(found))
+    for line in (f"found: {describe(found.schedule)}", *(f"written: {path}" for path in paths)):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "pretrain": (_pretrain, "pretrain, as main_pretrain.py does"),
     "finetune": (_finetune, "fine-tune, probe or evaluate, as main_finetune.py does"),
@@ -132,6 +146,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "compare": (_compare, "compare what runs cost and gave, and what the baseline would have needed"),
     "export": (_export, "write pretrained weights for timm, facebookresearch/mae or transformers"),
     "prepare": (_prepare, "pack images once into shards that are quick to read"),
+    "search": (_search, "search a curriculum for these data"),
     "reconstruct": (_reconstruct, "draw what a checkpoint reconstructs"),
 }
 

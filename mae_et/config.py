@@ -124,6 +124,8 @@ class PretrainConfig:
     """Learning rate at the end of the half-cosine."""
     warmup_epochs: float = 40
     """Warm-up: warmup_epochs / epochs of the compute."""
+    hold_epochs: float = 0
+    """After the warm-up, the peak is held for hold_epochs / epochs of the compute before the half-cosine begins."""
     weight_decay: float = 0.05
     """Weight decay of matrices."""
     clip_grad: float | None = None
@@ -134,6 +136,9 @@ class PretrainConfig:
     """Folder with train/, any folder of images, of IDX files, a timm dataset name, or photos."""
     num_images: int | None = None
     """Images in the data set, for `plan` where the data are not; training counts them."""
+    holdout: int = 0
+    """Training images that are kept out, always the same ones: main_finetune.py --holdout judges on them, so that
+    settings can be chosen without the test images."""
     num_workers: int | None = None
     """Loader processes per device; default: the cores there are, at most 10."""
     pin_mem: bool = True
@@ -163,6 +168,9 @@ class PretrainConfig:
     """TensorBoard folder; default: the run folder."""
     resume: str = ""
     """Go on from: auto (output_dir, if it holds a checkpoint), a run folder, or a checkpoint."""
+    branch: str = ""
+    """Begin where another run ended whose stages are the first of this run's: a run folder, or a checkpoint. --resume
+    wins, where it finds a checkpoint."""
     overwrite: bool = False
     """Replace the run that output_dir holds."""
     start_epoch: float = 0
@@ -226,6 +234,8 @@ class PretrainConfig:
             "blr",
             "min_lr",
             "warmup_epochs",
+            "hold_epochs",
+            "holdout",
             "num_workers",
             "save_steps",
             "picture_steps",
@@ -265,6 +275,8 @@ class PretrainConfig:
         self._check_folders()
         if self.resume and self.overwrite:
             raise ValueError("--resume goes on with a run and --overwrite replaces it; give one of them")
+        if self.branch and self.start_epoch:
+            raise ValueError("--branch begins where that run ended and contradicts --start_epoch; drop one of them")
         if self.job_dir:
             object.__setattr__(self, "output_dir", self.job_dir)
             object.__setattr__(self, "job_dir", "")  # or it would overrule --output_dir where this is a recipe

@@ -361,7 +361,8 @@ def plan_stages(
         stage = sized(row)
         wanted += passes(row, stage) * num_images
         # What one stage's rounding leaves over goes to the next, so the total is off by at most half a batch.
-        stage = replace(stage, steps=max(1, round((wanted - planned) / stage.batch_size)))
+        # To six digits first: the same shares, added up in another way, must not be rounded in another way.
+        stage = replace(stage, steps=max(1, round(round((wanted - planned) / stage.batch_size, 6))))
         planned += stage.images
         stages.append(stage)
     return Curriculum(tuple(stages), num_images, remainder_images=wanted - planned)

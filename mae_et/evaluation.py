@@ -35,7 +35,7 @@ def evaluate_only(config: FinetuneConfig, here: Runtime, began: float) -> Path:
     config = dataclasses.replace(config, finetune=source, resume="")
     state = fine_tuned_head(source)
     start = find_start(config)
-    val = open_labelled(start.data_path, "val", config.eval_images, config.seed)
+    val = open_labelled(start.data_path, "val", config.eval_images, config.seed, config.holdout)
     classes = check_classes(config, start.data_path, None, val)
     rows = len(state["head.weight"])
     if rows != len(classes):

@@ -144,7 +144,7 @@ def finetune(config: FinetuneConfig) -> Path:
 
         # ── data, model, optimiser ──
         start = find_start(config)
-        train_source = open_labelled(start.data_path, "train", config.train_images, config.seed)
+        train_source = open_labelled(start.data_path, "train", config.train_images, config.seed, config.holdout)
         val_source = _held_out(config, start)
         classes = check_classes(config, start.data_path, train_source, val_source)
         torch.manual_seed(derive_seed(config.seed, "head"))
@@ -356,7 +356,7 @@ def announce(run: Run) -> None:
 
 def _held_out(config: FinetuneConfig, start: Start) -> Source | None:
     try:
-        return open_labelled(start.data_path, "val", config.eval_images, config.seed)
+        return open_labelled(start.data_path, "val", config.eval_images, config.seed, config.holdout)
     except FileNotFoundError as error:
         log.warning("evaluation is skipped: %s", error)
         return None

@@ -153,6 +153,9 @@ class FinetuneConfig:
     """Use only so many labelled images, equally many of each class, the same ones for the same seed."""
     eval_images: int | None = None
     """Evaluate on only so many images, chosen likewise."""
+    holdout: int = 0
+    """Evaluate on so many training images, always the same ones, which are not trained on, instead of the test images;
+    pretrain with the same --holdout."""
     crop_pct: float | None = None
     """Centre crop in evaluation; default: 0.875 from 96 to 224 px, as MAE has it at 224; 1 for other sizes."""
     mean: tuple[float, ...] | None = None
@@ -268,7 +271,7 @@ class FinetuneConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
                 raise ValueError(f"--{name} must be in (0, 1], got {value}")
-        for name in ("mixup", "cutmix", "l2", "weight_decay"):
+        for name in ("mixup", "cutmix", "l2", "weight_decay", "holdout"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} can't be negative, got {getattr(self, name)}")
         if self.warmup_epochs > self.epochs:
@@ -289,7 +292,8 @@ class FinetuneConfig:
         if self.linear_probe:
             name = "linear_probe" if self.features == "cached" else "linear_probe_augmented"
         name += f"-{self.train_images}" if self.train_images else ""
-        return name + (f"-of-{self.eval_images}" if self.eval_images else "")
+        name += f"-of-{self.eval_images}" if self.eval_images else ""
+        return name + (f"-holdout-{self.holdout}" if self.holdout else "")
 
     @property
     def pooled(self) -> bool:

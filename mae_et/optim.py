@@ -19,11 +19,17 @@ def adamw(model: MaskedAutoencoder, weight_decay: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, fused=True)
 
 
-def learning_rate(p: float, *, peak: float, floor: float, warmup: float) -> float:
-    """Linear warm-up over the first `warmup` of training, then half a cosine down to `floor`. p, warmup in [0, 1]."""
+def learning_rate(p: float, *, peak: float, floor: float, warmup: float, hold: float = 0.0) -> float:
+    """Linear warm-up over the first `warmup` of training, `peak` for `hold` of it, then half a cosine down to `floor`.
+
+    p: position in [0, 1]. warmup, hold: shares of the training; together they may be all of it, or more.
+    """
     if p < warmup:
         return peak * p / warmup
-    progress = (p - warmup) / (1 - warmup) if warmup < 1 else 1.0
+    if p < warmup + hold:
+        return peak
+    rest = 1 - warmup - hold
+    progress = (p - warmup - hold) / rest if rest > 0 else 1.0
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 

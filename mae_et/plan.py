@@ -159,11 +159,11 @@ def vanilla_twin(config: PretrainConfig) -> PretrainConfig:
 def count_images(config: PretrainConfig) -> int:
     """Images in the data set; where the data are not at hand, what the recipe says."""
     try:
-        return len(open_source(config.data_path, "train"))
+        return len(open_source(config.data_path, "train", config.holdout))
     except (ValueError, OSError):
         if config.num_images is None:
             raise
-        return config.num_images
+        return config.num_images - config.holdout
 
 
 def plan_report(config: PlanConfig) -> dict[str, Any]:

@@ -42,12 +42,16 @@ log = logging.getLogger(__name__)
 #: Batch, replay and views are compared through the planned stages: other devices may share them out otherwise.
 FREE_ON_RESUME = frozenset(
     """
-    recipe data_path num_images num_workers pin_mem damaged_limit cache_gib output_dir log_dir resume overwrite
+    recipe data_path num_images num_workers pin_mem damaged_limit cache_gib output_dir log_dir resume branch overwrite
     start_epoch device precision compile print_steps save_steps save_minutes keep_checkpoints picture_steps print_config
     batch_size accum_iter total_batch_size replay replay_gib views_per_image masks_per_image
     world_size local_rank dist_on_itp dist_url job_dir nodes ngpus use_volta32
     """.split()
 )
+
+
+#: What a branch may have otherwise than the run it begins with: how long it is, and what comes later.
+SCHEDULE = frozenset("curriculum stages share_of epochs warmup_epochs hold_epochs".split())
 
 
 @dataclass
@@ -119,7 +123,8 @@ def pretrain(config: PretrainConfig) -> Path:
     Raises ValueError, OSError or CheckpointError, with one line, for whatever the user can mend.
     """
     resume = resume_path(config)
-    state, whole = checkpoint.load_newest(resume) if resume else ({}, None)
+    branch = None if resume or not config.branch else find_checkpoint("--branch", config.branch)
+    state, whole = checkpoint.load_newest(resume or branch) if resume or branch else ({}, None)
     if config.world_size > 1 and "WORLD_SIZE" not in os.environ:
         raise ValueError(f"--world_size {config.world_size}: start with torchrun --nproc_per_node={config.world_size}")
     # A resumed run keeps its precision, which also decides how attention is computed.
@@ -131,7 +136,7 @@ def pretrain(config: PretrainConfig) -> Path:
     ):
         # ── plan and model ──
         with here.main_first():
-            source = open_source(config.data_path, "train")
+            source = open_source(config.data_path, "train", config.holdout)
         if config.cache_gib:
             source = CachedSource(source, int(config.cache_gib * 2**30))
         curriculum = build_curriculum(config, len(source), here.world_size)
@@ -145,9 +150,15 @@ def pretrain(config: PretrainConfig) -> Path:
         step, ledger = _first_step(config, curriculum), Ledger.of(curriculum)
         if resume:
             check_same_run(state, config, curriculum, resume)
+            ledger = Ledger.from_state_dict(state["ledger"])
+        elif branch:
+            check_branch(state, config, curriculum, branch)
+            spent = Ledger.from_state_dict(state["ledger"]).stages
+            ledger.stages[: len(spent)] = spent
+        if state:
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
-            step, ledger = state["step"], Ledger.from_state_dict(state["ledger"])
+            step = state["step"]
         del state
         here.agree(step=step, images=len(source), steps=curriculum.total_steps)
 
@@ -221,7 +232,11 @@ def train(run: Run, batches: Iterator[Tensor], recorder: Recorder, stop: Stop, v
         began = time.perf_counter()
         position = curriculum.position(run.step)
         lr = stage.lr_scale * learning_rate(
-            position, peak=run.peak_lr, floor=config.min_lr, warmup=config.warmup_epochs / config.epochs
+            position,
+            peak=run.peak_lr,
+            floor=config.min_lr,
+            warmup=config.warmup_epochs / config.epochs,
+            hold=config.hold_epochs / config.epochs,
         )
         outcome, data_seconds = take_step(run, batches, stage, lr, stop.requested)
         run.step += 1
@@ -329,25 +344,41 @@ def identity(config: PretrainConfig, curriculum: Curriculum) -> dict[str, Any]:
 
 def check_same_run(state: dict[str, Any], config: PretrainConfig, curriculum: Curriculum, path: Path) -> None:
     """ValueError that names the first difference if a checkpoint is of another run than the configuration's."""
+    _check_beginning(f"--resume {path}", state, config, curriculum, FREE_ON_RESUME)
+
+
+def check_branch(state: dict[str, Any], config: PretrainConfig, curriculum: Curriculum, path: Path) -> None:
+    """ValueError if a checkpoint is not of a finished run whose stages are the first of the configuration's."""
+    what = f"--branch {path}"
+    _check_beginning(what, state, config, curriculum, FREE_ON_RESUME | SCHEDULE)
+    done, stages = state["step"], len(state["stages"])
+    if stages >= len(curriculum.stages):
+        raise ValueError(f"{what} has {stages} stages and this run {len(curriculum.stages)}: nothing is left to train")
+    if done != curriculum.start(stages):
+        raise ValueError(f"{what} stopped at step {done} of {curriculum.start(stages)}; finish it with --resume auto")
+
+
+def _check_beginning(
+    what: str, state: dict[str, Any], config: PretrainConfig, curriculum: Curriculum, free: frozenset[str]
+) -> None:
+    """ValueError that names the first difference, in what is not free to differ, to the run of a checkpoint."""
     if state.get("format") != checkpoint.FORMAT or "optimizer" not in state:
-        raise ValueError(
-            f"--resume {path} is not a pretraining checkpoint of mae_et; to fine-tune it, use main_finetune.py"
-        )
+        raise ValueError(f"{what} is not a pretraining checkpoint of mae_et; to fine-tune it, use main_finetune.py")
     mine, defaults = identity(config, curriculum), to_dict(PretrainConfig())
     for name, ours in mine["config"].items():
         theirs = state["config"].get(name, defaults[name])  # a run from before there was this choice
-        if name not in FREE_ON_RESUME and theirs != ours:
-            raise ValueError(f"--resume {path} is of another configuration: {name} was {theirs}, is {ours}")
+        if name not in free and theirs != ours:
+            raise ValueError(f"{what} is of another configuration: {name} was {theirs}, is {ours}")
     if state["num_images"] != mine["num_images"]:
         was, now = state["num_images"], mine["num_images"]
-        raise ValueError(f"--resume {path} was trained on {was} images, --data_path {config.data_path} has {now}")
-    for theirs, ours in zip(state["stages"], mine["stages"], strict=True):
+        raise ValueError(f"{what} was trained on {was} images, --data_path {config.data_path} has {now}")
+    for theirs, ours in zip(state["stages"], mine["stages"], strict=False):  # a branch has more
         # Sizes written one way; what is newer than the checkpoint was as it is by default; micro-batches may change.
         theirs = dataclasses.asdict(Stage(**theirs | {"micro_scale": ours["micro_scale"]}))
         for name in ours:
             if theirs[name] != ours[name]:
                 raise ValueError(
-                    f"--resume {path}: stage of {ours['size_px']} px had {name} {theirs[name]}, now {ours[name]}; "
+                    f"{what}: stage of {ours['size_px']} px had {name} {theirs[name]}, now {ours[name]}; "
                     "set --total_batch_size to keep the batch on another number of devices"
                 )
 
@@ -356,16 +387,18 @@ def resume_path(config: PretrainConfig) -> Path | None:
     """The checkpoint to go on from, or None to start."""
     if not config.resume:
         return None
-    path = Path(config.output_dir if config.resume == "auto" else config.resume)
-    if path.is_dir() or config.resume == "auto":
-        path = path / run_folder.CHECKPOINT
-    there = path.exists() or storage.kept(path)
-    if config.resume == "auto" and not there:
-        return None
-    if not there:
-        raise FileNotFoundError(
-            f"--resume {config.resume}: no checkpoint there; give a run folder, a checkpoint or auto"
-        )
+    if config.resume != "auto":
+        return find_checkpoint("--resume", config.resume)
+    path = Path(config.output_dir) / run_folder.CHECKPOINT
+    return path if path.exists() or storage.kept(path) else None
+
+
+def find_checkpoint(flag: str, where: str) -> Path:
+    """The checkpoint of a run folder, or a checkpoint's own path."""
+    path = Path(where) / run_folder.CHECKPOINT if Path(where).is_dir() else Path(where)
+    if not (path.exists() or storage.kept(path)):
+        legal = "a run folder, a checkpoint or auto" if flag == "--resume" else "a run folder or a checkpoint"
+        raise FileNotFoundError(f"{flag} {where}: no checkpoint there; give {legal}")
     return path
 
 
@@ -373,7 +406,7 @@ def draw(run: Run, stages: list[Stage] | tuple[Stage, ...], path: Path) -> None:
     """A reconstruction picture of held-out images, or of training images where none are held out."""
     config = run.config
     try:
-        source = open_source(config.data_path, "val")
+        source = open_source(config.data_path, "val", config.holdout)
     except (ValueError, OSError):
         source = open_source(config.data_path, "train")
     views = []

@@ -50,7 +50,7 @@ def probe(config: FinetuneConfig) -> dict[str, Any]:
     with runtime.start(config.device, config.precision, config.dist_url) as here, logging_to_console(here.is_main):
         began = time.perf_counter()
         start = find_start(config)
-        sources = [open_labelled(start.data_path, s, n, config.seed) for s, n in _splits(config)]
+        sources = [open_labelled(start.data_path, s, n, config.seed, config.holdout) for s, n in _splits(config)]
         classes = check_classes(config, start.data_path, *sources)
         if config.knn and config.k > len(sources[0]):
             raise ValueError(f"--k {config.k} neighbours, but there are {len(sources[0])} training images")

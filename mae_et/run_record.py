@@ -17,7 +17,7 @@ from .cost import Account, Ledger
 from .model import model_shape
 
 #: What makes two runs incomparable: other data, or another model.
-DATA_FIELDS = ("data_path", "mean", "std")
+DATA_FIELDS = ("data_path", "holdout", "mean", "std")
 MODEL_FIELDS = tuple(
     "model input_size patch_size in_chans embed_dim depth num_heads decoder_embed_dim decoder_depth "
     "decoder_num_heads".split()

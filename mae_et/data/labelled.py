@@ -40,9 +40,12 @@ class Augmentation:
     """Most erased boxes."""
 
 
-def open_labelled(data_path: str, split: str, num_images: int | None, seed: int) -> Source:
-    """A split with labels, or `num_images` of it with balanced classes. ValueError if there are no labels."""
-    source = open_source(data_path, split)
+def open_labelled(data_path: str, split: str, num_images: int | None, seed: int, holdout: int = 0) -> Source:
+    """A split with labels, or `num_images` of it with balanced classes. ValueError if there are no labels.
+
+    holdout: as :func:`open_source` has it.
+    """
+    source = open_source(data_path, split, holdout)
     if source.labels is None or source.classes is None:
         raise ValueError(
             f"--data_path {data_path} ({split}) has no labels: fine-tuning and probes need a sub-folder per class, or "

@@ -43,7 +43,10 @@ class Source(Protocol):
         ...
 
 
-def open_source(data_path: str | os.PathLike[str], split: str = "train") -> Source:
+HOLDOUT_SEED = 0  # which images are kept out never changes, so that runs can be compared
+
+
+def open_source(data_path: str | os.PathLike[str], split: str = "train", holdout: int = 0) -> Source:
     """Open the "train" or "val" split of `data_path`, which is, decided in this order:
 
     1. `photos`: tiles of the photographs inside scikit-image and scikit-learn
@@ -55,8 +58,13 @@ def open_source(data_path: str | os.PathLike[str], split: str = "train") -> Sour
     5. a folder with train/ and val/ (or validation/, test/): sub-folders are classes, images directly inside have none
     6. any other folder of images, nested or not: unlabelled, and without a split "val"
 
+    holdout: so many training images, equally many of each class, are "val" instead, and not in "train".
+
     Raises FileNotFoundError for what is missing and ValueError for what cannot be used, in one line.
     """
+    if holdout:
+        kept_out, rest = split_off(open_source(data_path), holdout, data_path)
+        return rest if split == "train" else kept_out
     if split not in ("train", "val"):
         raise ValueError(f"split is {split!r}; choose train or val")
     data_path = os.path.expanduser(os.fspath(data_path))
@@ -95,7 +103,16 @@ def is_prepared(data_path: str | os.PathLike[str]) -> bool:
     return (Path(data_path) / "train" / INDEX).is_file()
 
 
-def subset(source: Source, num_images: int, seed: int) -> Source:
+def split_off(source: Source, holdout: int, data_path: str | os.PathLike[str]) -> tuple[Source, Source]:
+    """(the held-out images, the others), always the same ones. ValueError if none would be left."""
+    if not 0 < holdout < len(source):
+        raise ValueError(f"--holdout {holdout}: {data_path} has {len(source)} training images, and some must be left")
+    kept_out = subset(source, holdout, HOLDOUT_SEED)
+    rest = np.setdiff1d(np.arange(len(source)), kept_out.indices)
+    return kept_out, Subset(source, rest)
+
+
+def subset(source: Source, num_images: int, seed: int) -> Subset:
     """`num_images` images of `source`, the same ones for the same seed.
 
     With labels every class gives equally many (one more or less where it does not divide; classes that run out leave
@@ -120,16 +137,16 @@ class Subset:
     def __init__(self, source: Source, indices: np.ndarray) -> None:
         self.classes = source.classes
         self.labels = None if source.labels is None else source.labels[indices]
-        self._source, self._indices = source, indices
+        self._source, self.indices = source, indices
 
     def __len__(self) -> int:
-        return len(self._indices)
+        return len(self.indices)
 
     def read(self, index: int) -> tuple[bytes | Image.Image | np.ndarray, int | None]:
-        return self._source.read(int(self._indices[index]))
+        return self._source.read(int(self.indices[index]))
 
     def name(self, index: int) -> str:
-        return self._source.name(int(self._indices[index]))
+        return self._source.name(int(self.indices[index]))
 
 
 # ----------------------------------------------------------------------------------------------------------- folders
