@@ -25,8 +25,9 @@ from .progress import console, logging_to_console
 from .reconstruct import ReconstructConfig, reconstruct
 from .report import notes, terminal_tables, write_report
 from .scaling import scaling_table
-from .search import SearchConfig, search
+from .search import search
 from .search_report import candidate_table, describe, write_found
+from .space import SearchConfig
 
 #: Mistakes and mishaps that one line explains; anything else is a bug and shows its traceback.
 EXPLAINED = (ValueError, OSError, CheckpointError, FloatingPointError)

@@ -377,9 +377,10 @@ def _check_beginning(
         theirs = dataclasses.asdict(Stage(**theirs | {"micro_scale": ours["micro_scale"]}))
         for name in ours:
             if theirs[name] != ours[name]:
+                remedy = "; set --total_batch_size to keep the batch on another number of devices"
                 raise ValueError(
-                    f"{what}: stage of {ours['size_px']} px had {name} {theirs[name]}, now {ours[name]}; "
-                    "set --total_batch_size to keep the batch on another number of devices"
+                    f"{what}: stage of {ours['size_px']} px had {name} {theirs[name]}, now {ours[name]}"
+                    + (remedy if name == "batch_size" else "")
                 )
 
 

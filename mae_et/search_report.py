@@ -11,8 +11,9 @@ from rich.table import Table
 
 from . import run_folder
 from .config import to_yaml
-from .report import COLOURS, number
-from .search import PICTURE, RECIPE, Found, Option, Schedule
+from .report import COLOURS
+from .search import PICTURE, RECIPE, Found
+from .space import Option, Schedule
 
 PANELS_ACROSS = 4
 PANEL_INCHES = (2.6, 2.8)
@@ -30,15 +31,15 @@ def write_found(found: Found) -> list[Path]:
 
 
 def recipe(found: Found) -> str:
-    """The text of a recipe for main_pretrain.py, with a header that says how it was found, on what, and at what cost."""
+    """The text of a recipe, with a header that says how it was found, on what, and at what cost."""
     space, config = found.space, found.space.config
     command = f"python main_pretrain.py --recipe {RECIPE}"
     lines = [
         f"Found by `python -m mae_et search --algorithm {config.algorithm}`: {describe(found.schedule)}.",
         f"Data: {config.data_path}, {space.num_images:,} training images; judged by {' and '.join(config.judge)} on "
         f"{config.holdout:,} others.",
-        f"Candidates: {', '.join(dict.fromkeys(map(str, space.options)))} px, {config.num_stages} stages; a vanilla run "
-        f"of {config.epochs:g} epochs is {space.vanilla_flops:.3g} FLOPs.",
+        f"Candidates: {space.sizes} px, {config.num_stages} stages; a vanilla run of {config.epochs:g} epochs is "
+        f"{space.vanilla_flops:.3g} FLOPs.",
         f"Cost of the search: {len(found.results.by_name)} trials, {found.cost:.2f} vanilla runs, {found.hours:.2g} h.",
         "Scores, mean ± standard deviation over seeds (* chosen or taken further):"
         if config.num_seeds > 1

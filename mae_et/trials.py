@@ -172,33 +172,42 @@ def seconds_of_vanilla(config: PretrainConfig, num_images: int) -> float:
     return sorted(seconds[1:])[TIMED_STEPS // 2] * run.curriculum.total_steps
 
 
-def run_all(trials: Iterable[Trial], jobs: int, devices: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    """The results of :func:`run_trial` as they come, `jobs` at a time, each on a device of its own while it runs."""
-    trials = list(trials)
-    if jobs == 1 or len(trials) == 1:
-        yield from (run_trial(trial, devices[0]) for trial in trials)
-        return
-    free: SimpleQueue[str] = SimpleQueue()
-    for _, device in zip(range(jobs), itertools.cycle(devices)):  # noqa: B905 - the cycle has no end
-        free.put(device)
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    spawn = multiprocessing.get_context("spawn")  # a fork would inherit CUDA's and OpenMP's state
-    with ProcessPoolExecutor(jobs, spawn, _die_with_parent) as processes, ThreadPoolExecutor(jobs) as waiting:
+class Workers(contextlib.AbstractContextManager):
+    """Runs trials, `jobs` at a time, each on one of `devices` that is its own while it runs.
 
-        def run(trial: Trial) -> dict[str, Any]:
-            device = free.get()
-            try:
-                return processes.submit(run_trial, trial, device, threads).result()
-            finally:
-                free.put(device)
+    With one job in this process; else in as many others, which end when this one does, whatever ends it.
+    """
 
-        futures = [waiting.submit(run, trial) for trial in trials]
-        try:
-            for future in as_completed(futures):
+    def __init__(self, jobs: int, devices: tuple[str, ...]) -> None:
+        self.jobs, self.free = jobs, SimpleQueue[str]()
+        for _, device in zip(range(jobs), itertools.cycle(devices)):
+            self.free.put(device)
+        self.threads = max(1, (os.cpu_count() or 1) // jobs)
+        if jobs > 1:
+            spawn = multiprocessing.get_context("spawn")  # a fork would inherit CUDA's and OpenMP's state
+            self.processes, self.waiting = ProcessPoolExecutor(jobs, spawn, _die_with_parent), ThreadPoolExecutor(jobs)
+
+    def __exit__(self, *exception: object) -> None:
+        if self.jobs > 1:
+            for pool in (self.waiting, self.processes):  # after an error, what has not begun never does
+                pool.shutdown(cancel_futures=True)
+
+    def run(self, trials: Iterable[Trial]) -> Iterator[dict[str, Any]]:
+        """The results of :func:`run_trial`, as they come."""
+        if self.jobs == 1:
+            yield from map(self._run, trials)
+        else:
+            for future in as_completed([self.waiting.submit(self._run, trial) for trial in trials]):
                 yield future.result()
+
+    def _run(self, trial: Trial) -> dict[str, Any]:
+        device = self.free.get()
+        try:
+            if self.jobs == 1:
+                return run_trial(trial, device)
+            return self.processes.submit(run_trial, trial, device, self.threads).result()
         finally:
-            for future in futures:  # after an error: those that have not begun never do
-                future.cancel()
+            self.free.put(device)
 
 
 def forget(folder: Path) -> None:

@@ -19,7 +19,7 @@ ORDER = (
     *("data.replay", "data.loader", "data.labelled", "data"),
     *("optim", "runtime", "storage", "run_folder", "interop", "checkpoint", "picture", "progress", "journal"),
     *("scaling", "plan", "pretrain", "mixing", "classifier", "evaluation", "finetune", "probe"),
-    *("run_record", "compare", "report", "reconstruct", "prepare", "trials", "search", "search_report"),
+    *("run_record", "compare", "report", "reconstruct", "prepare", "trials", "space", "search", "search_report"),
     *("cli", "__main__", ""),  # "" is mae_et itself
 )
 MODULES = {

@@ -1,0 +1,461 @@
+"""Searching a schedule: the algorithms against plain re-statements of them, branches of runs, and the command."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from mae_et import checkpoint
+from mae_et.cli import main
+from mae_et.config import PretrainConfig, from_dict
+from mae_et.curriculum import StageRow
+from mae_et.data.decode import center_crop
+from mae_et.data.sources import open_source, subset
+from mae_et.data.stream import mask_noise
+from mae_et.finetune_config import FinetuneConfig
+from mae_et.optim import learning_rate
+from mae_et.plan import build_curriculum
+from mae_et.pretrain import pretrain
+from mae_et.probe import probe
+from mae_et.runtime import start
+from mae_et.search import OutOfBudget, Results, greedy, search, sequential
+from mae_et.space import Option, Schedule, SearchConfig, Space, fill, growing
+from mae_et.targets import pixel_target
+from mae_et.trials import held_out_loss, new_run, seconds_of_vanilla
+
+ROOT = Path(__file__).parent.parent
+TINY = {
+    "model": "mae_vit_tiny_patch16",
+    "input_size": 32,
+    "patch_size": 8,
+    "embed_dim": 24,
+    "depth": 2,
+    "num_heads": 2,
+    "decoder_embed_dim": 16,
+    "decoder_depth": 1,
+    "decoder_num_heads": 2,
+    "epochs": 4,
+    "warmup_epochs": 0,
+    "batch_size": 8,
+    "num_workers": 0,
+    "precision": "fp32",
+    "lr": 1e-3,
+    "device": "cpu",
+}
+SEARCH = TINY | {"sizes": [16, 32], "num_stages": 3, "holdout": 12, "judge_images": 30, "tune": 0.25}
+FULL = Option(32)
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """48 pictures of three classes, which differ in colour, and a few others."""
+    root = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 48), ("val", 6)):
+        for i in range(count):
+            small = rng.integers(0, 120, (4, 4, 3), dtype=np.uint8)
+            small[..., i % 3] += 100
+            path = root / split / "rgb"[i % 3] / f"{i:02}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(small).resize((40, 40), Image.Resampling.BICUBIC).save(path)
+    return root
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As the processes of a search run: only then are results the same bit for bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def config_of(pictures: Path, out: Path, **changes) -> SearchConfig:
+    return from_dict(SearchConfig, SEARCH | {"data_path": str(pictures), "output_dir": str(out)} | changes, "test")
+
+
+def run_of(pictures: Path, out: Path, **changes) -> PretrainConfig:
+    return from_dict(PretrainConfig, TINY | {"data_path": str(pictures), "output_dir": str(out)} | changes, "test")
+
+
+# ── the algorithms ──
+
+
+class Recorded:
+    """A judge whose scores are a function of the schedule, and which remembers what it was asked."""
+
+    def __init__(self, score, calls: int = 10**6) -> None:
+        self.score, self.left, self.asked = score, calls, []
+
+    def __call__(self, schedules: Sequence[Schedule]) -> list[float]:
+        if self.left == 0:
+            raise OutOfBudget("no more")
+        self.left -= 1
+        self.asked.append(list(schedules))
+        return [self.score(schedule) for schedule in schedules]
+
+
+def table(seed: int):
+    """Random scores that depend on every stage."""
+    return lambda schedule: np.random.default_rng([seed, *(o.size_px for o, _ in schedule)]).random()
+
+
+@given(st.integers(0, 10**6), st.integers(2, 5), st.sets(st.sampled_from([8, 16, 24]), min_size=1))
+def test_sequential_takes_the_best_at_every_stage(seed: int, num_stages: int, sizes: set[int]) -> None:
+    options = [Option(size) for size in (*sorted(sizes), 32)]
+    judge = Recorded(table(seed))
+    found, taken = sequential(options, FULL, num_stages, judge)
+    chosen: list[int] = []  # said again, without schedules and shares
+    for _ in range(num_stages - 1):
+        legal = [s for s in (*sorted(sizes), 32) if not chosen or s >= chosen[-1]]
+        chosen.append(max(legal, key=lambda s: np.random.default_rng([seed, *chosen, s]).random()))
+    plain = [option.size_px for option, share in found for _ in range(round(share * num_stages))]
+    assert plain == [*chosen, 32]
+    assert math.isclose(sum(share for _, share in found), 1)
+    assert [some[0] for some in taken] == [max(asked, key=judge.score) for asked in judge.asked]
+
+
+def test_sequential_does_not_judge_what_is_settled() -> None:
+    """Once at full size, there is nothing to choose: no trial is paid for."""
+    judge = Recorded(lambda schedule: schedule[0][0].size_px)
+    found, _ = sequential([Option(16), FULL], FULL, 5, judge)
+    assert len(judge.asked) == 1 and found == ((FULL, 1.0),)
+
+
+def test_halving_goes_on_with_the_better_half() -> None:
+    options = [Option(size) for size in (8, 16, 24)] + [FULL]
+    judge = Recorded(lambda schedule: -abs(schedule[-1][0].size_px - 20))  # 16 and 24 are equal: the smaller wins
+    found, taken = sequential(options, FULL, 3, judge, halving=True)
+    sizes = [[schedule[-1][0].size_px for schedule in asked] for asked in judge.asked]
+    assert sizes == [[8, 16, 24, 32], [16, 24], [16, 24, 32], [16, 24]]
+    assert judge.asked[1][0] == ((Option(16), 1 / 6), (Option(16), 1 / 6))
+    assert [len(some) for some in taken] == [2, 1, 2, 1]
+    assert found == ((Option(16), pytest.approx(2 / 3)), (FULL, pytest.approx(1 / 3)))
+
+
+@given(st.integers(0, 10**6), st.integers(2, 5), st.floats(0, 1), st.integers(1, 3))
+def test_greedy_takes_the_smallest_that_holds(seed: int, num_stages: int, tolerance: float, at_once: int) -> None:
+    options, score = [Option(size) for size in (8, 16, 24, 32)], table(seed)
+    found, _ = greedy(options, FULL, num_stages, Recorded(score), tolerance, at_once)
+    goal, chosen = score(((FULL, 1.0),)) - tolerance, []
+    for _ in range(num_stages - 1):  # said again, one candidate after the other
+        for size in [s for s in (8, 16, 24) if not chosen or s >= chosen[-1]]:
+            stages = [*chosen, size, 32]
+            if np.random.default_rng([seed, *sorted(set(stages))]).random() >= goal:
+                chosen.append(size)
+                break
+        else:
+            break
+    plain = [option.size_px for option, share in found for _ in range(round(share * num_stages))]
+    assert plain == [*chosen, *[32] * (num_stages - len(chosen))]
+
+
+def test_out_of_budget_leaves_the_rest_at_full_size() -> None:
+    options = [Option(16), FULL]
+    found, taken = sequential(options, FULL, 4, Recorded(lambda s: -s[-1][0].size_px, calls=2))
+    assert found == ((Option(16), 0.5), (FULL, 0.5)) and len(taken) == 2
+    found, _ = greedy(options, FULL, 4, Recorded(lambda s: 0.0, calls=0), 0.1)
+    assert found == ((FULL, 1.0),)
+
+
+def test_target_and_operator_stay_as_the_first_stage_has_them() -> None:
+    options = [Option(s, None, t, o) for s in (16, 32) for t in ("pixel", "hog") for o in ("fourier", "lanczos")]
+    first = Option(16, None, "hog", "lanczos")
+    assert growing(options, ((first, 0.2),)) == [first, replace(first, size_px=32)]
+    assert fill(((first, 0.2),), FULL)[-1][0] == replace(first, size_px=32)
+
+
+# ── costs ──
+
+
+def test_costs_are_those_of_the_runs(pictures: Path, tmp_path: Path) -> None:
+    """Against plans of the runs, made one by one: what a trial adds, whatever the number of stages before it."""
+    config = config_of(pictures, tmp_path, epochs=40, judge_images=1, holdout=1)
+    space = Space(config, 48, labelled=True)
+    schedule = ((Option(16), 1 / 3), (Option(16), 1 / 3))
+    trial = space.trial(schedule, 0)
+    plan, trunk = (build_curriculum(c, space.num_images) for c in (trial.config, trial.trunk))
+    assert plan.stages[: len(trunk.stages)] == trunk.stages, "the judged run must be able to branch from the trunk"
+    before = build_curriculum(space.trial(schedule[:1], 0).trunk, space.num_images)
+    assert trunk.stages[:1] == before.stages
+    added = (plan.total_flops - before.total_flops) / space.vanilla_flops
+    assert space.cost(schedule) == pytest.approx(added, rel=0.05)  # whole steps
+    trials, cost = space.most()
+    assert trials == 4 and cost == pytest.approx(4 * (1 / 3 + 0.25), rel=0.02)
+    assert seconds_of_vanilla(space.base, 47) > 0
+
+
+@pytest.mark.parametrize("epochs", [0.37, 1, 3.3])
+@pytest.mark.parametrize("num_stages", [3, 5, 7])
+def test_every_prefix_is_planned_as_the_whole_is(pictures: Path, epochs: float, num_stages: int) -> None:
+    """Shares are fractions of other totals in a trunk and in what branches from it; the steps must not differ."""
+    config = config_of(pictures, Path("x"), epochs=epochs, num_stages=num_stages)
+    for images in (1000, 1024, 60_000):
+        space, share = Space(config, images, labelled=True), 1 / num_stages
+        schedule = tuple((Option(16), share) for _ in range(num_stages - 1))
+        whole = build_curriculum(space.run("", schedule, 0), space.num_images)
+        for stages in range(1, num_stages - 1):
+            part = build_curriculum(space.run("", schedule[:stages], 0), space.num_images)
+            assert part.stages == whole.stages[:stages]
+
+
+# ── what the runs of a search are made of ──
+
+
+def test_learning_rate_holds_before_it_falls() -> None:
+    rates = [learning_rate(p, peak=2.0, floor=0.5, warmup=0.1, hold=0.4) for p in (0.05, 0.1, 0.3, 0.499, 0.75, 1.0)]
+    assert rates == pytest.approx([1.0, 2.0, 2.0, 2.0, 1.25, 0.5])
+    assert learning_rate(1.0, peak=2.0, floor=0.5, warmup=0.0, hold=3.0) == 2.0
+    for p in np.linspace(0, 1, 7):  # without a hold, as before
+        plain = learning_rate(p, peak=1.0, floor=0.0, warmup=0.2)
+        assert plain == pytest.approx(p / 0.2 if p < 0.2 else 0.5 * (1 + math.cos(math.pi * (p - 0.2) / 0.8)))
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_branch_equals_one_run_bit_for_bit(pictures: Path, tmp_path: Path) -> None:
+    rows = tuple({"size_px": size, "share": 0.5} for size in (16, 32))
+    stages = {"curriculum": "custom", "allocation": "flops", "hold_epochs": 100}
+    whole = pretrain(run_of(pictures, tmp_path / "whole", stages=rows, **stages))
+    half = [{"size_px": 16, "share": 1.0}]
+    trunk = pretrain(run_of(pictures, tmp_path / "trunk", stages=half, epochs=2, **stages))
+    branch = pretrain(run_of(pictures, tmp_path / "branch", stages=rows, branch=str(trunk), **stages))
+    one, other = (checkpoint.load(folder / "checkpoint.pt") for folder in (whole, branch))
+    assert all(torch.equal(one["model"][key], other["model"][key]) for key in one["model"])
+    ledgers = [json.loads((folder / "ledger.json").read_text())["stages"] for folder in (whole, branch)]
+    for a, b in zip(*ledgers, strict=True):
+        assert all(a[name] == b[name] > 0 for name in ("steps", "images", "flops"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 1}, "--branch .*: seed was 0, is 1"),
+        ({"weight_decay": 0.1}, "--branch .*: weight_decay was 0.05, is 0.1"),
+        ({"stages": [{"size_px": 16, "share": 1.0}], "epochs": 1}, "nothing is left to train"),
+        ({"stages": [{"size_px": 16, "share": 0.7}, {"size_px": 32, "share": 0.3}]}, "stage of 16 px had steps"),
+        ({"branch": "nowhere"}, "--branch nowhere: no checkpoint there; give a run folder or a checkpoint"),
+        ({"start_epoch": 1}, "--branch begins where that run ended and contradicts --start_epoch"),
+    ],
+)
+def test_what_is_no_branch(pictures: Path, tmp_path_factory, changes: dict, message: str) -> None:
+    stages = {"curriculum": "custom", "epochs": 2}
+    trunk = tmp_path_factory.getbasetemp() / "no-branch-trunk"
+    if not trunk.exists():
+        pretrain(run_of(pictures, trunk, stages=[{"size_px": 16, "share": 1.0}], **stages | {"epochs": 1}))
+    rows = [{"size_px": size, "share": 0.5} for size in (16, 32)]
+    with pytest.raises((ValueError, OSError), match=message):
+        pretrain(run_of(pictures, trunk.with_name("b"), **stages | {"stages": rows, "branch": str(trunk)} | changes))
+
+
+def test_holdout_is_apart_and_always_the_same(pictures: Path, tmp_path: Path) -> None:
+    train, val = (open_source(pictures, split, 12) for split in ("train", "val"))
+    names = [[source.name(i) for i in range(len(source))] for source in (train, val, open_source(pictures))]
+    assert set(names[0]) | set(names[1]) == set(names[2]) and not set(names[0]) & set(names[1])
+    assert np.bincount(val.labels).tolist() == [4, 4, 4] and np.bincount(train.labels).tolist() == [12, 12, 12]
+    assert [train.read(i)[1] for i in range(36)] == train.labels.tolist()
+    assert set(names[1]) <= {(larger := open_source(pictures, "val", 20)).name(i) for i in range(20)}
+    assert subset(larger, 1, 0).classes == ["b", "g", "r"]
+    with pytest.raises(ValueError, match=r"--holdout 48: .* has 48 training images"):
+        open_source(pictures, "train", 48)
+
+    folder = pretrain(run_of(pictures, tmp_path / "run", holdout=12, epochs=1))
+    assert json.loads((folder / "environment.json").read_text())["num_images"] == 36
+    result = probe(FinetuneConfig(finetune=str(folder), knn=True, k=3, holdout=12, num_workers=0, device="cpu"))
+    assert (result["num_images"], result["train_images"]) == (12, 36)
+    assert (folder / "eval-knn-holdout-12.json").exists()
+
+
+def test_held_out_loss_is_the_loss(pictures: Path, tmp_path: Path) -> None:
+    """Against the definition, patch by patch, with the masks that the model reports."""
+    config = run_of(pictures, tmp_path / "run", holdout=5, epochs=1, norm_pix_loss=True)
+    pretrain(config)
+    loss, flops = held_out_loss(config)
+    source = open_source(pictures, "val", 5)
+    with start("cpu", "fp32") as here, torch.no_grad():
+        run = new_run(config, here, 43)
+        run.model.load_state_dict(checkpoint.load(tmp_path / "run" / "checkpoint.pt")["model"])
+        pixels = torch.stack([center_crop(source.read(i)[0], (32, 32), 3) for i in range(5)])
+        images = (pixels.float() - run.mean) / run.std
+        pred, ids, mask = run.model.eval()(images, 4, 12, mask_noise(0, 0, 5, 16))
+        target = pixel_target(images, 8, True)  # [B, L, D]
+        assert mask.sum() == 5 * 12
+        parts = [((pred[b, i] - target[b, place]) ** 2).mean() for b in range(5) for i, place in enumerate(ids[b])]
+    assert loss == pytest.approx(torch.stack(parts).mean().item(), rel=1e-5)
+    assert flops > 0
+
+
+def test_loss_needs_no_labels(pictures: Path, tmp_path: Path) -> None:
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for path in pictures.glob("train/*/*.png"):
+        (flat / f"{path.parent.name}{path.name}").write_bytes(path.read_bytes())
+    found = search(config_of(flat, tmp_path / "out", judge=["loss"], num_stages=2, epochs=1, holdout=0))
+    assert found.space.config.holdout == 4  # a tenth
+    assert all(-1000 < score < 0 for scores in found.rounds[0].values() for score in scores)
+
+
+# ── the command ──
+
+
+def found_recipe(out: Path) -> dict:
+    return yaml.safe_load((out / "recipe.yaml").read_text())
+
+
+def words(pictures: Path, out: Path, **changes) -> list[str]:
+    flags = SEARCH | {"data_path": str(pictures), "output_dir": str(out)} | changes
+    pairs = [[f"--{k}", *map(str, v if isinstance(v, list) else [v])] for k, v in flags.items() if v is not None]
+    return [word for pair in pairs for word in pair]
+
+
+@pytest.fixture(scope="session")
+def searched(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted search, one trial at a time on one thread."""
+    out = tmp_path_factory.mktemp("search") / "out"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    main(["search", *words(pictures, out)])
+    torch.set_num_threads(threads)
+    return out
+
+
+def records(out: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (out / "search.jsonl").read_text().splitlines()]
+    return sorted(({k: r[k] for k in ("name", "scores", "flops")} for r in lines[1:]), key=lambda r: r["name"])
+
+
+def test_search_ends_in_a_recipe_that_trains(searched: Path, pictures: Path, tmp_path: Path, capsys) -> None:
+    text = (searched / "recipe.yaml").read_text()
+    for fact in (
+        "Found by",
+        "judged by knn and linear_probe on 12 others",
+        "36 training images",
+        "Cost of the search:",
+    ):
+        assert fact in text.partition("model:")[0]
+    recipe = found_recipe(searched)
+    assert recipe["stages"][-1]["size_px"] == 32 and sum(r["share"] for r in recipe["stages"]) == pytest.approx(1)
+    assert (searched / "candidates.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(searched.rglob("*.pt")) and not list(searched.rglob("*.safetensors"))
+    flags = ["--recipe", str(searched / "recipe.yaml"), "--epochs", "1", "--output_dir", str(tmp_path / "run")]
+    main(["pretrain", *flags])
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["num_images"] == 48  # nothing held out
+    # The cost that is stated is what the runs' own ledgers and results add up to.
+    runs = {path.name: path for path in (searched / "runs").iterdir()}
+    trained = sum(
+        json.loads((path / "ledger.json").read_text())["total"]["flops"]
+        - (json.loads((runs[Path(b).name] / "ledger.json").read_text())["total"]["flops"] if b else 0)
+        for path in runs.values()
+        for b in [yaml.safe_load((path / "config.yaml").read_text())["branch"]]
+    )
+    judged = sum(json.loads(p.read_text())["cost"]["flops"] for p in searched.rglob("eval-*.json"))
+    assert sum(r["flops"] for r in records(searched)) == pytest.approx(trained + judged)
+
+
+def test_killed_and_side_by_side_it_finds_the_same(searched: Path, pictures: Path, tmp_path: Path) -> None:
+    """`kill -9` of a search with two jobs after its first trial; its processes end, and the next call goes on."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "mae_et", "search", *words(pictures, out, jobs=2)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 100
+    while not (out / "search.jsonl").exists() or len((out / "search.jsonl").read_text().splitlines()) < 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(process.pid, 0)  # the group is there as long as one of its processes is
+        except ProcessLookupError:
+            break
+        time.sleep(0.05)
+    else:
+        raise AssertionError("processes of a killed search go on")
+    with (out / "search.jsonl").open("a") as file:
+        file.write('{"name": "half a li')
+    subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
+    assert found_recipe(out) == found_recipe(searched)
+    assert records(out) == records(searched)
+
+
+def test_greedy_and_many_seeds(pictures: Path, tmp_path: Path, capsys) -> None:
+    flags = {"algorithm": "greedy", "num_stages": 2, "num_seeds": 2, "tolerance": 100, "epochs": 1, "judge": ["knn"]}
+    main(["search", *words(pictures, tmp_path / "out", **flags)])
+    recipe = found_recipe(tmp_path / "out")
+    assert [row["size_px"] for row in recipe["stages"]] == [16, 32] and recipe["share_of"] == "epochs"
+    assert len(records(tmp_path / "out")) == 4  # vanilla and one candidate, two seeds
+    assert "±" in (tmp_path / "out" / "recipe.yaml").read_text()
+
+
+def test_a_dry_run_costs_nothing(pictures: Path, tmp_path: Path, capsys) -> None:
+    main(["search", *words(pictures, tmp_path / "out"), "--dry_run"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "at most 4 trials" in printed and "vanilla runs" in printed and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sizes": [16, 20]}, r"--sizes: size 20 px is not divisible by the patch \(8 px\)"),
+        ({"sizes": [64]}, "--sizes: 64 px is larger than --input_size 32"),
+        ({"budget": 0.1}, r"--budget 0.1 is less than one candidate, 0\.\d+ vanilla runs"),
+        ({"budget": -1}, "--budget must be positive and finite, got -1"),
+        ({"judge": ["knm"]}, r"unknown --judge 'knm' \(did you mean knn\?\)"),
+        ({"algorithm": "random"}, "unknown --algorithm 'random'; choose from sequential, greedy"),
+        ({"num_stages": 1}, "--num_stages 1: the last stage is at full size"),
+        ({"judge": ["loss"], "targets": ["pixel", "hog"]}, "--judge loss can't compare --targets"),
+        ({"halving": True, "algorithm": "greedy"}, "--halving is for --algorithm sequential"),
+        ({"mask_ratios": [0.0]}, "--mask_ratios must be in"),
+        ({"holdout": 48}, "--holdout 48 leaves nothing of 48 training images"),
+        ({"branch": "x"}, "--branch and --start_epoch are for single runs"),
+    ],
+)
+def test_mistakes_are_explained(pictures: Path, tmp_path: Path, changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        search(config_of(pictures, tmp_path / "out", **changes))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_labelled_judge_needs_labels(pictures: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--judge knn linear_probe needs labels, .*; choose --judge loss"):
+        search(config_of(pictures / "train" / "r", tmp_path / "out", holdout=4))
+
+
+def test_results_of_another_search_are_refused(searched: Path, pictures: Path, capsys) -> None:
+    before = (searched / "search.jsonl").read_text()
+    for changes, problem in (({"num_stages": 4}, "num_stages was 3, is 4"), ({"seed": 5}, "seed was 0, is 5")):
+        with pytest.raises(SystemExit):
+            main(["search", *words(pictures, searched, **changes)])
+        assert f"is of another search: {problem}" in capsys.readouterr().err
+    assert (searched / "search.jsonl").read_text() == before
+    (searched.parent / "other").mkdir(exist_ok=True)
+    (searched.parent / "other" / "search.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(ValueError, match="is not a results file of a search"):
+        Results(searched.parent / "other" / "search.jsonl", {})
+
+
+def test_options_of_mask_ratios_and_shapes_that_are_not_square(pictures: Path, tmp_path: Path) -> None:
+    space = Space(config_of(pictures, tmp_path, mask_ratios=[0.5, 0.75]), 48, labelled=True)
+    assert list(map(str, space.options)) == ["16@0.75", "16@0.5", "32@0.75", "32@0.5"]  # the cheapest first
+    rows = space.run("x", ((space.options[1], 0.5), (FULL, 0.5)), 0).stages
+    assert rows == (StageRow(16, 0.5, mask_ratio=0.5), StageRow(32, 0.5))
+    space = Space(config_of(pictures, tmp_path, input_size=[32, 64], sizes=[16, 24]), 48, labelled=True)
+    assert [option.size_px for option in space.options] == [(16, 32), (24, 48), (32, 64)]
+    space = Space(config_of(pictures, tmp_path, sizes=[], input_size=64), 48, labelled=True)
+    assert [option.size_px for option in space.options] == [32, 48, 56, 64]  # the published ones, scaled
