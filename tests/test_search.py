@@ -367,6 +367,7 @@ def test_search_ends_in_a_recipe_that_trains(searched: Path, pictures: Path, tmp
     assert sum(r["flops"] for r in records(searched)) == pytest.approx(trained + judged)
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_killed_and_side_by_side_it_finds_the_same(searched: Path, pictures: Path, tmp_path: Path) -> None:
     """`kill -9` of a search with two jobs after its first trial; its processes end, and the next call goes on."""
     out = tmp_path / "out"
@@ -389,7 +390,7 @@ def test_killed_and_side_by_side_it_finds_the_same(searched: Path, pictures: Pat
         raise AssertionError("processes of a killed search go on")
     with (out / "search.jsonl").open("a") as file:
         file.write('{"name": "half a li')
-    subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
+    main(["search", *words(pictures, out)])
     assert found_recipe(out) == found_recipe(searched)
     assert records(out) == records(searched)
 
