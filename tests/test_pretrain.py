@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -283,6 +284,69 @@ def test_many_ranks_equal_one(photos: Path, tmp_path: Path, whole: Path, nodes: 
     assert [process.returncode for process in launchers] == [0] * nodes, outputs
     assert f"{nodes * ranks_per_node} ranks" in outputs[0]
     _assert_close(tmp_path / "run", whole)
+
+
+@pytest.fixture
+def two_hosts() -> Iterator[list[tuple[str, ...]]]:
+    """Two hosts with a network of their own between them: the beginnings of commands that run on each."""
+    names, addresses = ("mae_et_a", "mae_et_b"), ("10.213.77.1", "10.213.77.2")
+    commands = [f"link add {names[0]} type veth peer name {names[1]}"]
+    for name, address in zip(names, addresses, strict=True):
+        commands += [
+            f"netns add {name}",
+            f"link set {name} netns {name}",
+            f"-n {name} addr add {address}/24 dev {name}",
+        ]
+        commands += [f"-n {name} link set {name} up", f"-n {name} link set lo up"]
+    leftovers = [f"netns del {name}" for name in names]  # of a test that was killed
+    try:
+        for command in leftovers:
+            subprocess.run(["ip", *command.split()], check=False, capture_output=True)
+        for command in commands:
+            subprocess.run(["ip", *command.split()], check=True, capture_output=True)
+        yield [("ip", "netns", "exec", name, "env", f"GLOO_SOCKET_IFNAME={name}") for name in names]
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"network namespaces can't be made here: {error}")
+    finally:
+        for name in names if shutil.which("ip") else ():
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+
+def test_two_hosts_train_as_one_and_stop_when_one_dies(
+    photos: Path, tmp_path: Path, whole: Path, two_hosts: list[tuple[str, ...]]
+) -> None:
+    """Two machines, as far as the network goes, of two ranks each. One loses its processes: the other ends within a
+    minute and says why. Started again, they go on, and end as one process does."""
+    config = TINY | {"data_path": str(photos), "output_dir": str(tmp_path / "run"), "save_steps": 1, "print_steps": 1}
+    recipe = recipe_file(config | {"total_batch_size": 6, "batch_size": 2}, tmp_path / "r.yaml")
+
+    def launch() -> list[subprocess.Popen]:
+        meeting = ("--nnodes=2", "--nproc_per_node=2", "--master_addr=10.213.77.1", "--master_port=29411")
+        return [
+            script(
+                *("--recipe", str(recipe), "--resume", "auto"),
+                program=(*host, *TORCHRUN, *meeting, f"--node_rank={number}"),
+                start_new_session=True,
+            )
+            for number, host in enumerate(two_hosts)
+        ]
+
+    first, second = launch()
+    _wait_for_step(tmp_path / "run", 5, first)
+    ranks = Path(f"/proc/{second.pid}/task/{second.pid}/children").read_text().split()
+    for process in (second.pid, *map(int, ranks)):
+        os.kill(process, signal.SIGKILL)
+    began = time.monotonic()
+    output, _ = first.communicate(timeout=60)
+    assert first.returncode != 0 and time.monotonic() - began < 60
+    assert "another rank has died" in output, output
+    second.communicate()
+    assert 5 <= checkpoint.load(tmp_path / "run" / "checkpoint.pt")["step"] < 20
+
+    processes = launch()
+    outputs = [process.communicate(timeout=180)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    _assert_close(tmp_path / "run", whole, same_lines=False)
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the ranks in /proc")
