@@ -1,7 +1,7 @@
 """Losses of the same run on 1, 2 and 4 ranks, side by side: the same total batch, data and masks on each.
 
     python benchmarks/ranks.py
-    python benchmarks/ranks.py --ranks 1 2 --flags="--fsdp"     # any further flags of main_pretrain.py for several ranks
+    python benchmarks/ranks.py --ranks 1 2 --flags="--fsdp"   # further flags of main_pretrain.py for several ranks
 
 A tiny model in fp32 on the CPU over gloo. Exit code 1 if a loss differs by more than rounding explains.
 """
