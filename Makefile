@@ -8,7 +8,7 @@ demo: $(VENV)/installed
 	$(PYTHON) main_pretrain.py --recipe demo --overwrite
 
 test: lint
-	$(PYTHON) -m pytest
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses auto --maxprocesses 8
 
 lint: $(VENV)/installed-test
 	$(PYTHON) -m ruff check .
