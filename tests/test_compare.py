@@ -16,6 +16,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mae_et.cli import main
 from mae_et.compare import CompareConfig, compare, interpolate, needed
 from mae_et.config import PretrainConfig, to_dict
 from mae_et.finetune_config import FinetuneConfig
@@ -251,12 +252,12 @@ def test_the_same_seed_twice_is_refused(tmp_path):
         (lambda run: (run / "eval-knn.json").write_text("[]"), "eval-knn.json is not a result"),
     ],
 )
-def test_damaged_folders_are_named_in_one_line(tmp_path, spoil, message):
+def test_damaged_folders_are_named_in_one_line(tmp_path, capsys, spoil, message):
     spoil(write_run(tmp_path / "a"))
-    done = subprocess.run(
-        [sys.executable, "-m", "mae_et", "compare", str(tmp_path / "a")], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 1 and message in done.stderr and len(done.stderr.splitlines()) == 1
+    with pytest.raises(SystemExit) as end:
+        main(["compare", str(tmp_path / "a")])
+    printed = capsys.readouterr()
+    assert end.value.code == 1 and message in printed.err and len(printed.err.splitlines()) == 1
 
 
 def test_no_vanilla_run_asks_for_a_baseline(tmp_path):
