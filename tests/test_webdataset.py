@@ -72,7 +72,7 @@ def folder(request, tmp_path) -> Path:
     """Two training shards of 5 and 4 images, one held-out one of 2, and one of 2 for a test, which is not used."""
     where = {
         "sub-folders": "{split}/{n:06}.tar",
-        "names": "Imagenet1k-{split}-{n:02}.tar",
+        "names": "Imagenet1k-{split}-{n:02}.TAR",
     }[request.param]
     for split, n, first, count in (("train", 1, 5, 4), ("train", 0, 0, 5), ("val", 0, 100, 2), ("test", 0, 200, 2)):
         write_tar(tmp_path / where.format(split=split, n=n), samples(first, count))
@@ -88,7 +88,7 @@ def test_splits_labels_and_random_access(folder):
     assert train.classes == val.classes == ["0", "1", "2"]
     assert train.labels.dtype == np.int64 and train.labels.tolist() == [n % 3 for n in range(9)]
     assert train.read(7) == (image(7), 1)
-    assert train.name(7).endswith(".tar[00007.jpg]") and str(folder) in train.name(7)
+    assert train.name(7).lower().endswith(".tar[00007.jpg]") and str(folder) in train.name(7)
 
 
 def test_patterns_with_braces(tmp_path):
@@ -100,8 +100,8 @@ def test_patterns_with_braces(tmp_path):
     with pytest.raises(ValueError, match="labels 1 of val are not in train"):
         open_source(pattern.replace("0010", "0000"), "val")
     assert contents(open_source(pattern, "val")) == [(image(0), 0), (image(1), 1)]
-    one = f"{tmp_path}/train/set-train-0003.tar"
-    assert contents(open_source(f"wds/{one}")) == [(image(3), 0)]
+    some = f"{tmp_path}/train/set-train-{{0003,0001,0001}}.tar"
+    assert contents(open_source(f"wds/{some}")) == [(image(1), 1), (image(3), 0)]
     wrong = str(tmp_path / "train" / "set-train-{0009..0012}.tar")
     assert "set-train-0012.tar does not exist" in message(wrong, kind=FileNotFoundError)
     (tmp_path / "train" / "set-train-0011.tar").rename(tmp_path / "other.tar")
@@ -330,6 +330,9 @@ def test_shards_are_read_through_once_and_again_when_they_change(tmp_path, scann
     files[0].unlink()
     open_source(f"wds/{tmp_path}/{{1..2}}.tar")
     assert not scanned
+    os.utime(files[1], ns=(2, 2))
+    open_source(f"wds/{tmp_path}")
+    assert [entry["file"] for entry in json.loads((tmp_path / INDEX).read_text())["shards"]] == ["1.tar", "2.tar"]
 
 
 def test_a_part_of_a_folder_does_not_forget_the_rest(tmp_path, scanned):
