@@ -16,7 +16,7 @@ ORDER = (
     *("curriculum", "spectral", "targets"),
     *("decoder", "model", "cost", "config", "finetune_config"),
     *("data.stream", "data.names", "data.photos", "data.shards", "data.webdataset", "data.sources", "data.cache"),
-    *("data.pixels", "data.decode"),
+    *("data.pixels", "data.views", "data.decode"),
     *("data.replay", "data.loader", "data.labelled", "data"),
     *("optim", "runtime", "storage", "run_folder", "interop", "checkpoint", "picture", "progress", "journal"),
     *("scaling", "plan", "pretrain", "mixing", "classifier", "evaluation", "finetune", "probe"),
