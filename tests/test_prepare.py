@@ -123,7 +123,7 @@ def test_a_killed_prepare_goes_on_and_ends_as_if_nothing_had_happened(tmp_path):
     command = [sys.executable, "-m", "mae_et", "prepare", str(root), str(killed), "--num_workers", "1"]
     command += [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not (killed / "train" / "00001.tar.json").exists() and time.monotonic() < deadline:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
