@@ -60,10 +60,8 @@ class PrepareConfig:
             raise ValueError(f"--in_chans must be 1 or 3, the channels of a JPEG; got {self.in_chans}")
         if self.num_workers is not None and self.num_workers < 0:
             raise ValueError(f"--num_workers must not be negative, got {self.num_workers}")
-        if Path(self.source).is_dir() and Path(self.source).resolve() in (
-            out := Path(self.out).resolve(),
-            *out.parents,
-        ):
+        source, out = Path(self.source.removeprefix("wds/")), Path(self.out).resolve()
+        if source.is_dir() and source.resolve() in (out, *out.parents):
             raise ValueError(f"OUT {self.out} is inside SRC {self.source}: its shards would become data")
 
 

@@ -15,7 +15,8 @@ PACKAGE = Path(__file__).parents[1] / "mae_et"  # read, never imported: a circle
 ORDER = (
     *("curriculum", "spectral", "targets"),
     *("decoder", "model", "cost", "config", "finetune_config"),
-    *("data.stream", "data.photos", "data.shards", "data.sources", "data.cache", "data.pixels", "data.decode"),
+    *("data.stream", "data.names", "data.photos", "data.shards", "data.webdataset", "data.sources", "data.cache"),
+    *("data.pixels", "data.views", "data.decode"),
     *("data.replay", "data.loader", "data.labelled", "data"),
     *("optim", "runtime", "storage", "run_folder", "interop", "checkpoint", "picture", "progress", "journal"),
     *("scaling", "plan", "pretrain", "mixing", "classifier", "evaluation", "finetune", "probe"),

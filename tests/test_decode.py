@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import zlib
 
@@ -12,11 +13,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from torchvision.transforms import v2
+from torchvision.transforms import RandomResizedCrop, v2
 
 from mae_et.data import decode, pixels
 from mae_et.data.decode import OPERATORS, DamagedImage, center_crop, to_image, train_crop, train_crops
 from mae_et.data.photos import _photograph
+from mae_et.data.views import draw_view
 
 FEW = settings(max_examples=15, deadline=None)
 FULL, SMALL = (64, 64), (32, 32)
@@ -347,6 +349,19 @@ def test_the_crop_is_torchvisions(photo):
         assert torch.equal(crop(photo, seed=seed), v2.functional.pil_to_tensor(reference(photo)))
 
 
+@pytest.mark.parametrize("size", [(375, 500), (500, 375), (1, 1), (2, 90), (400, 3), (31, 33), (1, 4000)])
+@pytest.mark.parametrize("crop_scale", [(0.2, 1.0), (0.08, 1.0), (1.0, 1.0), (0.3, 0.35)])
+def test_a_view_is_what_torchvision_draws(size, crop_scale):
+    for seed in range(40):
+        view = draw_view(seed, size, crop_scale)
+        torch.manual_seed(seed)
+        image = torch.empty(()).expand(3, *size)
+        top, left, height, width = RandomResizedCrop.get_params(image, list(crop_scale), [3 / 4, 4 / 3])
+        assert view.box == (left, top, left + width, top + height)
+        assert view.flip == (torch.rand(1) < 0.5)
+        assert torch.equal(view.generator.get_state(), torch.get_rng_state())  # RandAugment goes on from here
+
+
 def test_lanczos_is_the_published_pipeline(photo):
     for seed in range(3):
         full = v2.functional.to_pil_image(crop(photo, seed=seed))
@@ -387,6 +402,48 @@ def test_a_jpeg_takes_a_short_way_to_the_same_crop(photo, orientation, monkeypat
         monkeypatch.setattr(decode, "simplejpeg", None)
         assert torch.equal(quick, crop(item, operator=operator, size_px=(24, 24)))
         monkeypatch.undo()
+
+
+XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+
+
+@pytest.mark.parametrize(
+    ("mode", "options", "needs_pillow"),
+    [
+        ("RGB", {}, False),
+        ("L", {}, False),
+        ("RGB", {"progressive": True, "comment": b"Exif", "icc_profile": b"x" * 70000}, False),
+        ("RGB", {"keep_rgb": True}, False),
+        ("CMYK", {}, True),
+        ("RGB", {"exif": b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x08\0\0\0\0\0\0\0"}, True),
+        ("RGB", {"icc_profile": b"x" * 70000, "xmp": XMP}, True),
+        ("RGB", {"padding": True}, True),
+    ],
+)
+def test_jpegs_without_orientation_are_opened_without_pillow(photo, mode, options, needs_pillow, monkeypatch):
+    padding = options.pop("padding", False)
+    item = encode(photo.convert(mode), "JPEG", **options)
+    if padding:  # between segments, as the standard allows
+        item = item[:2] + b"\xff\xff" + item[2:]
+    opened = decode._open_jpeg(item)
+    assert opened.orientation == {"exif": 8, "xmp": 6}.get(max(options, default=""), 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(decode, "simplejpeg", None)
+        assert decode._open_jpeg(item) == opened
+    monkeypatch.setattr(decode, "open_header", lambda data: pytest.fail("Pillow"))
+    with pytest.raises(pytest.fail.Exception) if needs_pillow else contextlib.nullcontext():
+        decode._open_jpeg(item)
+
+
+def test_a_jpeg_that_only_pillow_understands_or_nobody(jpeg, monkeypatch):
+    frame = jpeg.index(b"\xff\xc0")
+    for place, byte in ((frame + 4, b"\x0c"), (frame + 1, b"\xfe")):  # 12 bits; a comment in place of the frame
+        with pytest.raises(DamagedImage, match="not a readable image"):
+            crop(jpeg[:place] + byte + jpeg[place + 1 :], operator="scaled")
+    assert decode._may_be_turned(jpeg[:2] + b"\0\xda" + jpeg[2:])  # no marker: not for us to say
+    monkeypatch.setattr(pixels, "MAX_PIXELS", 100)
+    with pytest.raises(DamagedImage, match="more than the limit of 100"):
+        crop(jpeg, operator="scaled")
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -68,9 +69,9 @@ def tiny(photos: Path, out: Path, **changes) -> PretrainConfig:
     return from_dict(PretrainConfig, TINY | {"data_path": str(photos), "output_dir": str(out)} | changes, "test")
 
 
-def script(*flags: str, program: tuple[str, ...] = (), **kwargs) -> subprocess.Popen:
+def script(*flags: str, program: tuple[str, ...] = (), env: dict[str, str] | None = None, **kwargs) -> subprocess.Popen:
     command = [*(program or (sys.executable,)), str(ROOT / "main_pretrain.py"), *flags]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | (env or {})
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, **kwargs
     )
@@ -627,3 +628,54 @@ def test_commands(whole: Path, photos: Path, tmp_path: Path, capfd: pytest.Captu
         assert stop.value.code == 1
         (line,) = capfd.readouterr().err.strip().splitlines()
         assert words in line
+
+
+LATE = """
+import os, runpy, sys, time
+from mae_et.data import loader
+begin, trainer = loader._leave_signals_to_the_trainer, os.getpid()
+def late(worker):
+    while os.getppid() == trainer:
+        time.sleep(0.01)
+    begin(worker)
+loader._leave_signals_to_the_trainer = late
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="shared memory has no folder here")
+@pytest.mark.parametrize("when", ["in training", "before its workers got going"])
+def test_a_killed_trainer_leaves_no_process_and_no_shared_memory(photos: Path, tmp_path: Path, when: str) -> None:
+    """The trainer alone gets `kill -9`; its workers have to notice by themselves."""
+    mark = str(tmp_path / "run")  # in the environment of whatever the run starts, even once its parent is gone
+    config = TINY | {"data_path": str(photos), "output_dir": mark, "epochs": 4000, "warmup_epochs": 1}
+    recipe = recipe_file(config | {"print_steps": 1}, tmp_path / "r.yaml")
+    program = () if when == "in training" else (sys.executable, "-c", LATE)
+    process = script("--recipe", str(recipe), "--num_workers", "2", program=program, env={"MARK_OF_THE_RUN": mark})
+    if when == "in training":
+        _wait_for_step(tmp_path / "run", 5, process)
+    deadline = time.monotonic() + 60
+    while len(family := _processes_with(mark)) < 3 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert process.pid in family and len(family) == 3, "a trainer and two workers"
+    process.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 60  # torch's workers look for their trainer every 5 seconds
+    while (left := _processes_with(mark)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    process.communicate()
+    assert not left, "processes outlive their trainer"
+    names = tuple(f"torch_{pid}_" for pid in family)
+    assert not [name for name in os.listdir("/dev/shm") if name.startswith(names)]
+
+
+def _processes_with(mark: str) -> set[int]:
+    """Processes in whose environment the text occurs; ended ones have none."""
+    found = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has just ended, or is somebody else's
+            if mark.encode() in (folder / "environ").read_bytes():
+                found.add(int(folder.name))
+    return found

@@ -14,15 +14,16 @@ Everything else is decoded in `pixels`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.transforms import RandomResizedCrop, v2
+from torchvision.transforms import v2
 
-from .pixels import MODES, DamagedImage, convert, naming_damage, open_header, orientation_of, to_image
+from .pixels import MODES, DamagedImage, check_size, convert, naming_damage, open_header, orientation_of, to_image
+from .views import continuing, draw_view
 
 __all__ = ["OPERATORS", "DamagedImage", "center_crop", "to_image", "train_crop", "train_crops"]
 
@@ -45,7 +46,6 @@ def _torch_has_lanczos() -> bool:
 
 
 _RESIZED_CROP = {"lanczos": Image.Resampling.LANCZOS, "bilinear": Image.Resampling.BILINEAR}
-CROP_RATIO = (3 / 4, 4 / 3)  # width / height of a random crop; MAE, section A.1, through torchvision's default
 
 #: Antialiased resizes of uint8 in this version of torch, by Pillow's name in lower case.
 _TORCH_FILTERS = ("bilinear", "bicubic", "lanczos") if _torch_has_lanczos() else ("bilinear", "bicubic")
@@ -98,7 +98,7 @@ def train_crops(
     jpeg = _open_jpeg(item) if in_chans == 3 or (is_scaled and in_chans == 1) else None
     image = to_image(item, in_chans) if jpeg is None else None
     upright_px = _size_px(image) if jpeg is None else jpeg.upright_px
-    views = [_draw_view(seed, upright_px, crop_scale) for seed in seeds]
+    views = [draw_view(seed, upright_px, crop_scale) for seed in seeds]
     divisor = 1
     if jpeg is not None:
         if is_scaled:
@@ -119,7 +119,7 @@ def train_crops(
         if view.flip:
             crop = _mirror(crop)
         if augment:
-            with _random_state(view.state):
+            with continuing(view.generator):
                 randaugment = v2.RandAugment(2, augment, interpolation=v2.InterpolationMode.BILINEAR)
                 crop = randaugment(_to_pillow(crop))
         if operator in _RESIZED_CROP and size_px != full_px:
@@ -154,36 +154,6 @@ def center_crop(
 
 
 # ----------------------------------------------------------------------------------------------- crops of whole images
-
-
-class _View(NamedTuple):
-    """What is drawn for one sample."""
-
-    box: tuple[int, int, int, int]
-    """(left, top, right, bottom) of the crop, in pixels of the upright image."""
-    flip: bool
-    state: torch.Tensor
-    """torch's generator afterwards, for RandAugment."""
-
-
-@contextlib.contextmanager
-def _random_state(state: torch.Tensor | int) -> Iterator[None]:
-    """torch's default CPU generator starts from a state or a seed inside and is restored outside."""
-    with torch.random.fork_rng(devices=[]):
-        if isinstance(state, int):
-            torch.default_generator.manual_seed(state)  # torch.manual_seed would reach for the accelerators too
-        else:
-            torch.set_rng_state(state)
-        yield
-
-
-def _draw_view(seed: int, upright_px: tuple[int, int], crop_scale: tuple[float, float]) -> _View:
-    """Crop by torchvision's own rule, from a stand-in that has the size (height, width) but no memory; and a flip."""
-    with _random_state(seed):
-        stand_in = torch.empty(()).expand(1, *upright_px)
-        top, left, height, width = RandomResizedCrop.get_params(stand_in, list(crop_scale), list(CROP_RATIO))
-        flip = torch.rand(()).item() < 0.5
-        return _View((left, top, left + width, top + height), flip, torch.get_rng_state())
 
 
 def _size_px(image: Image.Image | np.ndarray) -> tuple[int, int]:
@@ -235,11 +205,16 @@ def _to_tensor(image: Image.Image | np.ndarray | torch.Tensor) -> torch.Tensor:
 
 # ------------------------------------------------------------------------------------------------------- JPEG, quickly
 
+_SIMPLE_MODES = {"Gray": "L", "YCbCr": "RGB", "RGB": "RGB"}  # simplejpeg's names -> Pillow's
+_APP1, _START_OF_SCAN = 0xE1, 0xDA  # APP1 holds EXIF and XMP, and so the orientation
+
 
 class _Jpeg(NamedTuple):
+    """A JPEG of which only the header is read."""
+
     data: bytes
-    header: Image.Image
-    """Not decoded, or decoded at a reduced scale, so that its size may have changed."""
+    mode: str
+    """Pillow's name for its channels."""
     orientation: int
     stored_px: tuple[int, int]
     """(width, height) as it is stored."""
@@ -255,10 +230,26 @@ def _open_jpeg(item: bytes | Image.Image | np.ndarray) -> _Jpeg | None:
     """A JPEG of which only the header is read, or None for everything else."""
     if not (isinstance(item, bytes) and item.startswith(b"\xff\xd8")):
         return None
+    if simplejpeg is not None and not _may_be_turned(item):
+        with contextlib.suppress(ValueError):  # Pillow decides what is damage
+            height, width, colours, _ = simplejpeg.decode_jpeg_header(item)
+            if colours in _SIMPLE_MODES:
+                check_size(width, height)
+                return _Jpeg(item, _SIMPLE_MODES[colours], 1, (width, height))
     image = open_header(item)
     if image.format not in ("JPEG", "MPO"):  # MPO: a JPEG with further pictures behind it
         return None
-    return _Jpeg(item, image, orientation_of(image), image.size)
+    return _Jpeg(item, image.mode, orientation_of(image), image.size)
+
+
+def _may_be_turned(data: bytes) -> bool:
+    """False if a JPEG has no APP1 segment before its pixels; Pillow needs a tenth of a decode to open a file."""
+    place = 2
+    while len(head := data[place : place + 4]) == 4 and head[0] == 0xFF:
+        if head[1] in (_APP1, _START_OF_SCAN):
+            return head[1] == _APP1
+        place += 2 + int.from_bytes(head[2:], "big")
+    return True
 
 
 def _reduction(box: tuple[int, int, int, int], size_px: tuple[int, int]) -> float:
@@ -275,7 +266,7 @@ def _decode_jpeg(jpeg: _Jpeg, in_chans: int, divisor: int) -> np.ndarray:
     """
     width, height = jpeg.stored_px
     # In pictures of a few pixels several scales round to the same size, so that simplejpeg could take the wrong one.
-    if simplejpeg is not None and jpeg.header.mode in ("L", "RGB") and min(width, height) >= 16:
+    if simplejpeg is not None and jpeg.mode in ("L", "RGB") and min(width, height) >= 16:
         with contextlib.suppress(ValueError):  # Pillow decides what is damage
             return simplejpeg.decode_jpeg(
                 jpeg.data,
@@ -286,9 +277,10 @@ def _decode_jpeg(jpeg: _Jpeg, in_chans: int, divisor: int) -> np.ndarray:
             )
     with naming_damage():
         # Pillow takes the smallest of its scales 1/8, 1/4, 1/2, 1 that keeps both sides at least this large
-        jpeg.header.draft(MODES[in_chans], (width // divisor, height // divisor))
-        jpeg.header.load()
-        pixels = np.array(convert(jpeg.header, in_chans))
+        image = open_header(jpeg.data)
+        image.draft(MODES[in_chans], (width // divisor, height // divisor))
+        image.load()
+        pixels = np.array(convert(image, in_chans))
     return pixels if pixels.ndim == 3 else pixels[..., None]
 
 

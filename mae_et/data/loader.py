@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
@@ -147,6 +148,11 @@ def _collate(made: list[tuple[list[Tensor], list[Damage]]]) -> tuple[Tensor, lis
 
 def _leave_signals_to_the_trainer(worker: int) -> None:
     """Ctrl-C, `timeout` and Slurm signal the whole process group; the trainer saves and ends its workers itself."""
+    # torch's workers watch for another parent than they had when they got going. If the trainer was killed before, that
+    # one was no longer it, and they would wait for ever. (A fork server is the parent of its children.)
+    trainer = multiprocessing.parent_process().pid
+    if multiprocessing.get_start_method() != "forkserver" and os.getppid() != trainer:
+        raise SystemExit
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)

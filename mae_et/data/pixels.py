@@ -97,11 +97,12 @@ def open_header(data: bytes) -> Image.Image:
     """Read the header only; pixels are decoded on `load`."""
     with naming_damage():
         image = Image.open(io.BytesIO(data))
-        _check_size(image.width, image.height)
+        check_size(image.width, image.height)
     return image
 
 
-def _check_size(width: int, height: int) -> None:
+def check_size(width: int, height: int) -> None:
+    """DamagedImage for more than MAX_PIXELS, or none."""
     if width * height > MAX_PIXELS:
         raise DamagedImage(f"{width}x{height} pixels are more than the limit of {MAX_PIXELS}")
     if width * height == 0:
@@ -170,7 +171,7 @@ def _array_to_channels(pixels: np.ndarray, in_chans: int) -> Image.Image | np.nd
         pixels = pixels[..., None]
     if pixels.ndim != 3:
         raise ValueError(f"an image array has shape [H, W] or [H, W, C], not {list(pixels.shape)}")
-    _check_size(pixels.shape[1], pixels.shape[0])
+    check_size(pixels.shape[1], pixels.shape[0])
     channels = pixels.shape[2]
     if channels != in_chans and {channels, in_chans} != {1, 3}:
         raise ValueError(f"--in_chans is {in_chans}, but an image array of shape {list(pixels.shape)} has {channels}")
@@ -215,7 +216,7 @@ def _read_tiff(data: bytes) -> np.ndarray:
             axes, shape = bands.axes, bands.shape
             is_image = len(shape) <= 3 and "Y" in axes and "X" in axes
             if is_image:
-                _check_size(shape[axes.index("X")], shape[axes.index("Y")])
+                check_size(shape[axes.index("X")], shape[axes.index("Y")])
                 pixels = bands.asarray(maxworkers=1)
     except _TIFFFILE_ERRORS as error:
         if "imagecodecs" in str(error):

@@ -20,53 +20,82 @@ INDEX = "index.json"
 FORMAT = "mae_et shards 1"
 
 
-class ShardSource:
-    """Source of the JPEG bytes in the shards of one folder, by the offsets in its index."""
+MOST_OPEN_FILES = 256  # per process; systems commonly allow 1024
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        index = read_index(folder)
-        self._shards = [shard["file"] for shard in index["shards"]]
-        for shard in index["shards"]:
-            check_shard(folder, shard)
-        counts = [len(shard["keys"]) for shard in index["shards"]]
-        self._shard = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-        columns = {
-            name: np.concatenate([np.array(shard[name], dtype=np.int64) for shard in index["shards"]])
-            for name in ("keys", "offsets", "sizes")
-        }
-        self._keys, self._offsets, self._sizes = columns["keys"], columns["offsets"], columns["sizes"]
-        self.classes: list[str] | None = index["classes"]
-        self.labels: np.ndarray | None = None
-        if self.classes is not None:
-            self.labels = np.concatenate([np.array(shard["labels"], dtype=np.int64) for shard in index["shards"]])
-            if not 0 <= self.labels.min() <= self.labels.max() < len(self.classes):
-                raise ValueError(f"--data_path: {folder / INDEX} has labels beyond its {len(self.classes)} classes")
-        self._files: dict[
-            int, int
-        ] = {}  # shard -> file descriptor; pread has no position that forked workers could move
 
-    def __reduce__(self) -> tuple:
-        return ShardSource, (self._folder,)
+class Members:
+    """Source of the bytes at `offsets` [N] of `files`: image n lies in files[shard[n]] and has sizes[n] bytes."""
+
+    def __init__(
+        self,
+        files: list[Path],
+        shard: np.ndarray,
+        offsets: np.ndarray,
+        sizes: np.ndarray,
+        labels: np.ndarray | None,
+        classes: list[str] | None,
+    ) -> None:
+        self.labels, self.classes = labels, classes
+        self._files, self._shard, self._offsets, self._sizes = files, shard, offsets, sizes
+        # shard -> file descriptor; pread has no position that forked workers could move
+        self._open: dict[int, int] = {}
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self._sizes)
 
     def read(self, index: int) -> tuple[bytes, int | None]:
         shard, size = int(self._shard[index]), int(self._sizes[index])
-        if shard not in self._files:
-            self._files[shard] = os.open(self._folder / self._shards[shard], os.O_RDONLY)
-        data = os.pread(self._files[shard], size, int(self._offsets[index]))
+        if shard not in self._open:
+            if len(self._open) >= MOST_OPEN_FILES:
+                os.close(self._open.pop(next(iter(self._open))))
+            self._open[shard] = os.open(self._files[shard], os.O_RDONLY)
+        data = os.pread(self._open[shard], size, int(self._offsets[index]))
         if len(data) != size:
             raise OSError(f"{self.name(index)} ends after {len(data)} of {size} bytes")
         return data, None if self.labels is None else int(self.labels[index])
 
     def name(self, index: int) -> str:
-        return f"{self._folder / self._shards[self._shard[index]]}[{self._keys[index]:08}.jpg]"
+        raise NotImplementedError
 
     def __del__(self) -> None:
-        for file in getattr(self, "_files", {}).values():
+        for file in getattr(self, "_open", {}).values():
             os.close(file)
+
+
+class ShardSource(Members):
+    """Source of the JPEG bytes in the shards of one folder, by the offsets in its index."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        index = read_index(folder)
+        for shard in index["shards"]:
+            check_shard(folder, shard)
+        columns = {
+            name: np.concatenate([np.array(shard[name], dtype=np.int64) for shard in index["shards"]])
+            for name in ("keys", "offsets", "sizes", *(["labels"] if index["classes"] is not None else []))
+        }
+        self._keys, labels = columns["keys"], columns.get("labels")
+        if labels is not None and not 0 <= labels.min() <= labels.max() < len(index["classes"]):
+            raise ValueError(f"--data_path: {folder / INDEX} has labels beyond its {len(index['classes'])} classes")
+        super().__init__(
+            files=[folder / shard["file"] for shard in index["shards"]],
+            shard=shard_numbers(index["shards"]),
+            offsets=columns["offsets"],
+            sizes=columns["sizes"],
+            labels=labels,
+            classes=index["classes"],
+        )
+
+    def __reduce__(self) -> tuple:
+        return ShardSource, (self._folder,)
+
+    def name(self, index: int) -> str:
+        return f"{self._files[self._shard[index]]}[{self._keys[index]:08}.jpg]"
+
+
+def shard_numbers(shards: list[dict]) -> np.ndarray:
+    """The shard of each image, int32 [N], in the order of the shards."""
+    return np.repeat(np.arange(len(shards), dtype=np.int32), [len(shard["sizes"]) for shard in shards])
 
 
 def read_index(folder: Path) -> dict:
@@ -90,7 +119,7 @@ def check_shard(folder: Path, shard: dict) -> None:
         raise ValueError(f"--data_path: {file} {found}, should have {shard['bytes']}; run mae_et prepare again")
     offsets, sizes = (np.array(shard[name], dtype=np.int64) for name in ("offsets", "sizes"))
     lengths = {len(shard[name]) for name in ("keys", "offsets", "sizes", "labels") if shard[name] is not None}
-    if len(lengths) != 1 or offsets.min(initial=0) < 0 or sizes.min(initial=1) < 1:
+    if len(lengths) != 1 or offsets.min(initial=0) < 0 or sizes.min(initial=0) < 0:
         raise ValueError(f"--data_path: {folder / INDEX} has broken entries for {shard['file']}")
     if (offsets + sizes).max(initial=0) > shard["bytes"]:
         raise ValueError(f"--data_path: {folder / INDEX} has images beyond the end of {shard['file']}")

@@ -18,12 +18,15 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
+from .names import EXTENSIONS, VAL_NAMES
 from .photos import PhotoTiles
 from .shards import INDEX, ShardSource
+from .webdataset import open_webdataset
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif", ".npy")
-VAL_NAMES = ("val", "validation", "test")  # the folder (or tar) that holds the split "val", first match
-KINDS = "a folder of images, a folder with train/ and val/, a .tar, photos, torch/NAME[:ROOT] or hfds/NAME[:CACHE]"
+KINDS = (
+    "a folder of images, a folder with train/ and val/, a .tar, photos, wds/FOLDER, torch/NAME[:ROOT] or "
+    "hfds/NAME[:CACHE]"
+)
 
 
 class Source(Protocol):
@@ -52,7 +55,7 @@ def open_source(data_path: str | os.PathLike[str], split: str = "train", holdout
     1. `photos`: tiles of the photographs inside scikit-image and scikit-learn
     2. `torch/NAME[:ROOT]`: a torchvision data set through timm, under ROOT (else $MAE_ET_DATA, else ./data), downloaded
        if it is not there; `hfds/NAME[:CACHE]`: a Hugging Face data set through timm; `FILE.tar`: images in a tar,
-       class = folder, whose split "val" is the val.tar beside it
+       class = folder, whose split "val" is the val.tar beside it; `wds/FOLDER` or `wds/PATTERN`: WebDataset shards
     3. a folder of IDX files (the MNIST family, gzipped or not)
     4. a folder that `python -m mae_et prepare` has written
     5. a folder with train/ and val/ (or validation/, test/): sub-folders are classes, images directly inside have none
@@ -71,7 +74,9 @@ def open_source(data_path: str | os.PathLike[str], split: str = "train", holdout
     if data_path == "photos":
         return PhotoTiles(split)
     prefix = data_path.partition("/")[0].lower()
-    if prefix in ("wds", "tfds", "hfids"):
+    if prefix == "wds":
+        return open_webdataset(data_path, split)
+    if prefix in ("tfds", "hfids"):
         raise ValueError(f"--data_path {data_path}: {prefix}/ only streams, and steps need random access; give {KINDS}")
     if prefix in ("torch", "hfds"):
         return TimmSource(data_path, split)
@@ -181,6 +186,7 @@ def _open_folder(root: Path, split: str) -> FolderSource:
     if not paths:
         raise FileNotFoundError(
             f"--data_path {root}: no images in {folder}; looked for {' '.join(e[1:] for e in EXTENSIONS)} in any folder"
+            "; tars of a WebDataset are wds/FOLDER"
         )
     if folder is root or not all(os.sep in path for path in paths):
         return FolderSource(folder, paths, labels=None, classes=None)
