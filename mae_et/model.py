@@ -140,7 +140,9 @@ class MaskedAutoencoder(nn.Module):
         return [*self.encoder.blocks, *self.decoder_blocks]
 
     def compile_blocks(self) -> None:
-        """torch.compile each block for itself, so that what wraps blocks stays outside."""
+        """torch.compile each block for itself, so that what wraps blocks stays outside; equal ones compile once."""
+        # One graph for each of encoder and decoder and shape of a stage; past the limit torch runs uncompiled.
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         for block in self.blocks:
             block.forward = torch.compile(block.forward, dynamic=False)
 

@@ -5,7 +5,6 @@ Ranks are forked from a server that has imported everything, so a run of them ta
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import multiprocessing
@@ -18,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,15 +26,16 @@ import torch
 import torch.distributed.checkpoint as dcp
 from test_pretrain import TINY, _assert_close, assert_same, photos, tiny, weights  # noqa: F401
 from test_security import Malicious
-from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from mae_et import checkpoint, run_folder, sharded, storage
 from mae_et.checkpoint import read_pretrained
 from mae_et.config import PretrainConfig
 from mae_et.model import create_mae
-from mae_et.pretrain import pretrain
+from mae_et.plan import build_curriculum
+from mae_et.pretrain import Run, check_shards, pretrain
 from mae_et.reconstruct import ReconstructConfig, reconstruct
+from mae_et.runtime import Runtime
 
 #: ViT-H's name and patch, everything else as small as can be; 3 rows a rank in micro-batches of 2 on 2 ranks.
 HUGE = TINY | {
@@ -254,62 +255,42 @@ def _fill_the_disk(config: PretrainConfig) -> None:
 # ── the step ──
 
 
-def test_a_non_finite_gradient_never_reaches_the_shards(photos: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_gradients_are_reduced_once_and_must_be_finite(photos: Path, tmp_path: Path) -> None:  # noqa: F811
+    """A rank holds half of everything, its gradients are reduced in the last of two micro-batches, and one that is
+    infinite on one rank never reaches the weights of any, nor the disk."""
     config = tiny(photos, tmp_path / "run", **HUGE, **SHARDED, save_steps=1)
-    on_ranks(2, tmp_path / "log", _break_a_gradient, config)
+    on_ranks(2, tmp_path / "log", _count_reductions_then_break_a_gradient, config)
     state = checkpoint.load(tmp_path / "run" / "checkpoint.dcp")
     assert state["step"] == 3
     assert all(torch.isfinite(tensor).all() for tensor in state["model"].values())
 
 
-def _break_a_gradient(config: PretrainConfig) -> None:
-    """Infinite in the part of one rank only."""
-    seen = []
+def _count_reductions_then_break_a_gradient(config: PretrainConfig) -> None:
+    runs = []
 
-    def breaking(accumulate_gradients):
-        def broken(run, batches, stage):
-            seen.append(run)
-            result = accumulate_gradients(run, batches, stage)
+    def watching(accumulate_gradients):
+        def watched(run, batches, stage):
+            with CommDebugMode() as mode:
+                result = accumulate_gradients(run, batches, stage)
+            counts = {str(operation): number for operation, number in mode.get_comm_counts().items()}
+            reductions = sum(number for name, number in counts.items() if "reduce_scatter" in name)
+            assert len(run.micro_batches(stage)) == 2 and reductions == len(run.model.blocks) + 1, counts
+            runs.append(run)
             if run.step == 3 and is_first():
                 run.model.mask_token.grad.to_local().fill_(float("inf"))
             return result
 
-        return broken
+        return watched
 
-    replaced("accumulate_gradients", breaking)
+    replaced("accumulate_gradients", watching)
     with pytest.raises(FloatingPointError, match="norm inf at step 3"):
         pretrain(config)
-    assert isinstance(seen[0].model.mask_token, DTensor)
-    parts = [p.to_local() for p in seen[0].model.parameters() if p.requires_grad]
-    assert all(torch.isfinite(part).all() for part in parts)
-
-
-def test_gradients_are_reduced_once_a_step(photos: Path, tmp_path: Path) -> None:  # noqa: F811
-    """Once for each block and for the rest, in the last of two micro-batches; and a rank holds about half of all."""
-    on_ranks(2, tmp_path / "log", _count_reductions, tiny(photos, tmp_path / "run", **HUGE, **SHARDED))
-
-
-def _count_reductions(config: PretrainConfig) -> None:
-    counted = []
-
-    def counting(accumulate_gradients):
-        def count(run, batches, stage):
-            with CommDebugMode() as mode:
-                result = accumulate_gradients(run, batches, stage)
-            counts = {str(operation): number for operation, number in mode.get_comm_counts().items()}
-            counted.append(sum(number for name, number in counts.items() if "reduce_scatter" in name))
-            assert len(run.micro_batches(stage)) == 2 and counted[-1] == len(run.model.blocks) + 1, counts
-            state = [value for parameter in run.optimizer.state.values() for value in parameter.values()]
-            for tensors in (list(run.model.parameters())[1:], [t for t in state if t.dim()]):
-                mine = sum(tensor.to_local().numel() for tensor in tensors if isinstance(tensor, DTensor))
-                assert mine < 0.52 * sum(tensor.numel() for tensor in tensors) or not tensors
-            return result
-
-        return count
-
-    replaced("accumulate_gradients", counting)
-    train(config, 2)
-    assert len(counted) == 2
+    model, optimizer = runs[0].model, runs[0].optimizer
+    moments = [tensor for state in optimizer.state.values() for tensor in state.values() if tensor.dim()]
+    for tensors in ([p for p in model.parameters() if p.requires_grad], moments):
+        parts = [tensor.to_local() for tensor in tensors]
+        assert sum(part.numel() for part in parts) < 0.55 * sum(tensor.numel() for tensor in tensors)
+        assert all(torch.isfinite(part).all() for part in parts)
 
 
 def test_recomputing_changes_nothing_but_memory() -> None:
@@ -333,20 +314,42 @@ def test_recomputing_changes_nothing_but_memory() -> None:
     assert little < 0.2 * much
 
 
+def test_blocks_compile_for_every_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `--fsdp --compile` needs it: without breaks, one graph for all blocks alike; a cheap backend stands in."""
+    graphs = []
+    monkeypatch.setattr(
+        torch, "compile", partial(torch.compile, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)
+    )
+    shape = {"img_size": 40, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "decoder_embed_dim": 16}
+    torch.manual_seed(0)
+    eager, compiled = create_mae(**shape, decoder_depth=2), create_mae(**shape, decoder_depth=2)
+    compiled.load_state_dict(eager.state_dict())
+    compiled.compile_blocks()
+    compiled.recompute_blocks()
+    for number, size in enumerate((16, 24, 32, 40, 48), start=1):
+        images, noise = torch.randn(2, 3, size, size), torch.rand(2, (size // 8) ** 2)
+        visible = noise.shape[1] // 2
+        for model in (eager, compiled):
+            model.zero_grad()
+            model(images, visible, None, noise).pred.square().mean().backward()
+        for one, other in zip(eager.parameters(), compiled.parameters(), strict=True):
+            torch.testing.assert_close(other.grad, one.grad)
+        assert len(graphs) == 2 * number
+
+
 # ── mistakes ──
 
 
 def test_uneven_micro_batches_are_refused_before_they_hang(photos: Path, tmp_path: Path) -> None:  # noqa: F811
-    config = tiny(photos, tmp_path / "run", **HUGE | SHARDED | {"total_batch_size": 5})
-    on_ranks(2, tmp_path / "log", _refuse, config)
-    assert not (tmp_path / "run").exists()
+    def run(total: int, ranks: int, **changes) -> Run:
+        config = tiny(photos, tmp_path, **HUGE | SHARDED | {"total_batch_size": total} | changes)
+        here = Runtime(torch.device("cpu"), "fp32", 0, ranks)
+        return Run(config, here, build_curriculum(config, 20, ranks), None, None, None, 1e-3, None, 0)
 
-
-def _refuse(config: PretrainConfig) -> None:
-    with pytest.raises(ValueError, match=r"--fsdp: 5 images of 28 px are 1 micro-batches on one rank and 2 on another"):
-        pretrain(config)
-    with contextlib.suppress(RuntimeError):
-        torch.distributed.destroy_process_group()
+    check_shards(run(6, 4))
+    check_shards(run(5, 2, fsdp=False))
+    with pytest.raises(ValueError, match=r"5 images of 28 px are 1 .* and 2 on another; .* multiple of the 2 ranks"):
+        check_shards(run(5, 2))
 
 
 # ── files from strangers, and from a bad disk ──
