@@ -63,8 +63,9 @@ class Pretrained:
     """"pixel" or "hog"; None: not known, or no decoder."""
 
 
-def load(path: Path) -> dict:
+def load(path: str | Path) -> dict:
     """Read a file of `torch.save` or a folder of shards, whole, without running code. Raises as `storage.load` does."""
+    path = Path(path)
     if path.suffix == sharded.SUFFIX:
         return sharded.whole(sharded.load(path), path)
     return storage.load(path)

@@ -244,8 +244,10 @@ def pretrain(config: PretrainConfig) -> Path:
 
 
 def trained_network(model: MaskedAutoencoder, config: PretrainConfig, here: Runtime) -> nn.Module:
-    """The model, compiled, recomputing, and working with the other ranks as configured; it comes before the optimiser,
-    since sharding changes the parameters."""
+    """The model, compiled, recomputing, and shared with the other ranks or copied to them, as configured.
+
+    Sharding replaces the parameters, so the optimiser comes after it.
+    """
     sharded = config.fsdp and here.world_size > 1
     if sharded and config.compile:
         model.compile_blocks()  # what gathers a block stands outside of it
@@ -502,6 +504,8 @@ def announce(run: Run, vanilla: Curriculum) -> None:
     )
     if config.nodes or config.ngpus or config.use_volta32:
         log.warning("--nodes, --ngpus and --use_volta32 are a launcher's: start with torchrun for more devices")
+    if config.fsdp and not run.is_sharded:
+        log.warning("--fsdp: one rank has nothing to share out; start with torchrun for more")
     for i, stage in enumerate(plan.stages):
         log.info(
             "stage %d: %s px, %d of %d patches visible, %d predicted, %s steps, %.1f passes, %.0f%% of the compute",
