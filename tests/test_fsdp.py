@@ -421,6 +421,16 @@ def test_a_damaged_folder_falls_back_to_the_one_before(
     assert checkpoint.load_newest(run_folder.checkpoint_of(copied))[0]["step"] == STOP - 1
 
 
+def test_a_run_goes_on_from_the_folder_before_a_damaged_one(
+    photos: Path,  # noqa: F811
+    copied: Path,
+    two_ranks: Path,
+) -> None:
+    min((copied / "checkpoint.dcp").glob("*.safetensors")).unlink()
+    pretrain(tiny(photos, copied, **HUGE | SHARDED, resume="auto"))
+    _assert_close(copied, two_ranks)
+
+
 def test_a_folder_of_shards_counts_as_a_run(photos: Path, copied: Path) -> None:  # noqa: F811
     config = tiny(photos, copied, **HUGE)
     (copied / "metrics.jsonl").unlink()
