@@ -18,9 +18,9 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from . import interop
+from . import interop, sharded, storage
 from .curriculum import as_size
-from .storage import CheckpointError, load, load_newest, make_folder, save, save_safetensors, write
+from .storage import CheckpointError, make_folder, save, save_safetensors, write
 from .targets import target_dim
 
 __all__ = [
@@ -63,6 +63,19 @@ class Pretrained:
     """"pixel" or "hog"; None: not known, or no decoder."""
 
 
+def load(path: str | Path) -> dict:
+    """Read a file of `torch.save` or a folder of shards, whole, without running code. Raises as `storage.load` does."""
+    path = Path(path)
+    if path.suffix == sharded.SUFFIX:
+        return sharded.whole(sharded.load(path), path)
+    return storage.load(path)
+
+
+def load_newest(path: Path) -> tuple[dict, Path]:
+    """As `storage.load_newest`, for `sharded.restore`: sharded tensors are still in the shards."""
+    return storage.load_newest(path, sharded.load if path.suffix == sharded.SUFFIX else storage.load)
+
+
 def read_pretrained(source: str | Path, encoder_only: bool = False) -> Pretrained:
     """Weights from a run folder, a file or a timm model name (`ACCEPTED`), in our layout.
 
@@ -70,19 +83,20 @@ def read_pretrained(source: str | Path, encoder_only: bool = False) -> Pretraine
     Raises FileNotFoundError, CheckpointError, or ValueError if the weights are not those of a plain ViT or an MAE.
     """
     path = Path(source)
-    if path.is_dir():
+    if path.is_dir() and path.suffix != sharded.SUFFIX:
         for name, read in (
+            ("checkpoint.dcp", _read_file),
             ("checkpoint.pt", _read_file),
             ("encoder.safetensors", _read_file),
             ("config.json", lambda file, encoder_only: _read_huggingface(file.parent, encoder_only)),
         ):
-            if (path / name).is_file():
+            if (path / name).exists():
                 return read(path / name, encoder_only)
         raise FileNotFoundError(
             f"{path}: holds neither checkpoint.pt or encoder.safetensors (a run folder) nor config.json (a folder of "
             "transformers' ViTMAE)"
         )
-    if path.is_file():
+    if path.exists():
         return _read_file(path, encoder_only)
     if timm.is_model(str(source)):
         return _download(str(source))

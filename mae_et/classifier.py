@@ -105,10 +105,10 @@ def run_folder_of(source: str) -> Path | None:
 def training_record(source: str) -> Mapping[str, Any]:
     """What a run's own checkpoint says beside its weights; empty for foreign ones."""
     path = Path(source)
-    file = path / run_folder.CHECKPOINT if path.is_dir() else path
+    file = run_folder.checkpoint_of(path)
     if file.suffix == ".safetensors":  # holds no record; the checkpoint beside it does
         file = file.with_name(run_folder.CHECKPOINT)
-    if not source or not file.is_file():
+    if not source or not file.exists():
         return {}
     content = checkpoint.load(file)
     return content if content.get("format") == checkpoint.FORMAT else {}

@@ -183,6 +183,10 @@ class PretrainConfig:
     """auto (bf16 where the device is fast at it), bf16 or fp32."""
     compile: bool = False
     """torch.compile the model; every stage is compiled before its clock starts."""
+    fsdp: bool = False
+    """Share parameters, gradients and optimiser state out over ranks (FSDP2), for models too large for a device."""
+    activation_checkpointing: bool = False
+    """Compute the activations inside each block again in the backward pass instead of keeping them."""
     print_steps: int = 20
     """Steps between lines of the log and of metrics.jsonl."""
     save_steps: int = 0

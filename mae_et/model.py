@@ -7,6 +7,7 @@ The model returns predictions, never a loss. Source: MAE, arXiv 2111.06377.
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from einops import rearrange
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .curriculum import SizePx, grid_of, height_width
 from .decoder import DECODERS, CrossBlock
@@ -131,6 +133,24 @@ class MaskedAutoencoder(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
         table = sincos_table(self.embed_dim, self.grid, self.grid)
         self.encoder.pos_embed.copy_(F.pad(table, (0, 0, 1, 0))[None])  # zeros for the class token
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The transformer blocks of encoder and decoder."""
+        return [*self.encoder.blocks, *self.decoder_blocks]
+
+    def compile_blocks(self) -> None:
+        """torch.compile each block for itself, so that what wraps blocks stays outside; equal ones compile once."""
+        # One graph for each of encoder and decoder and shape of a stage; past the limit torch runs uncompiled.
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        for block in self.blocks:
+            block.forward = torch.compile(block.forward, dynamic=False)
+
+    def recompute_blocks(self) -> None:
+        """Keep of a block its input only, and run it again in backward (arXiv 1604.06174): less memory, more time."""
+        for block in self.blocks:
+            # Blocks draw no random numbers, so no generator's state is kept for the second run.
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 
     @property
     def num_patches(self) -> int:

@@ -46,3 +46,12 @@ def guarded_step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
     """
     optimizer.found_inf = (~torch.isfinite(loss)).float()
     optimizer.step()
+
+
+def allocate(optimizer: torch.optim.Optimizer) -> None:
+    """Make the optimiser's state, as it is before the first step, for a checkpoint to be read into it."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    guarded_step(optimizer, torch.full((), math.inf, device=parameters[0].device))  # a step that is skipped
+    optimizer.zero_grad(set_to_none=True)

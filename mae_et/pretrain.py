@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from . import checkpoint, interop, run_folder, runtime, storage
+from . import checkpoint, interop, run_folder, runtime, sharded, storage
 from .config import PretrainConfig, to_dict, to_yaml
 from .cost import EnergyMeter, Ledger, peak_memory_bytes
 from .curriculum import Curriculum, Stage, grid_of, height_width, show_size
@@ -43,7 +44,8 @@ log = logging.getLogger(__name__)
 FREE_ON_RESUME = frozenset(
     """
     recipe data_path num_images num_workers pin_mem damaged_limit cache_gib output_dir log_dir resume branch overwrite
-    start_epoch device precision compile print_steps save_steps save_minutes keep_checkpoints picture_steps print_config
+    start_epoch device precision compile fsdp activation_checkpointing print_config
+    print_steps save_steps save_minutes keep_checkpoints picture_steps
     batch_size accum_iter total_batch_size replay replay_gib views_per_image masks_per_image
     world_size local_rank dist_on_itp dist_url job_dir nodes ngpus use_volta32
     """.split()
@@ -79,18 +81,40 @@ class Run:
     def folder(self) -> Path:
         return Path(self.config.output_dir)
 
-    def save(self) -> None:
-        """Everything a resumed run needs, atomically."""
+    @property
+    def is_sharded(self) -> bool:
+        return self.config.fsdp and self.here.world_size > 1
+
+    def save(self, whole: bool = False) -> None:
+        """Everything a resumed run needs, atomically; in shards if the model is, unless `whole`. All ranks call it."""
+        state = identity(self.config, self.curriculum) | {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "ledger": self.ledger.state_dict(),
+            "precision": self.here.precision,
+        }
+        keep = self.config.keep_checkpoints
+        if self.is_sharded and not whole:
+            sharded.save(state, self.folder / run_folder.SHARDED, keep)
+        else:
+            state = sharded.gather(state, self.here.is_main)
+            if self.here.is_main:
+                checkpoint.save(state, self.folder / run_folder.CHECKPOINT, keep)
+                run_folder.drop_shards(self.folder)
         if self.here.is_main:
-            state = identity(self.config, self.curriculum) | {
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "step": self.step,
-                "ledger": self.ledger.state_dict(),
-                "precision": self.here.precision,
-            }
-            checkpoint.save(state, self.folder / run_folder.CHECKPOINT, keep=self.config.keep_checkpoints)
             run_folder.write_json(self.folder / run_folder.LEDGER, self.ledger.state_dict())
+
+    def whole_model(self) -> MaskedAutoencoder:
+        """The model with all its weights, on rank 0 at least. All ranks call it."""
+        if not self.is_sharded:
+            return self.model
+        state = sharded.gather(self.model.state_dict(), self.here.is_main)
+        if not self.here.is_main:
+            return self.model
+        model = MaskedAutoencoder(**model_kwargs(self.config)).to(self.here.device)
+        model.load_state_dict(state)
+        return model
 
     def prepare(self, images: Tensor, stage: Stage) -> Tensor:
         """uint8 [b, C, S, S] from the loader -> normalised float32 [b, C, s, s] at the stage's size, on the device."""
@@ -108,10 +132,10 @@ class Run:
                 target = pixel_target(images, self.model.patch_size, self.config.norm_pix_loss, ids)
         return reconstruction_loss(pred, target)
 
-    def micro_batches(self, stage: Stage) -> list[range]:
-        """This rank's rows of a step, piece by piece."""
-        size = stage.micro_size(self.config.batch_size)
-        return micro_batches(stage.batch_size, size, self.here.rank, self.here.world_size, stage.rows_per_image)
+    def micro_batches(self, stage: Stage, rank: int | None = None) -> list[range]:
+        """A rank's rows of a step, by default this one's, piece by piece."""
+        size, rank = stage.micro_size(self.config.batch_size), self.here.rank if rank is None else rank
+        return micro_batches(stage.batch_size, size, rank, self.here.world_size, stage.rows_per_image)
 
     def patches(self, stage: Stage) -> int:
         return math.prod(grid_of(stage.size_px, self.model.patch_size))
@@ -143,6 +167,7 @@ def pretrain(config: PretrainConfig) -> Path:
         vanilla = build_curriculum(vanilla_twin(config), len(source), here.world_size)
         torch.manual_seed(derive_seed(config.seed, "weights"))
         model = MaskedAutoencoder(**model_kwargs(config)).to(here.device)
+        network = trained_network(model, config, here)
         optimizer = adamw(model, config.weight_decay)
         peak_lr = config.blr * vanilla.stages[0].batch_size / 256 if config.lr is None else config.lr
 
@@ -156,8 +181,7 @@ def pretrain(config: PretrainConfig) -> Path:
             spent = Ledger.from_state_dict(state["ledger"]).stages
             ledger.stages[: len(spent)] = spent
         if state:
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
+            sharded.restore(model, optimizer, state, whole)
             step = state["step"]
         del state
         here.agree(step=step, images=len(source), steps=curriculum.total_steps)
@@ -171,13 +195,13 @@ def pretrain(config: PretrainConfig) -> Path:
         batches = itertools.chain(list(itertools.islice(loader, 1)), loader)
 
         # ── run folder ──
-        network = here.parallel(torch.compile(model, dynamic=False) if config.compile else model)
         run = Run(config, here, curriculum, model, network, optimizer, peak_lr, ledger, step)
+        check_shards(run)
         if here.is_main:
             same = resume is not None and resume.parent.resolve() == run.folder.resolve()
             run_folder.prepare(run.folder, keep=same, overwrite=config.overwrite)
             if same and whole != resume:  # a damaged one must not take the place of a whole one when the next is saved
-                os.replace(whole, resume)
+                storage.promote(whole, resume)
             lasting = dataclasses.replace(config, resume="", overwrite=False)  # it is a recipe: no one-off flags
             run_folder.write_text(run.folder / run_folder.CONFIG, to_yaml(lasting))
             facts = run_folder.environment(
@@ -195,14 +219,16 @@ def pretrain(config: PretrainConfig) -> Path:
             train(run, batches, recorder, stop, vanilla.stages[0].flops_per_image)
 
         # ── what the run leaves behind ──
-        if here.is_main:
-            finished = run.step == curriculum.total_steps
-            if finished:
+        finished = run.step == curriculum.total_steps
+        if finished:
+            weights = run.whole_model().state_dict()
+            if here.is_main:
                 shape = {checkpoint.METADATA_KEY: json.dumps(model_kwargs(config))}
-                checkpoint.save_safetensors(interop.to_timm(model.state_dict()), run.folder / run_folder.ENCODER, shape)
-                with _clock(run, len(curriculum.stages) - 1):
-                    draw(run, curriculum.stages, run.folder / run_folder.PICTURE)
-            run.save()
+                checkpoint.save_safetensors(interop.to_timm(weights), run.folder / run_folder.ENCODER, shape)
+            with _clock(run, len(curriculum.stages) - 1):
+                draw(run, curriculum.stages, run.folder / run_folder.PICTURE)
+        run.save(whole=finished)
+        if here.is_main:
             console.print(ledger_table(run.ledger, curriculum, vanilla.stages[0].flops_per_image))
             is_jpeg = is_jpeg_source(source)
             for line in remedies(config, curriculum, run.ledger, is_jpeg, spare_cores(config.num_workers)):
@@ -215,6 +241,34 @@ def pretrain(config: PretrainConfig) -> Path:
                 )
         here.barrier()
         return run.folder
+
+
+def trained_network(model: MaskedAutoencoder, config: PretrainConfig, here: Runtime) -> nn.Module:
+    """The model, compiled, recomputing, and shared with the other ranks or copied to them, as configured.
+
+    Sharding replaces the parameters, so the optimiser comes after it.
+    """
+    sharded = config.fsdp and here.world_size > 1
+    if sharded and config.compile:
+        model.compile_blocks()  # what gathers a block stands outside of it
+    if config.activation_checkpointing:
+        model.recompute_blocks()
+    if sharded:
+        here.shard(model, model.blocks)
+        return model
+    return here.parallel(torch.compile(model, dynamic=False) if config.compile else model)
+
+
+def check_shards(run: Run) -> None:
+    """ValueError unless all ranks of a sharded model have as many micro-batches: they gather its blocks for each."""
+    ranks = range(run.here.world_size if run.is_sharded else 0)
+    for stage in run.curriculum.stages:
+        counts = sorted({len(run.micro_batches(stage, rank)) for rank in ranks})
+        if len(counts) > 1:
+            raise ValueError(
+                f"--fsdp: {stage.batch_size} images of {show_size(stage.size_px)} px are {counts[0]} micro-batches on "
+                f"one rank and {counts[-1]} on another; make the total batch a multiple of the {len(ranks)} ranks"
+            )
 
 
 def train(run: Run, batches: Iterator[Tensor], recorder: Recorder, stop: Stop, vanilla_flops: float) -> None:
@@ -248,7 +302,9 @@ def train(run: Run, batches: Iterator[Tensor], recorder: Recorder, stop: Stop, v
         # Ranks stop at the same step only if they look at the same steps: clocks differ, so they are left out here.
         agreed = save or picture or run.step % config.print_steps == 0 or here.device.type == "cpu"
         agreed = agreed or (here.world_size == 1 and stop.requested)
-        save = save or time.monotonic() - saved_at > 60 * config.save_minutes
+        due = time.monotonic() - saved_at > 60 * config.save_minutes
+        # Shards are written by all ranks, so there one's clock is heard by all, at a step that all look at.
+        save = save or ((agreed and here.any(due)) if run.is_sharded else due)
         report = save or picture or run.step % config.print_steps == 0
         stopping = False
         if report or agreed:
@@ -264,7 +320,7 @@ def train(run: Run, batches: Iterator[Tensor], recorder: Recorder, stop: Stop, v
             recorder.report(run.step - 1, index, mean_loss, values[-1][2], lr, run.ledger, vanilla_flops)
             outcomes = []
         with _clock(run, index):
-            if picture and here.is_main:
+            if picture:
                 draw(run, [stage], run.folder / f"reconstruction-{run.step:07d}.png")
             if save:
                 run.save()
@@ -281,6 +337,7 @@ def take_step(
     # Over ranks: the sum of their shares of the loss, and of those that were asked to stop.
     outcome = run.here.sum(torch.stack([loss, torch.full_like(loss, stopping)]))
     norm = nn.utils.get_total_norm(p.grad for p in run.model.parameters() if p.grad is not None)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     if run.config.clip_grad is not None:
         nn.utils.clip_grads_with_norm_(run.model.parameters(), run.config.clip_grad, norm)
     set_learning_rate(run.optimizer, lr)
@@ -317,11 +374,10 @@ def warm_up(run: Run, stage: Stage) -> float:
     if here.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(here.device)
     run.model.positions(grid_of(stage.size_px, run.model.patch_size))  # cached, so that no compiled graph builds them
-    pieces = run.micro_batches(stage)
-    for size in sorted({len(piece) for piece in pieces}):
+    # The sizes of all ranks, since each backward is one that they do together.
+    for size in sorted({len(piece) for rank in range(here.world_size) for piece in run.micro_batches(stage, rank)}):
         images = torch.zeros(size, run.config.in_chans, *stage.height_width, device=here.device)
-        with here.local_gradients(run.network):
-            run.loss(images, stage, torch.rand(size, run.patches(stage), device=here.device)).backward()
+        run.loss(images, stage, torch.rand(size, run.patches(stage), device=here.device)).backward()
     run.optimizer.zero_grad(set_to_none=True)
     here.synchronize()
     return time.perf_counter() - began
@@ -390,13 +446,13 @@ def resume_path(config: PretrainConfig) -> Path | None:
         return None
     if config.resume != "auto":
         return find_checkpoint("--resume", config.resume)
-    path = Path(config.output_dir) / run_folder.CHECKPOINT
+    path = run_folder.checkpoint_of(Path(config.output_dir))
     return path if path.exists() or storage.kept(path) else None
 
 
 def find_checkpoint(flag: str, where: str) -> Path:
     """The checkpoint of a run folder, or a checkpoint's own path."""
-    path = Path(where) / run_folder.CHECKPOINT if Path(where).is_dir() else Path(where)
+    path = run_folder.checkpoint_of(Path(where))
     if not (path.exists() or storage.kept(path)):
         legal = "a run folder, a checkpoint or auto" if flag == "--resume" else "a run folder or a checkpoint"
         raise FileNotFoundError(f"{flag} {where}: no checkpoint there; give {legal}")
@@ -404,8 +460,10 @@ def find_checkpoint(flag: str, where: str) -> Path:
 
 
 def draw(run: Run, stages: list[Stage] | tuple[Stage, ...], path: Path) -> None:
-    """A reconstruction picture of held-out images, or of training images where none are held out."""
-    config = run.config
+    """A reconstruction picture of held-out images, or of training images where none are held out. All ranks call it."""
+    config, model = run.config, run.whole_model()
+    if not run.here.is_main:
+        return
     try:
         source = open_source(config.data_path, "val", config.holdout)
     except (ValueError, OSError):
@@ -420,7 +478,7 @@ def draw(run: Run, stages: list[Stage] | tuple[Stage, ...], path: Path) -> None:
     images = (torch.stack(views).to(run.here.device).float() - run.mean) / run.std
     with run.here.autocast():
         draw_reconstruction(
-            run.model,
+            model,
             images,
             stages,
             target=config.target,
@@ -446,6 +504,8 @@ def announce(run: Run, vanilla: Curriculum) -> None:
     )
     if config.nodes or config.ngpus or config.use_volta32:
         log.warning("--nodes, --ngpus and --use_volta32 are a launcher's: start with torchrun for more devices")
+    if config.fsdp and not run.is_sharded:
+        log.warning("--fsdp: one rank has nothing to share out; start with torchrun for more")
     for i, stage in enumerate(plan.stages):
         log.info(
             "stage %d: %s px, %d of %d patches visible, %d predicted, %s steps, %.1f passes, %.0f%% of the compute",

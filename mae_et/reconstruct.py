@@ -107,8 +107,8 @@ def reconstruct(config: ReconstructConfig) -> Path:
 
 def _training_record(run: Path) -> Mapping:
     """What a run's own checkpoint says beside its weights; empty for foreign ones."""
-    file = run / run_folder.CHECKPOINT if run.is_dir() else run
-    if not file.is_file() or file.suffix == ".safetensors":
+    file = run_folder.checkpoint_of(run)
+    if not file.exists() or file.suffix == ".safetensors":
         return {}
     content = checkpoint.load(file)
     return content if content.get("format") == checkpoint.FORMAT else {}

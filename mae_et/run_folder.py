@@ -15,6 +15,7 @@ from typing import Any
 from . import storage
 
 CHECKPOINT, CONFIG, ENVIRONMENT = "checkpoint.pt", "config.yaml", "environment.json"
+SHARDED = "checkpoint.dcp"
 METRICS, LEDGER, ENCODER, PICTURE = "metrics.jsonl", "ledger.json", "encoder.safetensors", "reconstruction.png"
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow")
 
@@ -27,18 +28,32 @@ def prepare(path: Path, keep: bool, overwrite: bool) -> None:
         raise OSError(f"--output_dir {path} cannot be made: {error.strerror}") from error
     if not os.access(path, os.W_OK):
         raise PermissionError(f"--output_dir {path} is not writable")
-    older = [file.name for file in storage.kept(path / CHECKPOINT)]
-    held = [name for name in (CHECKPOINT, METRICS, *older) if (path / name).exists()]
+    older = [old.name for name in (CHECKPOINT, SHARDED) for old in storage.kept(path / name)]
+    held = [name for name in (CHECKPOINT, SHARDED, METRICS, *older) if (path / name).exists()]
     if held and not (keep or overwrite):
         raise FileExistsError(
             f"--output_dir {path} already holds a run ({held[0]}): go on with --resume auto, replace it with "
             "--overwrite, or choose another folder"
         )
     if overwrite:
-        for old in (*older, CHECKPOINT, METRICS, LEDGER, ENCODER, PICTURE, *path.glob("eval-*.json")):
-            (path / old).unlink(missing_ok=True)
+        for old in (*older, CHECKPOINT, SHARDED, METRICS, LEDGER, ENCODER, PICTURE, *path.glob("eval-*.json")):
+            storage.remove(path / old)
         for old in (*path.glob("events.out.tfevents.*"), *path.glob("reconstruction-*.png")):
             old.unlink()
+
+
+def checkpoint_of(path: Path) -> Path:
+    """Where the newest checkpoint of a run folder is, if it holds one; a checkpoint's own path is returned as it is."""
+    if not path.is_dir() or path.suffix == Path(SHARDED).suffix:
+        return path
+    sharded = path / SHARDED  # newer than checkpoint.pt: see drop_shards
+    return sharded if sharded.exists() or storage.kept(sharded) else path / CHECKPOINT
+
+
+def drop_shards(path: Path) -> None:
+    """Remove the sharded checkpoints of a run folder, whose checkpoint.pt has just become the newest."""
+    for old in (*storage.kept(path / SHARDED)[::-1], path / SHARDED):
+        storage.remove(old)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -12,6 +12,7 @@ import logging
 import os
 import pickle
 import re
+import shutil
 import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -92,10 +93,10 @@ def load(path: Path, map_location: str | torch.device = "cpu") -> dict:
     return content
 
 
-def load_newest(path: Path) -> tuple[dict, Path]:
+def load_newest(path: Path, load: Callable[[Path], dict] = load) -> tuple[dict, Path]:
     """Read `path` or, where it is damaged or missing, the newest of those kept from before it; says so in a warning.
 
-    Returns the content and the file it is from. Raises as :func:`load` does of `path` where none is whole.
+    Returns the content and the file it is from. Raises as `load` does of `path` where none is whole.
     """
     first: CheckpointError | FileNotFoundError | None = None
     for candidate in [path, *kept(path)]:
@@ -144,6 +145,38 @@ def write(path: Path, content: Callable[[BinaryIO], object], keep: int = 1) -> N
             temporary.unlink(missing_ok=True)
 
 
+def replace_folder(new: Path, path: Path, keep: int = 1) -> None:
+    """Rename a folder, whose files are on the disk, to `path`; `keep` stay: this one and those before it.
+
+    Raises CheckpointError. A folder can't take the name of another at once: between two renamings `path` is missing,
+    and the newest is number 1, where :func:`load_newest` finds it.
+    """
+    try:
+        _sync_folder(new)
+        _keep(path, max(2, keep))
+        os.replace(new, path)
+        _sync_folder(path.parent)
+        for old in kept(path)[keep - 1 :]:
+            remove(old)
+    except OSError as error:
+        raise CheckpointError(f"{path}: can't be written: {error.strerror or error}") from error
+
+
+def promote(older: Path, path: Path) -> None:
+    """Put an older file or folder in the place of a damaged `path`, which would else be kept before it."""
+    if path.is_dir():
+        remove(path)
+    os.replace(older, path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all it holds, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def make_folder(folder: Path) -> None:
     """The folder, with those above it. Raises CheckpointError."""
     try:
@@ -187,9 +220,11 @@ def _older(path: Path, number: int) -> Path:
 def _keep(path: Path, keep: int) -> None:
     """Make room for a new `path`: what it holds becomes number 1, and so on; `path` stays until it is replaced."""
     for file in kept(path)[max(0, keep - 1) :]:
-        file.unlink()
+        remove(file)
     if keep < 2 or not path.exists():
         return
+    if path.is_dir():  # a folder can't be renamed over another
+        remove(_older(path, keep - 1))
     for number in range(keep - 2, 0, -1):
         if _older(path, number).exists():
             os.replace(_older(path, number), _older(path, number + 1))
@@ -200,7 +235,7 @@ def _keep(path: Path, keep: int) -> None:
         os.link(path, link)
         os.replace(link, _older(path, 1))
         link.unlink(missing_ok=True)  # it stays where both names were the same file already, after a crash
-    except OSError:  # a file system without links
+    except OSError:  # a folder, or a file system without links
         os.replace(path, _older(path, 1))
 
 

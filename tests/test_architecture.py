@@ -18,7 +18,18 @@ ORDER = (
     *("data.stream", "data.names", "data.photos", "data.shards", "data.webdataset", "data.sources", "data.cache"),
     *("data.pixels", "data.views", "data.decode"),
     *("data.replay", "data.loader", "data.labelled", "data"),
-    *("optim", "runtime", "storage", "run_folder", "interop", "checkpoint", "picture", "progress", "journal"),
+    *(
+        "optim",
+        "runtime",
+        "storage",
+        "sharded",
+        "run_folder",
+        "interop",
+        "checkpoint",
+        "picture",
+        "progress",
+        "journal",
+    ),
     *("scaling", "plan", "pretrain", "mixing", "classifier", "evaluation", "finetune", "probe"),
     *("run_record", "compare", "report", "reconstruct", "prepare", "trials", "space", "search", "search_report"),
     *("cli", "__main__", ""),  # "" is mae_et itself
@@ -73,6 +84,8 @@ def problems(source: str) -> list[str]:
             found.append(f"line {node.lineno}: a blanket suppress hides bugs; name what may happen")
         if called in ("pickle.load", "pickle.loads", "pickle.Unpickler"):
             found.append(f"line {node.lineno}: {called} runs code from the file")
+        if called.endswith("FileSystemReader") or (called == "dcp.load" and "storage_reader" not in keywords):
+            found.append(f"line {node.lineno}: {called} unpickles .metadata, which runs code from the file")
         if called == "torch.load" and keywords.get("weights_only") is not True:
             found.append(f"line {node.lineno}: torch.load without weights_only=True runs code from the file")
         if keywords.get("weights_only", True) is False or keywords.get("allow_pickle", False) is True:
@@ -151,6 +164,8 @@ def test_imports_of_a_package_are_seen():
         "with contextlib.suppress(Exception):\n    f()",
         "pickle.load(file)",
         "torch.load(path)",
+        "dcp.load(state, checkpoint_id=path)",
+        "dcp.load(state, storage_reader=dcp.FileSystemReader(path))",
         "torch.load(path, weights_only=False)",
         "np.load(path, allow_pickle=True)",
         "x = 1  # TODO: more",

@@ -15,7 +15,7 @@ from mae_et import run_folder, storage
 from mae_et.storage import CheckpointError, DamagedCheckpoint, kept, load, load_newest, save
 
 #: What a save asks of the operating system, in any order; a process may die before or after each of them.
-CALLS = ("fsync", "link", "replace", "unlink")
+CALLS = ("fsync", "link", "replace", "unlink", "rmdir")
 
 
 def numbered(number: int) -> dict:
@@ -75,6 +75,39 @@ def test_death_at_any_moment_of_a_save_leaves_a_whole_newest_one(tmp_path, keep,
         names = {file.name for file in tmp_path.iterdir()}
         assert names <= {"checkpoint.pt", *(f"checkpoint.prev{n}.pt" for n in range(1, keep))}
     assert not died and fatal > (5 if keep > 1 else 3), "every moment has been tried"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="dies in a forked process")
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_death_at_any_moment_of_replacing_a_folder_leaves_a_whole_newest_one(tmp_path, keep):
+    """As above, for folders, which can't be renamed over each other: the newest may for a moment be number 1."""
+    path, new = tmp_path / "checkpoint.dcp", tmp_path / "new"
+
+    def put(number: int) -> None:
+        storage.remove(new)
+        new.mkdir()
+        save(numbered(number), new / "state.pt")
+        storage.replace_folder(new, path, keep)
+
+    for newest in range(1, 4):
+        put(newest)
+    assert len([path, *kept(path)]) == keep
+    for fatal in range(1, 30):
+        child = os.fork()
+        if not child:
+            _die_before_call(fatal, links=True)
+            put(newest + 1)
+            os._exit(0)
+        died = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+        found, _ = load_newest(path, lambda folder: load(folder / "state.pt"))
+        assert found["step"] in (newest, newest + 1), (fatal, found["step"])
+        if not died:
+            break
+        put(newest := found["step"] + 1)
+        assert whole(path / "state.pt") == newest
+        names = {file.name for file in tmp_path.iterdir()}
+        assert names <= {"checkpoint.dcp", *(f"checkpoint.prev{n}.dcp" for n in range(1, keep))}
+    assert not died and fatal > 7, "every moment has been tried"
 
 
 def _die_before_call(number: int, links: bool) -> None:
