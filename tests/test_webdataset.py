@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import itertools
 import json
 import logging
 import os
@@ -30,6 +31,9 @@ def users_cache(tmp_path_factory, monkeypatch) -> Path:
     return cache
 
 
+MOMENTS = itertools.count(1_700_000_000_000_000_000, 1_000_000_000)
+
+
 def write_tar(file: Path, members: Members, format: int = tarfile.GNU_FORMAT) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(file, "w", format=format) as tar:
@@ -37,6 +41,8 @@ def write_tar(file: Path, members: Members, format: int = tarfile.GNU_FORMAT) ->
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
+    moment = next(MOMENTS)  # two files within a tick of the clock would have the same time
+    os.utime(file, ns=(moment, moment))
     return file
 
 
