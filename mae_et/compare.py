@@ -23,7 +23,7 @@ import tyro
 
 from .config import to_dict
 from .curriculum import as_size, grid_of, show_size
-from .pretrain import FREE_ON_RESUME
+from .resume import FREE_ON_RESUME
 from .run_record import RunRecord, expand, incomparable, read_run, shape_field
 
 AXES = ("flops", "seconds")

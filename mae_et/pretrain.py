@@ -13,14 +13,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from . import checkpoint, interop, run_folder, runtime, sharded, storage
-from .config import PretrainConfig, to_dict, to_yaml
+from .config import PretrainConfig, to_yaml
 from .cost import EnergyMeter, Ledger, peak_memory_bytes
 from .curriculum import Curriculum, Stage, grid_of, height_width, show_size
 from .data.cache import CachedSource
@@ -33,27 +32,12 @@ from .optim import adamw, guarded_step, learning_rate, set_learning_rate
 from .picture import draw_reconstruction
 from .plan import build_curriculum, ledger_table, model_kwargs, remedies, vanilla_twin
 from .progress import Recorder, console, logging_to_console
+from .resume import check_branch, check_same_run, find_checkpoint, identity, resume_path
 from .runtime import Runtime, Stop, stop_signals
 from .spectral import low_frequency_crop
 from .targets import hog_target, pixel_target, reconstruction_loss, take_patches
 
 log = logging.getLogger(__name__)
-
-#: Fields that may change when a run is resumed: they change neither data nor masks nor the mathematics of a step.
-#: Batch, replay and views are compared through the planned stages: other devices may share them out otherwise.
-FREE_ON_RESUME = frozenset(
-    """
-    recipe data_path num_images num_workers pin_mem damaged_limit cache_gib output_dir log_dir resume branch overwrite
-    start_epoch device precision compile fsdp activation_checkpointing print_config
-    print_steps save_steps save_minutes keep_checkpoints picture_steps
-    batch_size accum_iter total_batch_size replay replay_gib views_per_image masks_per_image
-    world_size local_rank dist_on_itp dist_url job_dir nodes ngpus use_volta32
-    """.split()
-)
-
-
-#: What a branch may have otherwise than the run it begins with: how long it is, and what comes later.
-SCHEDULE = frozenset("curriculum stages share_of epochs warmup_epochs hold_epochs".split())
 
 
 @dataclass
@@ -381,82 +365,6 @@ def warm_up(run: Run, stage: Stage) -> float:
     run.optimizer.zero_grad(set_to_none=True)
     here.synchronize()
     return time.perf_counter() - began
-
-
-def identity(config: PretrainConfig, curriculum: Curriculum) -> dict[str, Any]:
-    """What a checkpoint says about itself: enough to use its weights, and to refuse to resume another run."""
-    return {
-        "format": checkpoint.FORMAT,
-        "config": to_dict(config),
-        "shape": model_kwargs(config),
-        "target": config.target,
-        "norm_pix_loss": config.norm_pix_loss,
-        "stages": [dataclasses.asdict(stage) for stage in curriculum.stages],
-        "num_images": curriculum.num_images,
-        "mean": list(config.pixel_mean),
-        "std": list(config.pixel_std),
-    }
-
-
-def check_same_run(state: dict[str, Any], config: PretrainConfig, curriculum: Curriculum, path: Path) -> None:
-    """ValueError that names the first difference if a checkpoint is of another run than the configuration's."""
-    _check_beginning(f"--resume {path}", state, config, curriculum, FREE_ON_RESUME)
-
-
-def check_branch(state: dict[str, Any], config: PretrainConfig, curriculum: Curriculum, path: Path) -> None:
-    """ValueError if a checkpoint is not of a finished run whose stages are the first of the configuration's."""
-    what = f"--branch {path}"
-    _check_beginning(what, state, config, curriculum, FREE_ON_RESUME | SCHEDULE)
-    done, stages = state["step"], len(state["stages"])
-    if stages >= len(curriculum.stages):
-        raise ValueError(f"{what} has {stages} stages and this run {len(curriculum.stages)}: nothing is left to train")
-    if done != curriculum.start(stages):
-        raise ValueError(f"{what} stopped at step {done} of {curriculum.start(stages)}; finish it with --resume auto")
-
-
-def _check_beginning(
-    what: str, state: dict[str, Any], config: PretrainConfig, curriculum: Curriculum, free: frozenset[str]
-) -> None:
-    """ValueError that names the first difference, in what is not free to differ, to the run of a checkpoint."""
-    if state.get("format") != checkpoint.FORMAT or "optimizer" not in state:
-        raise ValueError(f"{what} is not a pretraining checkpoint of mae_et; to fine-tune it, use main_finetune.py")
-    mine, defaults = identity(config, curriculum), to_dict(PretrainConfig())
-    for name, ours in mine["config"].items():
-        theirs = state["config"].get(name, defaults[name])  # a run from before there was this choice
-        if name not in free and theirs != ours:
-            raise ValueError(f"{what} is of another configuration: {name} was {theirs}, is {ours}")
-    if state["num_images"] != mine["num_images"]:
-        was, now = state["num_images"], mine["num_images"]
-        raise ValueError(f"{what} was trained on {was} images, --data_path {config.data_path} has {now}")
-    for theirs, ours in zip(state["stages"], mine["stages"], strict=False):  # a branch has more
-        # Sizes written one way; what is newer than the checkpoint was as it is by default; micro-batches may change.
-        theirs = dataclasses.asdict(Stage(**theirs | {"micro_scale": ours["micro_scale"]}))
-        for name in ours:
-            if theirs[name] != ours[name]:
-                remedy = "; set --total_batch_size to keep the batch on another number of devices"
-                raise ValueError(
-                    f"{what}: stage of {ours['size_px']} px had {name} {theirs[name]}, now {ours[name]}"
-                    + (remedy if name == "batch_size" else "")
-                )
-
-
-def resume_path(config: PretrainConfig) -> Path | None:
-    """The checkpoint to go on from, or None to start."""
-    if not config.resume:
-        return None
-    if config.resume != "auto":
-        return find_checkpoint("--resume", config.resume)
-    path = run_folder.checkpoint_of(Path(config.output_dir))
-    return path if path.exists() or storage.kept(path) else None
-
-
-def find_checkpoint(flag: str, where: str) -> Path:
-    """The checkpoint of a run folder, or a checkpoint's own path."""
-    path = run_folder.checkpoint_of(Path(where))
-    if not (path.exists() or storage.kept(path)):
-        legal = "a run folder, a checkpoint or auto" if flag == "--resume" else "a run folder or a checkpoint"
-        raise FileNotFoundError(f"{flag} {where}: no checkpoint there; give {legal}")
-    return path
 
 
 def draw(run: Run, stages: list[Stage] | tuple[Stage, ...], path: Path) -> None:

@@ -30,7 +30,7 @@ ORDER = (
         "progress",
         "journal",
     ),
-    *("scaling", "plan", "pretrain", "mixing", "classifier", "evaluation", "finetune", "probe"),
+    *("scaling", "plan", "resume", "pretrain", "mixing", "classifier", "evaluation", "finetune", "probe"),
     *("run_record", "compare", "report", "reconstruct", "prepare", "trials", "space", "search", "search_report"),
     *("cli", "__main__", ""),  # "" is mae_et itself
 )
