@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import shutil
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -229,7 +230,8 @@ def forecast(space: Space) -> list[str]:
     """What the search will cost at most, in sentences."""
     config = space.config
     trials, cost = space.most()
-    seconds = seconds_of_vanilla(space.base, space.num_images)
+    device = (config.devices or (config.device,))[0]
+    seconds = seconds_of_vanilla(replace(space.base, device=device), space.num_images)
     lines = [
         f"{config.algorithm} search: {config.num_stages} stages of {space.sizes} px; {space.num_images:,} images to "
         f"train on, {config.holdout:,} held out to judge by {' and '.join(config.judge)}",
@@ -247,6 +249,8 @@ def search(config: SearchConfig) -> Found | None:
 
     Raises ValueError, OSError or CheckpointError, with one line, for whatever the user can mend.
     """
+    if "RANK" in os.environ:
+        raise ValueError("a search gives each trial a device: start it without torchrun, with --jobs and --devices")
     space, out = prepare_space(config), Path(config.output_dir)
     for line in forecast(space):
         log.info(line)

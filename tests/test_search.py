@@ -441,6 +441,12 @@ def test_mistakes_are_explained(pictures: Path, tmp_path: Path, changes: dict, m
     assert not (tmp_path / "out").exists()
 
 
+def test_torchrun_is_refused(pictures: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ValueError, match="start it without torchrun, with --jobs and --devices"):
+        search(config_of(pictures, tmp_path / "out"))
+
+
 def test_a_labelled_judge_needs_labels(pictures: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--judge knn linear_probe needs labels, .*; choose --judge loss"):
         search(config_of(pictures / "train" / "r", tmp_path / "out", holdout=4))
