@@ -84,7 +84,7 @@ class Run:
         else:
             state = sharded.gather(state, self.here.is_main)
             if self.here.is_main:
-                checkpoint.save(state, self.folder / run_folder.CHECKPOINT, keep)
+                checkpoint.save(state, self.folder / run_folder.CHECKPOINT, keep=keep)
                 run_folder.drop_shards(self.folder)
         if self.here.is_main:
             run_folder.write_json(self.folder / run_folder.LEDGER, self.ledger.state_dict())

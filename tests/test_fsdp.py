@@ -314,10 +314,10 @@ def test_recomputing_changes_nothing_but_memory() -> None:
     assert little < 0.2 * much
 
 
+@torch._dynamo.config.patch(recompile_limit=8)  # torch's default, unless somebody has changed it
 def test_blocks_compile_for_every_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     """As `--fsdp --compile` needs it: without breaks, one graph for all blocks alike; a cheap backend stands in."""
     graphs = []
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)  # torch's default, unless somebody has changed it
     monkeypatch.setattr(
         torch, "compile", partial(torch.compile, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)
     )
