@@ -16,7 +16,7 @@ from .data.loader import default_workers
 from .plan import build_curriculum, describe_model, model_kwargs, vanilla_twin
 from .spectral import OPERATORS
 from .targets import TARGETS
-from .trials import JUDGES, Trial
+from .trials import JUDGES, Trial, loss_flops
 
 ALGORITHMS = ("sequential", "greedy")
 
@@ -157,12 +157,16 @@ class Space:
         )
         if self.base.num_workers is None and config.jobs > 1:
             self.base = replace(self.base, num_workers=max(1, default_workers() // config.jobs))
-        self.vanilla_flops = build_curriculum(self.base, self.num_images).total_flops
+        vanilla = build_curriculum(self.base, self.num_images)
+        self.vanilla_flops = vanilla.total_flops
         self.full = Option(config.input_size, None, config.target, config.lowfreq)
         self.options = self._options()
         model = describe_model(self.base)
-        judged = config.holdout + min(config.judge_images, self.num_images)
-        self._judge_flops = judged * encoder_flops_per_image(model, model.num_patches) * len(config.judge)
+        probed = config.holdout + min(config.judge_images, self.num_images)
+        costs = {name: probed * encoder_flops_per_image(model, model.num_patches) for name in config.judge}
+        if "loss" in costs:
+            costs["loss"] = loss_flops(config.holdout, vanilla.stages[0])
+        self._judge_flops = sum(costs.values())
 
     def _options(self) -> list[Option]:
         """All options, the cheapest first, the full one among them."""
@@ -249,15 +253,14 @@ class Space:
 
     def most(self) -> tuple[int, float]:
         """(trials, their cost in vanilla runs) if all options have to be tried at every stage."""
-        trials, cost = [], 0.0
-        share = 1 / self.config.num_stages
+        trials, share = [], 1 / self.config.num_stages
         if self.config.algorithm == "greedy":
             trials.append(fill((), self.full))
         for stage in range(self.config.num_stages - 1):
             before = tuple((self.options[0], share) for _ in range(stage))
             some = growing(self.options, before)
             if self.config.algorithm == "greedy":
-                trials += [fill((*before, (o, share)), self.full) for o in some if o != self.full]
+                trials += [fill((*before, (o, share)), self.full) for o in some if o != at_full(self.full, before)]
             elif not self.config.halving:
                 trials += [(*before, (option, share)) for option in some]
             else:

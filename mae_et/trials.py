@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -24,7 +25,7 @@ import torch
 from . import checkpoint, run_folder, runtime
 from .config import PretrainConfig
 from .cost import Ledger
-from .curriculum import height_width
+from .curriculum import Stage, height_width
 from .data.labelled import EvalCrops, eval_batches
 from .data.sources import open_source
 from .data.stream import mask_noise
@@ -132,7 +133,12 @@ def held_out_loss(config: PretrainConfig) -> tuple[float, float]:
         for i, (images, _) in enumerate(eval_batches(_Unlabelled(crops), 0, 1, config.num_workers, False, LOSS_BATCH)):
             noise = mask_noise(0, i, len(images), run.patches(stage)).to(here.device)
             total += run.loss(run.prepare(images, stage), stage, noise).item() * len(images)
-    return total / len(source), len(source) * stage.flops_per_image / 3  # forward only
+    return total / len(source), loss_flops(len(source), stage)
+
+
+def loss_flops(num_images: int, stage: Stage) -> float:
+    """FLOPs of the held-out loss: a forward pass is a third of a training step."""
+    return num_images * stage.flops_per_image / 3
 
 
 class _Unlabelled(torch.utils.data.Dataset):
@@ -206,6 +212,8 @@ class Workers(contextlib.AbstractContextManager):
             if self.jobs == 1:
                 return run_trial(trial, device)
             return self.processes.submit(run_trial, trial, device, self.threads).result()
+        except BrokenProcessPool as error:
+            raise ChildProcessError("a trial's process was killed, perhaps for want of memory; lower --jobs") from error
         finally:
             self.free.put(device)
 

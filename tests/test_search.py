@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +21,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from test_pretrain import TINY as MODEL
+from test_pretrain import one_thread  # noqa: F401 - a fixture
 
 from mae_et import checkpoint
 from mae_et.cli import main
@@ -38,27 +40,11 @@ from mae_et.runtime import start
 from mae_et.search import OutOfBudget, Results, greedy, search, sequential
 from mae_et.space import Option, Schedule, SearchConfig, Space, fill, growing
 from mae_et.targets import pixel_target
-from mae_et.trials import held_out_loss, new_run, seconds_of_vanilla
+from mae_et.trials import Workers, held_out_loss, new_run, seconds_of_vanilla
 
 ROOT = Path(__file__).parent.parent
-TINY = {
-    "model": "mae_vit_tiny_patch16",
-    "input_size": 32,
-    "patch_size": 8,
-    "embed_dim": 24,
-    "depth": 2,
-    "num_heads": 2,
-    "decoder_embed_dim": 16,
-    "decoder_depth": 1,
-    "decoder_num_heads": 2,
-    "epochs": 4,
-    "warmup_epochs": 0,
-    "batch_size": 8,
-    "num_workers": 0,
-    "precision": "fp32",
-    "lr": 1e-3,
-    "device": "cpu",
-}
+TINY = {k: v for k, v in MODEL.items() if k not in ("curriculum", "stages", "print_steps")}
+TINY |= {"epochs": 4, "warmup_epochs": 0, "batch_size": 8}
 SEARCH = TINY | {"sizes": [16, 32], "num_stages": 3, "holdout": 12, "judge_images": 30, "tune": 0.25}
 FULL = Option(32)
 
@@ -76,15 +62,6 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(small).resize((40, 40), Image.Resampling.BICUBIC).save(path)
     return root
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """As the processes of a search run: only then are results the same bit for bit."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def config_of(pictures: Path, out: Path, **changes) -> SearchConfig:
@@ -439,6 +416,14 @@ def test_mistakes_are_explained(pictures: Path, tmp_path: Path, changes: dict, m
     with pytest.raises(ValueError, match=message):
         search(config_of(pictures, tmp_path / "out", **changes))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_process_that_is_killed_is_explained(pictures: Path, tmp_path: Path) -> None:
+    trial = Space(config_of(pictures, tmp_path), 48, labelled=True).trial(((FULL, 0.5),), 0)
+    with Workers(2, ("cpu",)) as workers:
+        workers.processes.submit(os._exit, 1)
+        with pytest.raises(ChildProcessError, match="process was killed"):
+            list(workers.run([trial]))
 
 
 def test_torchrun_is_refused(pictures: Path, tmp_path: Path, monkeypatch) -> None:
