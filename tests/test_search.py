@@ -421,7 +421,7 @@ def test_mistakes_are_explained(pictures: Path, tmp_path: Path, changes: dict, m
 def test_a_process_that_is_killed_is_explained(pictures: Path, tmp_path: Path) -> None:
     trial = Space(config_of(pictures, tmp_path), 48, labelled=True).trial(((FULL, 0.5),), 0)
     with Workers(2, ("cpu",)) as workers:
-        workers.processes.submit(os._exit, 1)
+        assert workers.processes.submit(os._exit, 1).exception(timeout=100)  # known before the trial begins
         with pytest.raises(ChildProcessError, match="process was killed"):
             list(workers.run([trial]))
 
