@@ -13,6 +13,9 @@ of the best matrix product in the same run and precision. Memory: high-water mar
 
 from __future__ import annotations
 
+import mae_et  # noqa: F401, before torch: it sets how OpenMP threads wait
+
+# isort: split
 import contextlib
 import json
 import time
@@ -107,6 +110,7 @@ class Contestant:
         with self.run.here.autocast():
             loss = self.theirs(prepared, noise=noise).loss
         loss.backward()
+        nn.utils.get_total_norm(p.grad for p in self.theirs.parameters() if p.grad is not None)  # as take_step does
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 

@@ -2,10 +2,13 @@
 
 import os
 
-# Before torch is loaded: idle OpenMP threads must sleep, not spin. Spinning ones starve loader processes and anything
-# else on the machine: beside other busy processes on 2 cores the demo fell from about 250 to under 20 images/s. Alone
-# on the machine, sleeping costs it about 5 %; set OMP_WAIT_POLICY yourself to choose otherwise.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Both before torch is loaded. Idle OpenMP threads spin for a fraction of a millisecond, then sleep: asleep at once
+# (OMP_WAIT_POLICY=passive) they must be woken for every small operation, and a tiny ViT trains at half the speed;
+# spinning on as by default, they starve other processes on the same cores, and a step beside one takes 8 times as long.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+# Large tensors on a CPU in pages of 2 MiB, where the system allows it: fewer faults and table walks (see also runtime).
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 from .cost import flops_per_image
 from .curriculum import Curriculum, Stage, efficient_train, efficient_train_pp, vanilla

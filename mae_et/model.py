@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .curriculum import SizePx, grid_of, height_width
 from .decoder import DECODERS, CrossBlock
+from .targets import take_patches
 
 NORM_EPS = 1e-6  # MAE, as in ViT
 
@@ -193,9 +194,9 @@ class MaskedAutoencoder(nn.Module):
         # so that only visible patches are embedded.
         x = rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=self.patch_size, q=self.patch_size)
         table, _ = self.positions(grid)  # [1, 1+L, D]
-        position = table[:, 1:].expand(len(images), -1, -1)  # [B, L, D]
+        position = table[:, 1:]  # [1, L, D]
         if visible_ids is not None:
-            x, position = _take(x, visible_ids), _take(position, visible_ids)
+            x, position = take_patches(x, visible_ids), F.embedding(visible_ids, position[0])
         projection = self.encoder.patch_embed.proj
         x = F.linear(x, projection.weight.flatten(1), projection.bias) + position  # [B, V, D]
         cls = (self.encoder.cls_token + table[:, :1]).expand(len(x), -1, -1)
@@ -204,10 +205,10 @@ class MaskedAutoencoder(nn.Module):
 
     def _decode(self, latent: Tensor, grid: tuple[int, int], visible_ids: Tensor, predicted_ids: Tensor) -> Tensor:
         # Attention doesn't care about order and every token carries its position, so nothing is unshuffled.
-        table = self.positions(grid)[1].expand(len(latent), -1, -1)  # [B, L, E]
+        table = self.positions(grid)[1][0]  # [L, E]
         x = self.decoder_embed(latent)  # [B, 1+V, E]
-        cls, visible = x[:, :1], x[:, 1:] + _take(table, visible_ids)
-        queries = self.mask_token + _take(table, predicted_ids)  # [B, P, E]
+        cls, visible = x[:, :1], x[:, 1:] + F.embedding(visible_ids, table)
+        queries = self.mask_token + F.embedding(predicted_ids, table)  # [B, P, E]
         context, queries = torch.cat([cls, visible.to(x.dtype)], dim=1), queries.to(x.dtype)  # [B, 1+V, E]
         if self.decoder == "cross":
             for block in self.decoder_blocks:
@@ -288,8 +289,3 @@ def create_mae(name: str = "mae_vit_base_patch16", **overrides) -> MaskedAutoenc
 
 def _norm(width: int, **kwargs) -> nn.LayerNorm:
     return nn.LayerNorm(width, **{"eps": NORM_EPS} | kwargs)
-
-
-def _take(x: Tensor, ids: Tensor) -> Tensor:
-    """Rows of x [B, L, D] at ids [B, N] -> [B, N, D]."""
-    return x.gather(1, ids.unsqueeze(-1).expand(-1, -1, x.shape[-1]))

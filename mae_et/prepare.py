@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.data import DataLoader, Dataset
 
 from .data.decode import DamagedImage, to_image
-from .data.loader import default_workers
+from .data.loader import default_workers, start_worker
 from .data.shards import FORMAT, INDEX, ShardSource
 from .data.sources import Source, open_source
 from .progress import console
@@ -98,7 +98,8 @@ def pack(source: Source, folder: Path, config: PrepareConfig) -> dict[str, Any]:
     first = shards[-1]["end"] if shards else 0
     encoder = Encoder(source, config)
     workers = default_workers() if config.num_workers is None else config.num_workers
-    encoded = iter(DataLoader(encoder, None, sampler=range(first, len(source)), num_workers=workers))
+    order = range(first, len(source))
+    encoded = iter(DataLoader(encoder, None, sampler=order, num_workers=workers, worker_init_fn=start_worker))
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(f"{folder}", total=len(source), completed=first)

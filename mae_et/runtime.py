@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import os
+import platform
 import re
 import signal
 import warnings
@@ -27,6 +29,8 @@ log = logging.getLogger(__name__)
 OTHER_LAUNCHERS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE")
 #: What gloo, NCCL and the store say when a rank is gone; they have no type of error of their own for it.
 LOST_RANK = re.compile(r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|timed out", re.IGNORECASE)
+#: glibc's names in malloc.h: how many blocks may be mapped, and how many free bytes the heap may keep.
+M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
 
 
 @dataclass(frozen=True)
@@ -148,6 +152,8 @@ def start(device: str = "auto", precision: str = "auto", dist_url: str = "env://
     set_fused_attn(not (chosen.type == "cpu" and precision == "bf16"))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+    else:
+        _keep_freed_memory()
     if world_size > 1:
         _join("nccl" if chosen.type == "cuda" else "gloo", dist_url, rank, world_size)
     try:
@@ -190,6 +196,17 @@ def _device(name: str, local_rank: int, world_size: int) -> torch.device:
         if device.index >= torch.cuda.device_count():
             raise ValueError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
     return device
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc reuse what a step has freed, instead of giving it back to the system and faulting it in again.
+
+    A step frees and allocates the same few gigabytes of activations; fresh pages cost more than the arithmetic on them.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)  # never
 
 
 def _fast_bf16(device: torch.device) -> bool:

@@ -633,12 +633,12 @@ def test_commands(whole: Path, photos: Path, tmp_path: Path, capfd: pytest.Captu
 LATE = """
 import os, runpy, sys, time
 from mae_et.data import loader
-begin, trainer = loader._leave_signals_to_the_trainer, os.getpid()
+begin, trainer = loader.start_worker, os.getpid()
 def late(worker):
     while os.getppid() == trainer:
         time.sleep(0.01)
     begin(worker)
-loader._leave_signals_to_the_trainer = late
+loader.start_worker = late
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from .decode import DamagedImage, center_crop, train_crop
-from .loader import MOST_DAMAGED_IN_A_ROW, Damage, DamageLog, default_workers
+from .loader import MOST_DAMAGED_IN_A_ROW, Damage, DamageLog, default_workers, start_worker
 from .sources import Source, open_source, subset
 from .stream import Sample, SampleStream, derive_seed
 
@@ -133,7 +133,14 @@ def labelled_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Micro-batches of the stream: images float32 [b, C, H, W] and labels int64 [b]."""
     workers = default_workers() if num_workers is None else num_workers
-    loader = DataLoader(dataset, batch_sampler=stream, num_workers=workers, pin_memory=pin_memory, collate_fn=_collate)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=stream,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        collate_fn=_collate,
+        worker_init_fn=start_worker,
+    )
     for images, labels, damaged in loader:
         damage.add(damaged)
         yield images, labels
@@ -151,6 +158,7 @@ def eval_batches(
         sampler=indices,
         num_workers=workers if len(indices) > batch_size else 0,  # processes cost more than a few images
         pin_memory=pin_memory,
+        worker_init_fn=start_worker,
     )
 
 

@@ -115,7 +115,7 @@ def _decoded(
         num_workers=workers,
         pin_memory=pin_memory,
         collate_fn=_collate,
-        worker_init_fn=_leave_signals_to_the_trainer,
+        worker_init_fn=start_worker,
         # Small stages eat several times more images a second: a deeper queue rides out the decoder's jitter.
         prefetch_factor=4 if workers else None,
     )
@@ -146,8 +146,11 @@ def _collate(made: list[tuple[list[Tensor], list[Damage]]]) -> tuple[Tensor, lis
     return stacked, [damage for _, damaged in made for damage in damaged]
 
 
-def _leave_signals_to_the_trainer(worker: int) -> None:
-    """Ctrl-C, `timeout` and Slurm signal the whole process group; the trainer saves and ends its workers itself."""
+def start_worker(worker: int) -> None:
+    """For DataLoader's `worker_init_fn`: die with the trainer, leave signals to it, and keep to one core.
+
+    Ctrl-C, `timeout` and Slurm signal the whole process group; the trainer saves and ends its workers itself.
+    """
     # torch's workers watch for another parent than they had when they got going. If the trainer was killed before, that
     # one was no longer it, and they would wait for ever. (A fork server is the parent of its children.)
     trainer = multiprocessing.parent_process().pid
