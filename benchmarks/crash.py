@@ -2,6 +2,7 @@
 
     python benchmarks/crash.py                              # 20 kills, one process
     python benchmarks/crash.py --ranks 2 --accumulate       # two gloo ranks, gradients accumulated
+    python benchmarks/crash.py --ranks 2 --flags=--fsdp     # the same with sharded checkpoints
     python benchmarks/crash.py --flags="--curriculum et_pp" # any further flags of main_pretrain.py, for both runs
 
 Every other kill waits for a checkpoint to be in the middle of being written. With ranks, a kill hits now the whole
@@ -70,6 +71,11 @@ class Launch:
     recipe: Path
     ranks: int
     flags: list[str]
+
+    @property
+    def checkpoint(self) -> str:
+        """What it saves on the way; at its end all write checkpoint.pt."""
+        return "checkpoint.dcp" if "--fsdp" in self.flags and self.ranks > 1 else "checkpoint.pt"
 
     def start(self, folder: Path) -> subprocess.Popen:
         program = [sys.executable]
@@ -159,7 +165,7 @@ def kill_once(launch: Launch, folder: Path, number: int, until: int) -> Kill:
     while newest_step(folder) < until and process.poll() is None:
         time.sleep(0.002)
     time.sleep(random.uniform(0, 0.05))
-    unfinished = folder / ".checkpoint.pt.tmp"
+    unfinished = folder / f".{launch.checkpoint}.tmp"
     deadline = time.monotonic() + 5
     while number % 2 and not unfinished.exists() and process.poll() is None and time.monotonic() < deadline:
         pass
@@ -183,7 +189,7 @@ def kill_once(launch: Launch, folder: Path, number: int, until: int) -> Kill:
         if Path(f"/proc/{pid}").exists():
             os.kill(pid, signal.SIGKILL)
     during_save = unfinished.exists()
-    content, _ = checkpoint.load_newest(folder / "checkpoint.pt")
+    content, _ = checkpoint.load_newest(folder / launch.checkpoint)
     return Kill(number + 1, victim, content["step"], during_save, seconds)
 
 

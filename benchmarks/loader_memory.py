@@ -3,9 +3,9 @@
     python benchmarks/loader_memory.py [--images 2000] [--epochs 3] [--workers 2]
 
 Prints the memory of the loader's processes (proportional set size, from /proc) after every epoch over JPEGs in a
-temporary folder, with the replay buffer on; then kills a training loop with SIGKILL and counts what stays of its
-processes and of its segments in /dev/shm. Exit code 1 if memory grew by more than a tenth after the first epoch, or if
-anything stayed. Linux only.
+temporary folder, with the replay buffer on and freed memory kept, as in a run; then kills a training loop with SIGKILL
+and counts what stays of its processes and of its segments in /dev/shm. Exit code 1 if memory grew by more than a tenth
+after the first epoch, or if anything stayed. Linux only.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 
 from loader import photographs
 
+from mae_et import runtime
 from mae_et.curriculum import Curriculum, Stage
 from mae_et.data import open_source
 from mae_et.data.loader import DamageLog, TrainImages, train_batches
@@ -105,7 +106,7 @@ def main() -> None:
     if arguments.folder:
         memory_over_epochs(arguments.folder, arguments.epochs, arguments.workers)
         return
-    with tempfile.TemporaryDirectory() as folder:
+    with runtime.start("cpu"), tempfile.TemporaryDirectory() as folder:
         files = photographs()
         for i in range(arguments.images):
             (Path(folder) / f"{i:06}.jpg").write_bytes(files[i % len(files)])
