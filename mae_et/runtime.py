@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import signal
+import time
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -174,6 +175,10 @@ def _join(backend: str, dist_url: str, rank: int, world_size: int) -> None:
 
     torchrun keeps its store when it restarts ranks; where those before were, the new ones would find dead addresses.
     """
+    # gloo's threads take a lock of the interpreter for a moment when they let go of a tensor. A process forked just then,
+    # as loader processes are, would wait for it for ever (CPython issue 112275, up to 3.11); asleep, we let them finish.
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(before=lambda: time.sleep(0.02))
     store, rank, world_size = next(rendezvous(dist_url, rank, world_size))
     store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
