@@ -175,8 +175,9 @@ def _join(backend: str, dist_url: str, rank: int, world_size: int) -> None:
 
     torchrun keeps its store when it restarts ranks; where those before were, the new ones would find dead addresses.
     """
-    # gloo's threads take a lock of the interpreter for a moment when they let go of a tensor. A process forked just then,
-    # as loader processes are, would wait for it for ever (CPython issue 112275, up to 3.11); asleep, we let them finish.
+    # gloo's threads take a lock of the interpreter for a moment when they let go of a tensor. A process forked just
+    # then, as loader processes are, would wait for it for ever (CPython issue 112275, up to 3.11); while this one
+    # sleeps, they get done.
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(before=lambda: time.sleep(0.02))
     store, rank, world_size = next(rendezvous(dist_url, rank, world_size))
