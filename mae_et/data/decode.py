@@ -8,7 +8,7 @@ Four ways down to a small stage, all with the same crop for the same seed (METHO
 - ``scaled``   a JPEG is decoded at 1/2, 1/4 or 1/8 where the crop allows it, then one Lanczos resize of the crop
 
 JPEGs are the common case and take a short way: simplejpeg and cykooz_resizer, where they are installed, and torch's
-resize of uint8. else is decoded in `pixels`.
+resize of uint8. Everything else is decoded in `pixels`.
 """
 
 from __future__ import annotations
