@@ -67,7 +67,7 @@ def target_dim(target: str, patch_size: int, in_chans: int) -> int:
 
 def take_patches(target: Tensor, ids: Tensor) -> Tensor:
     """Patches of a target [B, L, D] at the places ids [B, P] -> [B, P, D]."""
-    # Whole rows, looked up in all patches of the batch: on a CPU `gather` takes them value by value, and three times as long.
+    # Whole rows, looked up in all patches of the batch: on a CPU `gather` takes single values, and three times as long.
     first = torch.arange(len(target), device=ids.device).unsqueeze(1) * target.shape[1]
     return F.embedding(ids + first, target.flatten(0, 1))
 
