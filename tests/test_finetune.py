@@ -21,7 +21,8 @@ from mae_et import checkpoint
 from mae_et import finetune as finetune_module
 from mae_et.classifier import adapt_positions, build_classifier, find_start
 from mae_et.config import parse
-from mae_et.data.labelled import Augmentation, TrainCrops, seeded
+from mae_et.data.labelled import Augmentation, TrainCrops, eval_batches, labelled_batches, seeded
+from mae_et.data.loader import DamageLog
 from mae_et.data.sources import open_source
 from mae_et.data.stream import Sample
 from mae_et.finetune import finetune, layer_decay_adamw
@@ -374,3 +375,21 @@ def test_data_without_labels_or_with_other_classes_are_refused(run: Path, pictur
     with pytest.raises(ValueError, match="is the pretraining run itself"):
         finetune(FinetuneConfig(finetune=str(run), output_dir=str(run), overwrite=True, **QUICK))
     assert (run / "checkpoint.pt").is_file()
+
+
+class Asked(torch.utils.data.Dataset):
+    """Whether the process that reads an item ignores signals, as an image, with a label and no damage."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int, list]:
+        ignored = [signal.getsignal(number) == signal.SIG_IGN for number in (signal.SIGINT, signal.SIGTERM)]
+        return torch.tensor(ignored), 0, []
+
+
+def test_loader_processes_leave_signals_to_the_trainer() -> None:
+    """Who signals the whole process group means a run to save and end, not to lose its loader."""
+    ((trained, _),) = labelled_batches(Asked(), [[0, 1]], DamageLog(4, 0.0), num_workers=1, pin_memory=False)
+    evaluated = [images for images, *_ in eval_batches(Asked(), 0, 1, num_workers=1, pin_memory=False, batch_size=2)]
+    assert trained.all() and torch.cat(evaluated).all()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import multiprocessing
 import os
 import pickle
 import signal
@@ -247,3 +248,16 @@ def test_a_cache_reads_once_and_stops_at_its_size():
 def test_what_is_decoded_is_not_cached():
     photos = open_source("photos")
     assert np.array_equal(CachedSource(photos, 10**6).read(7)[0], photos.read(7)[0])
+
+
+def test_loader_processes_leave_signals_to_the_command(folder, tmp_path, monkeypatch):
+    source = type(open_source(folder))
+    read = source.read
+
+    def terminated(self, index: int):
+        if index == 3 and multiprocessing.parent_process():
+            os.kill(os.getpid(), signal.SIGTERM)
+        return read(self, index)
+
+    monkeypatch.setattr(source, "read", terminated)
+    assert packed(folder, tmp_path / "out", num_workers=1)["images"] == 12 + 4

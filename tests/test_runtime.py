@@ -1,4 +1,4 @@
-"""What a process sets before it trains on a CPU."""
+"""What a process sets before it trains."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from test_fsdp import on_ranks
+
+from mae_et import runtime
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -50,3 +54,18 @@ def test_memory_that_a_step_frees_is_used_again():
 )
 def test_idle_threads_spin_for_a_moment_unless_the_user_says_otherwise(given, spins):
     assert python("import os, mae_et; print(os.environ.get('GOMP_SPINCOUNT'))", **given).strip() == spins
+
+
+def test_ranks_sleep_before_they_fork(tmp_path: Path) -> None:
+    """So that no thread of gloo holds a lock of the interpreter, which the new process would wait for."""
+    on_ranks(2, tmp_path / "log", _fork)
+
+
+def _fork() -> None:
+    with runtime.start("cpu"):
+        slept: list[float] = []
+        time.sleep = slept.append  # this process is the test's own
+        if (process := os.fork()) == 0:
+            os._exit(0)
+        os.waitpid(process, 0)
+        assert slept == [0.02]
