@@ -1,4 +1,4 @@
-"""A training step of `mae_et` against one of transformers' ViTMAE: same shapes, same batch, identical work, in one run.
+"""A training step of `mae_et` against one of transformers' ViTMAE: same shapes, same batch, identical work, in turn.
 
     python benchmarks/step.py                                       # ViT-B/16 and ViT-S/16, at 96, 160 and 224 px
     python benchmarks/step.py --models mae_vit_base_patch16 --batch_size 16 --curriculum vanilla --rounds 7
@@ -6,20 +6,29 @@
 
 Every contestant gets the same uint8 images at full size and does the same with them: normalise, spectral crop to the
 stage's size, forward (all masked patches are decoded), loss on normalised pixels, backward, fused AdamW. Each model
-runs in fp32 and in bf16 autocast; a round takes one step of each, in turn. `--batch_size` is the batch at full size;
+runs in fp32 and in bf16 autocast; a round takes one step of each, in turn. ViTMAE is there twice: in a process of its
+own, as torch and transformers leave it (rival.py; the first ratio), and in this one, which shares what mae_et sets for
+threads and memory (the second ratio: the model's and the loop's part alone). `--batch_size` is the batch at full size;
 smaller stages take more images for the same work (`--same_batch`: no). Utilisation: training FLOPs a second over those
 of the best matrix product in the same run and precision. Memory: high-water mark of a step over what was in use before.
 """
 
 from __future__ import annotations
 
+import os
+
+UNTOUCHED = dict(os.environ)  # what a process without mae_et would find
+
 import mae_et  # noqa: F401, before torch: it sets how OpenMP threads wait
 
 # isort: split
 import contextlib
 import json
+import subprocess
+import sys
 import time
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,12 +41,14 @@ from torch import Tensor, nn
 
 from mae_et import runtime
 from mae_et.config import PretrainConfig
-from mae_et.curriculum import Stage, grid_of, show_size
+from mae_et.curriculum import Stage, show_size
 from mae_et.interop import huggingface_config
 from mae_et.plan import model_kwargs
 from mae_et.pretrain import Run, take_step
 
 PRECISIONS = ("bf16", "fp32")
+OURS, THEIRS, THEIRS_HERE = "mae_et", "transformers ViTMAE", "ViTMAE, our process"
+NUM_IMAGES = 1_000_000  # of a data set: whole steps of every stage
 MATMUL_SHAPES = ((1024, 1024, 1024), (2048, 2048, 2048), (4096, 1024, 4096))
 CUDA_MATMUL_SHAPES = ((4096, 4096, 4096), (8192, 8192, 8192), (16384, 4096, 4096))
 
@@ -70,32 +81,29 @@ class StepConfig:
 
 @dataclass
 class Contestant:
-    """One model in one precision at one size. `step` takes uint8 images to new weights."""
+    """One model in one precision at one size. A step takes uint8 images to new weights."""
 
-    name: str
-    precision: str
     run: Run
     stage: Stage
     theirs: nn.Module | None = None
-    seconds: list[float] = field(default_factory=list)
-    step_bytes: int = 0
 
     def __post_init__(self) -> None:
         self.batches = loader_output(self.run, self.stage)
         if self.theirs is not None:
             self.optimizer = torch.optim.AdamW(self.theirs.parameters(), lr=LEARNING_RATE, fused=True)
 
-    def warm_up(self) -> None:
-        """Two steps that don't count: the first makes the optimiser's state, the second's memory is measured."""
+    def warm_up(self) -> int:
+        """Two steps that don't count: the first makes the optimiser's state, the second's memory is returned."""
         self._step()
         before = reset_peak_memory(self.run.here.device)
         self._step()
-        self.step_bytes = peak_memory(self.run.here.device) - before
+        return peak_memory(self.run.here.device) - before
 
-    def step(self) -> None:
+    def step(self) -> float:
+        """Seconds of one step."""
         began = time.perf_counter()
         self._step()
-        self.seconds.append(time.perf_counter() - began)
+        return time.perf_counter() - began
 
     def _step(self) -> None:
         if self.theirs is None:
@@ -115,6 +123,43 @@ class Contestant:
         self.optimizer.zero_grad(set_to_none=True)
 
 
+class Rival:
+    """A :class:`Contestant` of transformers in a process of its own, to which mae_et has set nothing."""
+
+    def __init__(self, options: StepConfig, model: str, precision: str, stage_index: int) -> None:
+        command = [sys.executable, Path(__file__).with_name("rival.py"), json.dumps(asdict(options))]
+        command += [model, precision, str(stage_index)]
+        self.process = subprocess.Popen(
+            command, env=UNTOUCHED, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def warm_up(self) -> int:
+        return int(self._ask("warm_up"))
+
+    def step(self) -> float:
+        return float(self._ask("step"))
+
+    def _ask(self, what: str) -> str:
+        self.process.stdin.write(what + "\n")
+        self.process.stdin.flush()
+        return self.process.stdout.readline()
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+@dataclass
+class Times:
+    """Of one contestant: what is reported."""
+
+    name: str
+    precision: str
+    contestant: Contestant | Rival
+    step_bytes: int = 0
+    seconds: list[float] = field(default_factory=list)
+
+
 def main() -> None:
     options = tyro.cli(StepConfig, use_underscores=True)
     reports = []
@@ -127,9 +172,8 @@ def main() -> None:
         show(reports, facts)
 
 
-def measure(options: StepConfig, model: str) -> list[dict[str, Any]]:
-    """One row per size, model and precision."""
-    config = PretrainConfig(
+def pretrain_config(options: StepConfig, model: str) -> PretrainConfig:
+    return PretrainConfig(
         model=model,
         curriculum=options.curriculum,
         batch_size=options.batch_size,
@@ -140,26 +184,43 @@ def measure(options: StepConfig, model: str) -> list[dict[str, Any]]:
         compile=options.compile,
         warmup_epochs=0,
     )
+
+
+def measure(options: StepConfig, model: str) -> list[dict[str, Any]]:
+    """One row per size, model and precision."""
     rows = []
     with contextlib.ExitStack() as stack:
         # Entering decides how attention is computed; the model built next keeps it.
         runs = {}
         for precision in options.precisions:
             here = stack.enter_context(runtime.start(options.device, precision))
-            runs[precision] = synthetic_run(config, here, num_images=1_000_000)
+            runs[precision] = synthetic_run(pretrain_config(options, model), here, NUM_IMAGES)
         best = {precision: best_matmul(run.here) for precision, run in runs.items()}
-        for index, stage in enumerate(next(iter(runs.values())).curriculum.stages):
-            contestants = [Contestant("mae_et", name, run, run.curriculum.stages[index]) for name, run in runs.items()]
-            contestants += [
-                Contestant("transformers ViTMAE", name, run, stage, vit_mae(run, stage)) for name, run in runs.items()
-            ]
-            for contestant in contestants:
-                contestant.warm_up()
-            for _ in range(options.rounds):
-                for contestant in contestants:
-                    contestant.step()
-            rows += [row(model, contestant, contestants, best) for contestant in contestants]
+        for index in range(len(next(iter(runs.values())).curriculum.stages)):
+            rows += measure_stage(options, model, index, runs, best)
     return rows
+
+
+def measure_stage(
+    options: StepConfig, model: str, index: int, runs: dict[str, Run], best: dict[str, float]
+) -> list[dict[str, Any]]:
+    """Rows of one size: a round takes one step of each contestant."""
+    with contextlib.ExitStack() as stack:
+        everyone = []
+        for precision, run in runs.items():
+            stage = run.curriculum.stages[index]
+            rival = stack.enter_context(contextlib.closing(Rival(options, model, precision, index)))
+            everyone += [
+                Times(OURS, precision, Contestant(run, stage)),
+                Times(THEIRS, precision, rival),
+                Times(THEIRS_HERE, precision, Contestant(run, stage, vit_mae(run, stage))),
+            ]
+        for one in everyone:
+            one.step_bytes = one.contestant.warm_up()
+        for _ in range(options.rounds):
+            for one in everyone:
+                one.seconds.append(one.contestant.step())
+        return [row(model, runs[one.precision], index, one, everyone, best[one.precision]) for one in everyone]
 
 
 def vit_mae(run: Run, stage: Stage) -> nn.Module:
@@ -187,34 +248,37 @@ def best_matmul(here: runtime.Runtime) -> float:
     return best
 
 
-def row(model: str, mine: Contestant, all_of_them: list[Contestant], best: dict[str, float]) -> dict[str, Any]:
-    """What was measured of one contestant, and against transformers in the same precision."""
-    stage, (rows, columns) = mine.stage, grid_of(mine.stage.size_px, mine.run.model.patch_size)
-    theirs = next(c for c in all_of_them if c.theirs is not None and c.precision == mine.precision)
+def row(model: str, run: Run, index: int, mine: Times, everyone: list[Times], best: float) -> dict[str, Any]:
+    """What was measured of one contestant, and how much faster it is than ViTMAE in the same precision."""
+    stage = run.curriculum.stages[index]
     rate = Spread.of([stage.batch_size / seconds for seconds in mine.seconds])
+
+    def speedup_over(name: str) -> dict[str, float]:
+        theirs = next(other for other in everyone if (other.name, other.precision) == (name, mine.precision))
+        return vars(Spread.of([their / our for our, their in zip(mine.seconds, theirs.seconds, strict=True)]))
+
     return {
         "model": model,
         "contestant": mine.name,
         "precision": mine.precision,
-        "device": mine.run.here.describe(),
+        "device": run.here.describe(),
         "size_px": stage.size_px,
-        "patches": rows * columns,
+        "patches": run.patches(stage),
         "batch_size": stage.batch_size,
         "images_per_second": vars(rate),
-        "speedup_over_transformers": vars(
-            Spread.of([their / our for our, their in zip(mine.seconds, theirs.seconds, strict=True)])
-        ),
+        "speedup_over_transformers": speedup_over(THEIRS),
+        "speedup_in_our_process": speedup_over(THEIRS_HERE),
         "flops_per_image": stage.flops_per_image,
-        "best_matmul_flops": best[mine.precision],
-        "utilisation": rate.median * stage.flops_per_image / best[mine.precision],
+        "best_matmul_flops": best,
+        "utilisation": rate.median * stage.flops_per_image / best,
         "step_bytes": mine.step_bytes,
     }
 
 
 def show(rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
     table = Table(title=", ".join(f"{name} {value}" for name, value in facts.items()), title_justify="left")
-    heads = ("model", "size", "batch", "what", "precision", "images/s (quartiles)", "× transformers", "of best matmul")
-    for head in (*heads, "memory of a step"):
+    heads = ("model", "size", "batch", "what", "precision", "images/s (quartiles)", "× transformers")
+    for head in (*heads, "× in our process", "of best matmul", "memory of a step"):
         table.add_column(head, justify="right")
     for found in rows:
         table.add_row(
@@ -225,11 +289,12 @@ def show(rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
             found["precision"],
             str(Spread(**found["images_per_second"])),
             f"{found['speedup_over_transformers']['median']:.2f}",
+            f"{found['speedup_in_our_process']['median']:.2f}",
             f"{found['utilisation']:.2f}",
             f"{found['step_bytes'] / 2**20:,.0f} MiB",
-            end_section=found["contestant"] != "mae_et" and found["precision"] == rows[-1]["precision"],
+            end_section=found["contestant"] == THEIRS_HERE and found["precision"] == rows[-1]["precision"],
         )
-    console = Console(width=160)
+    console = Console(width=170)
     console.print(table)
     console.print(rows[0]["device"].rpartition(",")[0])
     for line in scaling_lines(rows):
@@ -243,7 +308,7 @@ def scaling_lines(rows: list[dict[str, Any]]) -> list[str]:
         ours = [
             found
             for found in rows
-            if (found["model"], found["precision"], found["contestant"]) == (model, precision, "mae_et")
+            if (found["model"], found["precision"], found["contestant"]) == (model, precision, OURS)
         ]
         full = ours[-1]
         for found in ours[:-1]:
