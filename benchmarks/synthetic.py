@@ -13,12 +13,12 @@ from torch import Tensor
 
 from mae_et.config import PretrainConfig
 from mae_et.cost import Ledger
-from mae_et.curriculum import Stage, height_width
+from mae_et.curriculum import Stage
 from mae_et.data.stream import micro_batches
 from mae_et.model import MaskedAutoencoder
 from mae_et.optim import adamw
 from mae_et.plan import build_curriculum, model_kwargs
-from mae_et.pretrain import Run, take_step
+from mae_et.pretrain import Run, take_step, trained_network
 from mae_et.runtime import Runtime
 
 LEARNING_RATE = 1e-5
@@ -29,18 +29,18 @@ def synthetic_run(config: PretrainConfig, here: Runtime, num_images: int) -> Run
     curriculum = build_curriculum(config, num_images, here.world_size)
     torch.manual_seed(0)
     model = MaskedAutoencoder(**model_kwargs(config)).to(here.device)
-    network = torch.compile(model, dynamic=False) if config.compile else model
+    network = trained_network(model, config, here)
     optimizer = adamw(model, config.weight_decay)
     return Run(config, here, curriculum, model, network, optimizer, LEARNING_RATE, Ledger.of(curriculum), step=0)
 
 
 def loader_output(run: Run, stage: Stage) -> list[Tensor]:
     """Micro-batches of one step as the loader delivers them: uint8, at full size if the device does the crop."""
-    size = height_width(run.config.input_size) if run.config.lowfreq == "fourier" else stage.height_width
     pieces = micro_batches(stage.batch_size, stage.micro_size(run.config.batch_size), 0, 1)
     generator = torch.Generator().manual_seed(0)
-    shape = (max(map(len, pieces)), run.config.in_chans, *size)
+    shape = (max(map(len, pieces)), run.config.in_chans, *run.loader_px(stage))
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    images = images.pin_memory() if run.here.device.type == "cuda" else images
     return [images[: len(piece)] for piece in pieces]
 
 

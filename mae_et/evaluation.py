@@ -63,7 +63,7 @@ def evaluate(
     for images, labels in eval_batches(crops, here.rank, here.world_size, config.num_workers, pin):
         with here.autocast():
             logits = model(normalize(images))
-        tally.add(logits.float(), labels.to(here.device))
+        tally.add(logits.float(), labels.to(here.device, non_blocking=True))
     return tally.over(here)
 
 
@@ -106,7 +106,8 @@ class Tally:
         """scores: [B, K]. labels: [B]."""
         classes = len(self.confusion)
         top = scores.topk(min(5, classes), dim=1).indices
-        self.confusion += torch.bincount(labels * classes + top[:, 0], minlength=classes**2).view(classes, classes)
+        # Not bincount, which waits for a GPU: how long its result is depends on the data.
+        self.confusion.view(-1).index_add_(0, labels * classes + top[:, 0], torch.ones_like(labels))
         self.in_top5 += (top == labels[:, None]).sum()
 
     def over(self, here: Runtime) -> Tally:

@@ -34,12 +34,14 @@ from .journal import Journal
 from .mixing import augmentation, mixed, mixing
 from .optim import guarded_step, learning_rate, set_learning_rate
 from .progress import logging_to_console
-from .runtime import Runtime, Stop, stop_signals
+from .runtime import IdleTime, Runtime, Stop, stop_signals
 
 log = logging.getLogger(__name__)
 
 BEST = "best.pt"
 BETAS = (0.9, 0.999)  # MAE, Table 9
+LOOK_STEPS = 20
+"""On a GPU, steps after which the host waits for it: to hear of a signal on another rank, or of a loss that is NaN."""
 #: Fields that may change when a run is resumed: they change neither data nor the mathematics of a step.
 FREE_ON_RESUME = frozenset(
     "finetune data_path num_workers pin_mem damaged_limit output_dir log_dir resume overwrite start_epoch device "
@@ -71,8 +73,10 @@ class Run:
     best: float = -1.0
     """Highest top-1 so far."""
     ledger: Ledger = field(init=False)
+    idle: IdleTime = field(init=False)
 
     def __post_init__(self) -> None:
+        self.idle = IdleTime(self.here.device)
         self.ledger = Ledger.of(self.plan)
 
     def save(self, name: str = run_folder.CHECKPOINT) -> None:
@@ -226,7 +230,7 @@ def train(run: Run, batches: Iterator[tuple[Tensor, Tensor]], journal: Journal, 
     while run.step < plan.total_steps:
         began = time.perf_counter()
         lr = learning_rate(plan.position(run.step), peak=peak, floor=config.min_lr, warmup=warmup)
-        loss, data_seconds = accumulate_gradients(run, batches, stage)
+        loss = accumulate_gradients(run, batches, stage)
         # Over ranks: the sum of their shares of the loss, and of those that were asked to stop.
         outcome = run.here.sum(torch.stack([loss, torch.full_like(loss, stop.requested)]))
         if config.clip_grad is not None:
@@ -242,11 +246,13 @@ def train(run: Run, batches: Iterator[tuple[Tensor, Tensor]], journal: Journal, 
         due = run.step % every == 0 or run.step == plan.total_steps
         save = due or (config.save_steps > 0 and run.step % config.save_steps == 0)
         # Ranks stop at the same step only if they look at the same steps: clocks differ, so they are left out here.
-        agreed = save or run.here.device.type == "cpu" or (run.here.world_size == 1 and stop.requested)
+        agreed = save or run.here.device.type == "cpu" or run.step % LOOK_STEPS == 0
+        agreed = agreed or (run.here.world_size == 1 and stop.requested)
         save = save or time.monotonic() - saved_at > 60 * config.save_minutes
-        values, stopping = [], False
+        values, stopping, data_seconds = [], False, 0.0
         if save or agreed:
             values = torch.stack(outcomes).tolist()  # waits for the device
+            data_seconds = run.idle.read()  # of all steps since it was last asked
             _check_finite([loss for loss, _ in values], run.step)
             stopping = agreed and values[-1][1] > 0
         seconds = time.perf_counter() - began
@@ -266,16 +272,15 @@ def train(run: Run, batches: Iterator[tuple[Tensor, Tensor]], journal: Journal, 
     return result
 
 
-def accumulate_gradients(run: Run, batches: Iterator[tuple[Tensor, Tensor]], stage: Stage) -> tuple[Tensor, float]:
-    """Forward and backward of this rank's rows of a step; returns its share of the loss and seconds waited for data."""
-    config, here, seconds, loss = run.config, run.here, 0.0, torch.zeros((), device=run.here.device)
+def accumulate_gradients(run: Run, batches: Iterator[tuple[Tensor, Tensor]], stage: Stage) -> Tensor:
+    """Forward and backward of this rank's rows of a step; returns its share of the loss."""
+    config, here, loss = run.config, run.here, torch.zeros((), device=run.here.device)
     mix, mixes = mixing(config, len(run.classes)), bool(config.mixup or config.cutmix or config.cutmix_minmax)
     run.network.train()
     pieces = micro_batches(stage.batch_size, config.batch_size or MICRO_BATCH, here.rank, here.world_size)
     for piece in pieces:
-        waiting = time.perf_counter()
-        images, labels = next(batches)
-        seconds += time.perf_counter() - waiting
+        with run.idle.waiting():
+            images, labels = next(batches)
         images, labels = images.to(here.device, non_blocking=True), labels.to(here.device, non_blocking=True)
         with seeded(derive_seed(config.seed, "mix", run.step, piece.start)):
             images, targets = mixed(mix, images, labels, mixes)
@@ -286,7 +291,7 @@ def accumulate_gradients(run: Run, batches: Iterator[tuple[Tensor, Tensor]], sta
             part = nn.functional.cross_entropy(logits.float(), targets) * (len(piece) / stage.batch_size)
             (part * here.world_size).backward()  # DDP takes the mean over ranks; the sum is meant
         loss += part.detach()
-    return loss, seconds
+    return loss
 
 
 def layer_decay_adamw(model: VisionTransformer, config: FinetuneConfig) -> torch.optim.AdamW:

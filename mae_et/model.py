@@ -141,7 +141,9 @@ class MaskedAutoencoder(nn.Module):
         return [*self.encoder.blocks, *self.decoder_blocks]
 
     def compile_blocks(self) -> None:
-        """torch.compile each block for itself, so that what wraps blocks stays outside; equal ones compile once."""
+        """torch.compile each block for itself: equal ones compile once, and what wraps blocks stays outside, so that
+        DDP's all-reduce of one block overlaps the backward pass of the next."""
+        torch._dynamo.reset()  # the graphs of earlier runs in this process, as of a search, count towards the limit
         # One graph for each of encoder and decoder and shape of a stage; past the limit torch runs uncompiled.
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         for block in self.blocks:
@@ -176,7 +178,7 @@ class MaskedAutoencoder(nn.Module):
             )
         if noise is None:
             noise = torch.rand(len(images), patches, device=images.device)
-        order = noise.argsort(dim=1)
+        order = noise.argsort(dim=1, stable=True)  # on every device the same, where two values are equal
         visible_ids = order[:, :num_visible]  # [B, V]
         predicted_ids = order[:, num_visible : num_visible + num_predicted]  # [B, P]
 
@@ -205,11 +207,12 @@ class MaskedAutoencoder(nn.Module):
 
     def _decode(self, latent: Tensor, grid: tuple[int, int], visible_ids: Tensor, predicted_ids: Tensor) -> Tensor:
         # Attention doesn't care about order and every token carries its position, so nothing is unshuffled.
-        table = self.positions(grid)[1][0]  # [L, E]
-        x = self.decoder_embed(latent)  # [B, 1+V, E]
+        # What blocks add to stays in the parameters' precision under autocast, as in the encoder and in MAE.
+        table = self.positions(grid)[1][0].to(self.mask_token.dtype)  # [L, E]
+        x = self.decoder_embed(latent).to(table.dtype)  # [B, 1+V, E]
         cls, visible = x[:, :1], x[:, 1:] + F.embedding(visible_ids, table)
         queries = self.mask_token + F.embedding(predicted_ids, table)  # [B, P, E]
-        context, queries = torch.cat([cls, visible.to(x.dtype)], dim=1), queries.to(x.dtype)  # [B, 1+V, E]
+        context = torch.cat([cls, visible], dim=1)  # [B, 1+V, E]
         if self.decoder == "cross":
             for block in self.decoder_blocks:
                 queries = block(queries, context)

@@ -33,7 +33,7 @@ from .picture import draw_reconstruction
 from .plan import build_curriculum, ledger_table, model_kwargs, remedies, vanilla_twin
 from .progress import Recorder, console, logging_to_console
 from .resume import check_branch, check_same_run, find_checkpoint, identity, resume_path
-from .runtime import Runtime, Stop, stop_signals
+from .runtime import IdleTime, Runtime, Stop, stop_signals
 from .spectral import low_frequency_crop
 from .targets import hog_target, pixel_target, reconstruction_loss, take_patches
 
@@ -49,15 +49,17 @@ class Run:
     curriculum: Curriculum
     model: MaskedAutoencoder
     network: nn.Module
-    """The model, compiled and averaging over ranks as configured."""
+    """The model, averaging over ranks where there are several."""
     optimizer: torch.optim.Optimizer
     peak_lr: float
     ledger: Ledger
     step: int
     mean: Tensor = field(init=False)
     std: Tensor = field(init=False)
+    idle: IdleTime = field(init=False)
 
     def __post_init__(self) -> None:
+        self.idle = IdleTime(self.here.device)
         mean, std = (torch.tensor(v) for v in (self.config.pixel_mean, self.config.pixel_std))
         self.mean, self.std = (255 * v.view(-1, 1, 1).to(self.here.device) for v in (mean, std))
 
@@ -115,6 +117,10 @@ class Run:
             else:
                 target = pixel_target(images, self.model.patch_size, self.config.norm_pix_loss, ids)
         return reconstruction_loss(pred, target)
+
+    def loader_px(self, stage: Stage) -> tuple[int, int]:
+        """(height, width) of images from the loader: full size where the device does the crop."""
+        return height_width(self.config.input_size) if self.config.lowfreq == "fourier" else stage.height_width
 
     def micro_batches(self, stage: Stage, rank: int | None = None) -> list[range]:
         """A rank's rows of a step, by default this one's, piece by piece."""
@@ -232,15 +238,14 @@ def trained_network(model: MaskedAutoencoder, config: PretrainConfig, here: Runt
 
     Sharding replaces the parameters, so the optimiser comes after it.
     """
-    sharded = config.fsdp and here.world_size > 1
-    if sharded and config.compile:
-        model.compile_blocks()  # what gathers a block stands outside of it
+    if config.compile:
+        model.compile_blocks()
     if config.activation_checkpointing:
         model.recompute_blocks()
-    if sharded:
+    if config.fsdp and here.world_size > 1:
         here.shard(model, model.blocks)
         return model
-    return here.parallel(torch.compile(model, dynamic=False) if config.compile else model)
+    return here.parallel(model)
 
 
 def check_shards(run: Run) -> None:
@@ -267,6 +272,7 @@ def train(run: Run, batches: Iterator[Tensor], recorder: Recorder, stop: Stop, v
             index = curriculum.index(run.step)
             stage, account = curriculum.stages[index], run.ledger.stages[index]
             account.warmup_seconds += warm_up(run, stage)
+            meter.since()  # warming up is not the stage's
         began = time.perf_counter()
         position = curriculum.position(run.step)
         lr = stage.lr_scale * learning_rate(
@@ -276,7 +282,7 @@ def train(run: Run, batches: Iterator[Tensor], recorder: Recorder, stop: Stop, v
             warmup=config.warmup_epochs / config.epochs,
             hold=config.hold_epochs / config.epochs,
         )
-        outcome, data_seconds = take_step(run, batches, stage, lr, stop.requested)
+        outcome = take_step(run, batches, stage, lr, stop.requested)
         run.step += 1
         outcomes.append(outcome)
 
@@ -290,9 +296,10 @@ def train(run: Run, batches: Iterator[Tensor], recorder: Recorder, stop: Stop, v
         # Shards are written by all ranks, so there one's clock is heard by all, at a step that all look at.
         save = save or ((agreed and here.any(due)) if run.is_sharded else due)
         report = save or picture or run.step % config.print_steps == 0
-        stopping = False
+        stopping, data_seconds = False, 0.0
         if report or agreed:
             values = torch.stack(outcomes).tolist()  # waits for the device
+            data_seconds = run.idle.read()  # of all steps since it was last asked
             _check_finite(values, run.step, index, stage)
             stopping = agreed and values[-1][1] > 0
         seconds = time.perf_counter() - began
@@ -313,11 +320,9 @@ def train(run: Run, batches: Iterator[Tensor], recorder: Recorder, stop: Stop, v
             return
 
 
-def take_step(
-    run: Run, batches: Iterator[Tensor], stage: Stage, lr: float, stopping: bool = False
-) -> tuple[Tensor, float]:
-    """One optimiser step. Returns [loss, number of ranks `stopping`, gradient norm] and the seconds waited for data."""
-    loss, data_seconds = accumulate_gradients(run, batches, stage)
+def take_step(run: Run, batches: Iterator[Tensor], stage: Stage, lr: float, stopping: bool = False) -> Tensor:
+    """One optimiser step. Returns [loss, number of ranks `stopping`, gradient norm]."""
+    loss = accumulate_gradients(run, batches, stage)
     # Over ranks: the sum of their shares of the loss, and of those that were asked to stop.
     outcome = run.here.sum(torch.stack([loss, torch.full_like(loss, stopping)]))
     norm = nn.utils.get_total_norm(p.grad for p in run.model.parameters() if p.grad is not None)
@@ -327,41 +332,40 @@ def take_step(
     set_learning_rate(run.optimizer, lr)
     guarded_step(run.optimizer, outcome[0] + norm)  # finite only if both are
     run.optimizer.zero_grad(set_to_none=True)
-    return torch.cat([outcome, norm[None]]), data_seconds
+    return torch.cat([outcome, norm[None]])
 
 
-def accumulate_gradients(run: Run, batches: Iterator[Tensor], stage: Stage) -> tuple[Tensor, float]:
-    """Forward and backward of this rank's rows of one step; returns its share of the loss and seconds waited for data.
+def accumulate_gradients(run: Run, batches: Iterator[Tensor], stage: Stage) -> Tensor:
+    """Forward and backward of this rank's rows of one step; returns its share of the loss.
 
     Ranks and micro-batches may differ in size: every image weighs 1/batch in loss and gradient, however it is split.
     """
-    here, seconds, loss = run.here, 0.0, torch.zeros((), device=run.here.device)
+    here, loss = run.here, torch.zeros((), device=run.here.device)
     rows = rank_rows(stage.batch_size, here.rank, here.world_size)
     noise = mask_noise(run.config.seed, run.step, stage.batch_size, run.patches(stage))
     noise = here.to_device(noise[rows.start : rows.stop])
     pieces = run.micro_batches(stage)
     for piece in pieces:
-        waiting = time.perf_counter()
-        images = next(batches)
-        seconds += time.perf_counter() - waiting
+        with run.idle.waiting():
+            images = next(batches)
         with contextlib.nullcontext() if piece is pieces[-1] else here.local_gradients(run.network):
             piece_noise = noise[piece.start - rows.start : piece.stop - rows.start]
             part = run.loss(run.prepare(images, stage), stage, piece_noise) * (len(piece) / stage.batch_size)
             (part * here.world_size).backward()  # DDP takes the mean over ranks; the sum is meant
         loss += part.detach()
-    return loss, seconds
+    return loss
 
 
 def warm_up(run: Run, stage: Stage) -> float:
     """Compile and warm the stage's shapes before its clock starts; weights stay as they are. Returns seconds."""
     began, here = time.perf_counter(), run.here
     if here.device.type == "cuda":
+        torch.cuda.empty_cache()  # blocks of the last stage's sizes
         torch.cuda.reset_peak_memory_stats(here.device)
-    run.model.positions(grid_of(stage.size_px, run.model.patch_size))  # cached, so that no compiled graph builds them
     # The sizes of all ranks, since each backward is one that they do together.
     for size in sorted({len(piece) for rank in range(here.world_size) for piece in run.micro_batches(stage, rank)}):
-        images = torch.zeros(size, run.config.in_chans, *stage.height_width, device=here.device)
-        run.loss(images, stage, torch.rand(size, run.patches(stage), device=here.device)).backward()
+        images = torch.zeros(size, run.config.in_chans, *run.loader_px(stage), dtype=torch.uint8)
+        run.loss(run.prepare(images, stage), stage, torch.rand(size, run.patches(stage), device=here.device)).backward()
     run.optimizer.zero_grad(set_to_none=True)
     here.synchronize()
     return time.perf_counter() - began
@@ -384,7 +388,7 @@ def draw(run: Run, stages: list[Stage] | tuple[Stage, ...], path: Path) -> None:
         log.warning("no picture: none of the held-out images tried can be read")
         return
     images = (torch.stack(views).to(run.here.device).float() - run.mean) / run.std
-    with run.here.autocast():
+    with run.here.autocast(), torch.compiler.set_stance("force_eager"):  # not compiled anew for a picture
         draw_reconstruction(
             model,
             images,

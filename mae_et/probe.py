@@ -66,12 +66,12 @@ def probe(config: FinetuneConfig) -> dict[str, Any]:
             )
         else:
             train = extract(model, eval_crops(config, start, sources[0]), places, start, config, here)
-            scores, images_seen = _score(config, train, held_out[0], len(classes)), len(sources[0])
+            scores, images_seen = _score(config, here, train, held_out[0], len(classes)), len(sources[0])
 
         tallies = {}
         for place in places:
             tallies[place] = Tally(len(classes), here.device)
-            tallies[place].add(scores[place], held_out[1])
+            tallies[place].add(scores[place], held_out[1].to(here.device))
         headline = tallies[places[-1] if len(places) == 1 else _default_place(config, places)]
         rows = [{"layer": layer, "pooling": pooling, **t.result()} for (layer, pooling), t in tallies.items()]
         result = headline.result() | {"num_classes": len(classes), "train_images": len(sources[0]), "places": rows}
@@ -91,20 +91,25 @@ def probe(config: FinetuneConfig) -> dict[str, Any]:
 def extract(
     model: VisionTransformer, crops: EvalCrops, places: list[Place], start: Start, config: FinetuneConfig, here: Runtime
 ) -> tuple[Features, Tensor]:
-    """Features of all centre crops at each place, and their labels [N], in order, on every rank."""
+    """Features of all centre crops at each place, and their labels [N], in order, on every rank.
+
+    In the host's memory: of a million images, one place's take gigabytes.
+    """
     normalize, parts, labels = Normalize(start.mean, start.std, here), {place: [] for place in places}, []
     pin = config.pin_mem and here.device.type == "cuda"
     for images, some in eval_batches(crops, here.rank, here.world_size, config.num_workers, pin):
         for place, features in features_of(model, normalize(images), places, here).items():
-            parts[place].append(features)
-        labels.append(some.to(here.device))
+            parts[place].append(features.cpu())
+        labels.append(some)
     first = len(crops) * here.rank // here.world_size
 
     def whole(some: list[Tensor]) -> Tensor:  # [N, …] from every rank's rows
         rows = torch.cat(some)
+        if here.world_size == 1:
+            return rows
         everything = rows.new_zeros(len(crops), *rows.shape[1:])
         everything[first : first + len(rows)] = rows
-        return here.sum(everything)
+        return here.sum(everything.to(here.device)).cpu()
 
     return {place: whole(some) for place, some in parts.items()}, whole(labels)
 
@@ -204,14 +209,18 @@ def lars(heads: Mapping[Place, nn.Module], weight_decay: float) -> Lars:
     return Lars(groups, lr=0.0, momentum=MOMENTUM)
 
 
-def _score(config: FinetuneConfig, train: tuple[Features, Tensor], held_out: Features, num_classes: int) -> Features:
+def _score(
+    config: FinetuneConfig, here: Runtime, train: tuple[Features, Tensor], held_out: Features, num_classes: int
+) -> Features:
     """Scores [Q, K] of the held-out images at each place, by kNN or by a converged linear classifier."""
-    (features, labels), scores = train, {}
-    for place, known in features.items():
+    features, scores = train[0], {}
+    labels = train[1].to(here.device)
+    for place in features:
+        known, queries = features[place].to(here.device), held_out[place].to(here.device)
         if config.knn:
-            scores[place] = knn_scores(known, labels, held_out[place], num_classes, config.k, config.temperature)
+            scores[place] = knn_scores(known, labels, queries, num_classes, config.k, config.temperature)
         else:
-            known, queries = standardize(known, held_out[place])
+            known, queries = standardize(known, queries)
             scores[place] = solve_linear(known, labels, num_classes, config.l2)(queries.double())
     return scores
 
@@ -252,7 +261,7 @@ def _train_augmented(
             images, some = next(batches)
             for place, features in features_of(model, here.to_device(images), places, here).items():
                 parts[place].append(features)
-            labels.append(some.to(here.device))
+            labels.append(some.to(here.device, non_blocking=True))
         target = torch.cat(labels)
         loss = sum(F.cross_entropy(heads[p](torch.cat(parts[p])), target, reduction="sum") for p in places) / batch
         optimizer.zero_grad()
@@ -264,7 +273,8 @@ def _train_augmented(
         optimizer.step()
         if (step + 1) % max(1, steps // 20) == 0:
             log.info("step %d/%d · loss %.4f", step + 1, steps, loss.item() / len(places) * here.world_size)
-    return {place: head.eval()(held_out[place]) for place, head in heads.items()}, plan.total_images
+    scores = {place: head.eval()(held_out[place].to(here.device)) for place, head in heads.items()}
+    return scores, plan.total_images
 
 
 def _splits(config: FinetuneConfig) -> tuple[tuple[str, int | None], ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import logging
 import os
 import platform
@@ -13,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -32,6 +34,8 @@ OTHER_LAUNCHERS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE")
 LOST_RANK = re.compile(r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|timed out", re.IGNORECASE)
 #: glibc's names in malloc.h: how many blocks may be mapped, and how many free bytes the heap may keep.
 M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
+#: How long ranks wait for the first one to download; the time-outs of gloo and NCCL are meant for steps.
+DOWNLOAD_TIMEOUT = timedelta(days=1)
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,8 @@ class Runtime:
     """bf16 or fp32."""
     rank: int = 0
     world_size: int = 1
+    store: dist.Store | None = None
+    """What ranks meet at, where there are several."""
 
     @property
     def is_main(self) -> bool:
@@ -63,7 +69,8 @@ class Runtime:
         """Share the model's parameters out over ranks, in place; a block is whole only while it runs (FSDP2).
 
         Parameters are gathered in float32 and cast by autocast, as everywhere else: the same numbers as without it, for
-        twice the traffic of gathering bf16. What is not trained stays whole.
+        twice the traffic of gathering bf16. The casts are kept for backward, 2 bytes a parameter, unless blocks are
+        recomputed. What is not trained stays whole.
         """
         mesh = init_device_mesh(self.device.type, (self.world_size,))
         for block in blocks:
@@ -122,10 +129,10 @@ class Runtime:
     def main_first(self) -> Iterator[None]:
         """Rank 0 enters before the others, who find what it has downloaded."""
         if not self.is_main:
-            self.barrier()
+            self.store.wait(["main_first"], DOWNLOAD_TIMEOUT)
         yield
-        if self.is_main:
-            self.barrier()
+        if self.is_main and self.store:
+            self.store.set("main_first", "done")
 
     def barrier(self) -> None:
         if self.world_size > 1:
@@ -135,6 +142,40 @@ class Runtime:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"{os.cpu_count()} cores"
         ranks = f", {self.world_size} ranks" if self.world_size > 1 else ""
         return f"{self.device.type} ({name}{ranks}), {self.precision}"
+
+
+class IdleTime:
+    """Seconds for which the device had nothing to do because a batch had not come.
+
+    On a CPU the host's wait is that. A GPU may be busy while the host waits, so there it is the time between two events
+    in the GPU's queue, which is known only later: reading it waits for the GPU, measuring doesn't.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu, self._seconds = device.type == "cuda", 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around what waits for a batch, with nothing of that batch's work queued yet."""
+        if self._on_gpu:
+            idle, busy = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            idle.record()  # comes to pass when all earlier work is done
+            yield
+            busy.record()
+            self._events.append((idle, busy))
+        else:
+            began = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - began
+
+    def read(self) -> float:
+        """Seconds since the last reading."""
+        if self._events:
+            self._events[-1][1].synchronize()
+        seconds = self._seconds + sum(idle.elapsed_time(busy) for idle, busy in self._events) / 1e3  # milliseconds
+        self._seconds, self._events = 0.0, []
+        return seconds
 
 
 @contextlib.contextmanager
@@ -147,18 +188,19 @@ def start(device: str = "auto", precision: str = "auto", dist_url: str = "env://
         raise ValueError(f"several processes without torchrun's RANK ({', '.join(OTHER_LAUNCHERS)} > 1): use torchrun")
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     chosen = _device(device, int(os.environ.get("LOCAL_RANK", 0)), world_size)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)  # first of all: what torch tells of the GPU is of the current one
+        # The spectral crop is exact, and fp32 means fp32, whatever TORCH_ALLOW_TF32_CUBLAS_OVERRIDE says.
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    else:
+        _keep_freed_memory()
     if precision == "auto":
         precision = "bf16" if _fast_bf16(chosen) else "fp32"
     # On CPU the backward of fused attention in bf16 takes more than half of a step; plain products are faster.
     set_fused_attn(not (chosen.type == "cpu" and precision == "bf16"))
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
-    else:
-        _keep_freed_memory()
-    if world_size > 1:
-        _join("nccl" if chosen.type == "cuda" else "gloo", dist_url, rank, world_size)
+    store = _join(chosen, dist_url, rank, world_size) if world_size > 1 else None
     try:
-        yield Runtime(chosen, precision, rank, world_size)
+        yield Runtime(chosen, precision, rank, world_size, store)
     except RuntimeError as error:
         if world_size == 1 or not LOST_RANK.search(str(error)):
             raise
@@ -170,19 +212,34 @@ def start(device: str = "auto", precision: str = "auto", dist_url: str = "env://
         dist.destroy_process_group()
 
 
-def _join(backend: str, dist_url: str, rank: int, world_size: int) -> None:
-    """Meet the other ranks, in a part of torchrun's store of its own for each restart.
+def _join(device: torch.device, dist_url: str, rank: int, world_size: int) -> dist.Store:
+    """Meet the other ranks, in a part of torchrun's store of its own for each restart; returns that part.
 
     torchrun keeps its store when it restarts ranks; where those before were, the new ones would find dead addresses.
     """
-    # gloo's threads take a lock of the interpreter for a moment when they let go of a tensor. A process forked just
-    # then, as loader processes are, would wait for it for ever (CPython issue 112275, up to 3.11); while this one
-    # sleeps, they get done.
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(before=lambda: time.sleep(0.02))
+    on_gpu = device.type == "cuda"
+    if not on_gpu:
+        _sleep_before_forks()
     store, rank, world_size = next(rendezvous(dist_url, rank, world_size))
     store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        device_id=device if on_gpu else None,  # else a barrier takes the GPU of the rank's number, whoever has it
+    )
+    return store
+
+
+@functools.cache
+def _sleep_before_forks() -> None:
+    """gloo's threads take a lock of the interpreter for a moment when they let go of a tensor. A process forked just
+    then, as loader processes are, would wait for it for ever (CPython issue 112275, up to 3.11); while this one sleeps,
+    they get done.
+    """
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(before=lambda: time.sleep(0.02))
 
 
 def _device(name: str, local_rank: int, world_size: int) -> torch.device:

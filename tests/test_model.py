@@ -111,3 +111,19 @@ def test_own_positions_number_small_grids_from_zero():
     assert torch.equal(decoder[0], sincos_table(16, (2, 2), (2, 2)))
     assert not torch.equal(encoder[0, 1:], sincos_table(24, (2, 2), (4, 4)))
     assert torch.equal(own.positions((4, 4))[0], own.encoder.pos_embed)
+
+
+@pytest.mark.parametrize("decoder", ["self", "cross"])
+def test_what_blocks_add_to_stays_float32_under_autocast(decoder: str) -> None:
+    mae = build(decoder=decoder)
+    seen = []
+    for block in mae.blocks:
+        block.register_forward_pre_hook(lambda _, inputs: seen.extend(x.dtype for x in inputs))
+    with torch.autocast("cpu", torch.bfloat16):
+        mae(torch.randn(2, 3, 32, 32), 4)
+    assert len(seen) >= len(mae.blocks) and set(seen) == {torch.float32}
+
+
+def test_runs_in_bfloat16_as_a_whole() -> None:
+    mae = build().bfloat16()
+    assert mae(torch.randn(2, 3, 32, 32, dtype=torch.bfloat16), 4).pred.dtype == torch.bfloat16

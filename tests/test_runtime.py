@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import subprocess
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from test_fsdp import on_ranks
 
 from mae_et import runtime
@@ -69,3 +71,57 @@ def _fork() -> None:
             os._exit(0)
         os.waitpid(process, 0)
         assert slept == [0.02]
+
+
+class Queue:
+    """A GPU's queue on a clock of its own: work takes time, events are passed in order."""
+
+    def __init__(self) -> None:
+        self.host = self.device = 0.0
+
+    def work(self, seconds: float) -> None:
+        self.device = max(self.device, self.host) + seconds
+
+    def event(self, enable_timing: bool) -> Queue.Event:
+        assert enable_timing
+        return Queue.Event(self)
+
+    class Event:
+        def __init__(self, queue: Queue) -> None:
+            self.queue, self.at = queue, math.nan
+
+        def record(self) -> None:
+            self.at = self.queue.device = max(self.queue.device, self.queue.host)
+
+        def synchronize(self) -> None:
+            self.queue.host = max(self.queue.host, self.at)
+
+        def elapsed_time(self, end: Queue.Event) -> float:
+            return 1e3 * (end.at - self.at)
+
+
+def test_a_gpu_waits_for_data_only_where_it_has_no_work_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    queue = Queue()
+    monkeypatch.setattr(torch.cuda, "Event", queue.event)
+    idle = runtime.IdleTime(torch.device("cuda"))
+
+    def steps(number: int, load: float, compute: float) -> float:
+        for _ in range(number):
+            with idle.waiting():
+                queue.host += load
+            queue.work(compute)
+        return idle.read()
+
+    steps(1, 0, 3)
+    assert steps(10, load=2, compute=3) == pytest.approx(0), "the host waits for 20 s, the GPU never"
+    idle.read()
+    assert steps(10, load=3, compute=2) == pytest.approx(10, abs=2), "each batch comes a second late"
+    assert idle.read() == 0
+
+
+def test_a_cpu_waits_as_long_as_its_host() -> None:
+    idle = runtime.IdleTime(torch.device("cpu"))
+    with idle.waiting():
+        time.sleep(0.05)
+    assert 0.05 <= idle.read() < 5
+    assert idle.read() == 0
