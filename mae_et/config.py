@@ -182,7 +182,7 @@ class PretrainConfig:
     precision: str = "auto"
     """auto (bf16 where the device is fast at it), bf16 or fp32."""
     compile: bool = False
-    """torch.compile the model; every stage is compiled before its clock starts."""
+    """torch.compile the transformer blocks; every stage is compiled before its clock starts."""
     fsdp: bool = False
     """Share parameters, gradients and optimiser state out over ranks (FSDP2), for models too large for a device."""
     activation_checkpointing: bool = False

@@ -34,6 +34,7 @@ from .journal import Journal
 from .mixing import augmentation, mixed, mixing
 from .optim import guarded_step, learning_rate, set_learning_rate
 from .progress import logging_to_console
+from .resume import fingerprint
 from .runtime import IdleTime, Runtime, Stop, stop_signals
 
 log = logging.getLogger(__name__)
@@ -68,6 +69,8 @@ class Run:
     optimizer: torch.optim.Optimizer
     normalize: Normalize
     held_out: EvalCrops | None
+    images: str
+    """Fingerprint of the training data."""
     ema: ModelEmaV3 | None = None
     step: int = 0
     best: float = -1.0
@@ -101,6 +104,7 @@ class Run:
             "pooled": self.config.pooled,
             "classes": self.classes,
             "num_images": self.plan.num_images,
+            "images": self.images,
             "batch_size": self.plan.stages[0].batch_size,
             "mean": list(self.start.mean),
             "std": list(self.start.std),
@@ -122,6 +126,8 @@ class Run:
         for name in ("num_images", "batch_size", "classes"):
             if state[name] != mine[name]:
                 raise ValueError(f"--resume {path}: {name} was {state[name]}, is {mine[name]}")
+        if state.get("images", self.images) != self.images:  # checkpoints from before there were fingerprints have none
+            raise ValueError(f"--resume {path} was trained on other images than those of {self.start.data_path}")
         self.model.load_state_dict(timm_state(state, self.config.pooled))
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema:
@@ -165,7 +171,8 @@ def finetune(config: FinetuneConfig) -> Path:
                 f"--output_dir {folder} is the pretraining run itself; leave it out or choose another folder"
             )
         network = here.parallel(model)
-        run = Run(config, here, start, folder, plan, classes, model, network, optimizer, normalize, held_out)
+        images_id = fingerprint(train_source)
+        run = Run(config, here, start, folder, plan, classes, model, network, optimizer, normalize, held_out, images_id)
         run.ema = ModelEmaV3(model, decay=config.model_ema_decay) if config.model_ema else None
         run.step = round(steps * config.start_epoch / config.epochs)
 

@@ -167,7 +167,8 @@ class FinetuneConfig:
     pin_mem: bool = True
     """Page-locked batches, for faster copies to a CUDA device."""
     damaged_limit: float = 0.01
-    """Share of damaged training images at which the run stops; below it they are skipped, counted and named."""
+    """Share of damaged training images at which the run stops; below it they are skipped, counted and named. --knn and
+    --linear_probe on cached features, and every evaluation, stop at any."""
 
     # ── run ──
     output_dir: str = ""

@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.data import DataLoader, Dataset
 
 from .data.decode import DamagedImage, to_image
-from .data.loader import default_workers, start_worker
+from .data.loader import worker_options
 from .data.shards import FORMAT, INDEX, ShardSource
 from .data.sources import Source, open_source
 from .progress import console
@@ -97,9 +97,8 @@ def pack(source: Source, folder: Path, config: PrepareConfig) -> dict[str, Any]:
     shards = _finished(folder, settings)
     first = shards[-1]["end"] if shards else 0
     encoder = Encoder(source, config)
-    workers = default_workers() if config.num_workers is None else config.num_workers
     order = range(first, len(source))
-    encoded = iter(DataLoader(encoder, None, sampler=order, num_workers=workers, worker_init_fn=start_worker))
+    encoded = iter(DataLoader(encoder, None, sampler=order, **worker_options(config.num_workers)))
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(f"{folder}", total=len(source), completed=first)

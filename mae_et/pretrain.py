@@ -32,7 +32,7 @@ from .optim import adamw, guarded_step, learning_rate, set_learning_rate
 from .picture import draw_reconstruction
 from .plan import build_curriculum, ledger_table, model_kwargs, remedies, vanilla_twin
 from .progress import Recorder, console, logging_to_console
-from .resume import check_branch, check_same_run, find_checkpoint, identity, resume_path
+from .resume import check_branch, check_same_run, find_checkpoint, fingerprint, identity, resume_path
 from .runtime import IdleTime, Runtime, Stop, stop_signals
 from .spectral import low_frequency_crop
 from .targets import hog_target, pixel_target, reconstruction_loss, take_patches
@@ -54,6 +54,8 @@ class Run:
     peak_lr: float
     ledger: Ledger
     step: int
+    images: str = ""
+    """Fingerprint of the data."""
     mean: Tensor = field(init=False)
     std: Tensor = field(init=False)
     idle: IdleTime = field(init=False)
@@ -79,6 +81,7 @@ class Run:
             "step": self.step,
             "ledger": self.ledger.state_dict(),
             "precision": self.here.precision,
+            "images": self.images,
         }
         keep = self.config.keep_checkpoints
         if self.is_sharded and not whole:
@@ -153,6 +156,7 @@ def pretrain(config: PretrainConfig) -> Path:
             source = open_source(config.data_path, "train", config.holdout)
         if config.cache_gib:
             source = CachedSource(source, int(config.cache_gib * 2**30))
+        images_id = fingerprint(source)
         curriculum = build_curriculum(config, len(source), here.world_size)
         vanilla = build_curriculum(vanilla_twin(config), len(source), here.world_size)
         torch.manual_seed(derive_seed(config.seed, "weights"))
@@ -164,17 +168,17 @@ def pretrain(config: PretrainConfig) -> Path:
         # ── resume ──
         step, ledger = _first_step(config, curriculum), Ledger.of(curriculum)
         if resume:
-            check_same_run(state, config, curriculum, resume)
+            check_same_run(state, config, curriculum, images_id, resume)
             ledger = Ledger.from_state_dict(state["ledger"])
         elif branch:
-            check_branch(state, config, curriculum, branch)
+            check_branch(state, config, curriculum, images_id, branch)
             spent = Ledger.from_state_dict(state["ledger"]).stages
             ledger.stages[: len(spent)] = spent
         if state:
             sharded.restore(model, optimizer, state, whole)
             step = state["step"]
         del state
-        here.agree(step=step, images=len(source), steps=curriculum.total_steps)
+        here.agree(step=step, images=len(source), steps=curriculum.total_steps, first_images=int(images_id[:15], 16))
 
         # ── data: the first batch before anything on disk is replaced ──
         stream = SampleStream(curriculum, config.seed, config.batch_size, step, here.rank, here.world_size)
@@ -185,7 +189,7 @@ def pretrain(config: PretrainConfig) -> Path:
         batches = itertools.chain(list(itertools.islice(loader, 1)), loader)
 
         # ── run folder ──
-        run = Run(config, here, curriculum, model, network, optimizer, peak_lr, ledger, step)
+        run = Run(config, here, curriculum, model, network, optimizer, peak_lr, ledger, step, images_id)
         check_shards(run)
         if here.is_main:
             same = resume is not None and resume.parent.resolve() == run.folder.resolve()
@@ -431,6 +435,11 @@ def announce(run: Run, vanilla: Curriculum) -> None:
             )
     ratio = plan.total_images * vanilla.stages[0].flops_per_image / plan.total_flops
     log.info("%.2e training FLOPs; vanilla MAE needs %.2f× that for the same images", plan.total_flops, ratio)
+    if config.warmup_epochs >= config.epochs:
+        what = "rate never reaches its peak"
+        log.warning("--warmup_epochs %g of --epochs %g: the learning %s", config.warmup_epochs, config.epochs, what)
+    elif config.warmup_epochs + config.hold_epochs > config.epochs:
+        log.warning("--warmup_epochs and --hold_epochs are longer than --epochs: the learning rate never falls")
     if abs(plan.remainder_images) > 0.1 * plan.total_images:
         log.warning("whole steps are %+.0f images off what was asked for", -plan.remainder_images)
     if run.step:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from . import checkpoint, run_folder, storage
 from .config import PretrainConfig, to_dict
 from .curriculum import Curriculum, Stage
+from .data.pixels import DamagedImage, naming_damage
+from .data.sources import Source
 from .plan import model_kwargs
 
 #: Fields that may change when a run is resumed: they change neither data nor masks nor the mathematics of a step.
@@ -43,15 +48,35 @@ def identity(config: PretrainConfig, curriculum: Curriculum) -> dict[str, Any]:
     }
 
 
-def check_same_run(state: dict[str, Any], config: PretrainConfig, curriculum: Curriculum, path: Path) -> None:
-    """ValueError that names the first difference if a checkpoint is of another run than the configuration's."""
-    _check_beginning(f"--resume {path}", state, config, curriculum, FREE_ON_RESUME)
+def fingerprint(source: Source, samples: int = 16) -> str:
+    """Digest of a few images, evenly spread: tells a data set from another of the same size, wherever it lies."""
+    digest = hashlib.sha256()
+    for index in range(0, len(source), max(1, len(source) // samples)):
+        try:
+            item = source.read(index)[0]
+            with naming_damage():
+                digest.update(item if isinstance(item, bytes) else np.asarray(item).tobytes())
+        except (DamagedImage, OSError):
+            digest.update(b"damaged")
+    return digest.hexdigest()
 
 
-def check_branch(state: dict[str, Any], config: PretrainConfig, curriculum: Curriculum, path: Path) -> None:
+def check_same_run(
+    state: dict[str, Any], config: PretrainConfig, curriculum: Curriculum, images: str, path: Path
+) -> None:
+    """ValueError that names the first difference if a checkpoint is of another run than the configuration's.
+
+    images: `fingerprint` of what --data_path holds.
+    """
+    _check_beginning(f"--resume {path}", state, config, curriculum, images, FREE_ON_RESUME)
+
+
+def check_branch(
+    state: dict[str, Any], config: PretrainConfig, curriculum: Curriculum, images: str, path: Path
+) -> None:
     """ValueError if a checkpoint is not of a finished run whose stages are the first of the configuration's."""
     what = f"--branch {path}"
-    _check_beginning(what, state, config, curriculum, FREE_ON_RESUME | SCHEDULE)
+    _check_beginning(what, state, config, curriculum, images, FREE_ON_RESUME | SCHEDULE)
     done, stages = state["step"], len(state["stages"])
     if stages >= len(curriculum.stages):
         raise ValueError(f"{what} has {stages} stages and this run {len(curriculum.stages)}: nothing is left to train")
@@ -60,7 +85,12 @@ def check_branch(state: dict[str, Any], config: PretrainConfig, curriculum: Curr
 
 
 def _check_beginning(
-    what: str, state: dict[str, Any], config: PretrainConfig, curriculum: Curriculum, free: frozenset[str]
+    what: str,
+    state: dict[str, Any],
+    config: PretrainConfig,
+    curriculum: Curriculum,
+    images: str,
+    free: frozenset[str],
 ) -> None:
     """ValueError that names the first difference, in what is not free to differ, to the run of a checkpoint."""
     if state.get("format") != checkpoint.FORMAT or "optimizer" not in state:
@@ -73,6 +103,8 @@ def _check_beginning(
     if state["num_images"] != mine["num_images"]:
         was, now = state["num_images"], mine["num_images"]
         raise ValueError(f"{what} was trained on {was} images, --data_path {config.data_path} has {now}")
+    if state.get("images", images) != images:  # checkpoints from before there were fingerprints have none
+        raise ValueError(f"{what} was trained on other images than those of --data_path {config.data_path}")
     for theirs, ours in zip(state["stages"], mine["stages"], strict=False):  # a branch has more
         # Sizes written one way; what is newer than the checkpoint was as it is by default; micro-batches may change.
         theirs = dataclasses.asdict(Stage(**theirs | {"micro_scale": ours["micro_scale"]}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import os
 import signal
 import subprocess
@@ -157,7 +158,9 @@ def test_fine_tuning_learns_reports_and_its_checkpoint_evaluates_to_the_same(run
     assert [round(line["epoch"]) for line in lines] == list(range(1, 16))
 
 
-def test_a_killed_run_resumes_bit_for_bit(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_resumes_bit_for_bit(
+    run: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With everything random on: augmentation, erasing, mixing, drop path, and an average of the weights; and with the
     newest checkpoint cut short, so that it goes on from the one before."""
     config = FinetuneConfig(finetune=str(run), mixup_mode="elem", model_ema=True, save_steps=2, **QUICK)
@@ -189,6 +192,11 @@ def test_a_killed_run_resumes_bit_for_bit(run: Path, tmp_path: Path, monkeypatch
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     with pytest.raises(ValueError, match=r"of another configuration: smoothing was 0.1, is 0.2"):
         finetune(replace(cut, resume="auto", smoothing=0.2))
+    others = shutil.copytree(pictures, tmp_path / "others")
+    for path in others.glob("train/*/*.png"):
+        Image.open(path).transpose(Image.Transpose.ROTATE_180).save(path)
+    with pytest.raises(ValueError, match=r"trained on other images than those of .*others"):
+        finetune(replace(cut, resume="auto", data_path=str(others)))
 
 
 def test_sigterm_saves_and_the_run_goes_on(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -239,10 +239,10 @@ def test_sigterm_saves_and_resume_goes_on(photos: Path, tmp_path: Path) -> None:
 
 
 class Terminating:
-    """A source in which reading image 3 sends SIGTERM to the process that reads it."""
+    """A source in which reading image 3 sends SIGTERM to the loader process that reads it."""
 
     def __init__(self, source) -> None:
-        self.source = source
+        self.source, self.trainer = source, os.getpid()
 
     def __len__(self) -> int:
         return len(self.source)
@@ -251,7 +251,7 @@ class Terminating:
         return self.source.name(index)
 
     def read(self, index: int):
-        if index == 3:
+        if index == 3 and os.getpid() != self.trainer:
             os.kill(os.getpid(), signal.SIGTERM)
         return self.source.read(index)
 
@@ -410,7 +410,7 @@ def test_variants_run(photos: Path, tmp_path: Path, change: dict) -> None:
 
 
 def test_compiles_blocks_on_one_rank_too(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One graph without breaks per kind of block and stage, none for pictures; a cheap backend stands in for inductor."""
+    """A graph without breaks per kind of block and stage, none for pictures; a cheap backend stands in for inductor."""
     graphs: list = []
     backend = partial(torch.compile, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)
     monkeypatch.setattr(torch, "compile", backend)
@@ -629,15 +629,55 @@ def test_commands(whole: Path, photos: Path, tmp_path: Path, capfd: pytest.Captu
         assert words in line
 
 
+FAILS = """
+import torch, sys
+from mae_et.data.loader import worker_options
+class Numbers(torch.utils.data.Dataset):
+    def __len__(self):
+        return 10**9
+    def __getitem__(self, index):
+        if index == 40:
+            raise ValueError("fortieth")
+        return index
+for number in torch.utils.data.DataLoader(Numbers(), **worker_options(2)):
+    pass
+"""
+
+
+def test_an_error_in_a_worker_ends_the_process() -> None:
+    """Its workers leave SIGTERM to it, so multiprocessing would wait for them for ever."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ended = subprocess.run([sys.executable, "-c", FAILS], env=environment, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1 and "fortieth" in ended.stderr
+
+
+def test_other_images_of_the_same_number_are_no_way_to_go_on(photos: Path, tmp_path: Path) -> None:
+    moved, others = tmp_path / "moved", tmp_path / "others"
+    shutil.copytree(photos, moved)
+    shutil.copytree(photos, others)
+    for path in others.rglob("*.png"):
+        Image.open(path).transpose(Image.Transpose.ROTATE_180).save(path)
+    run = tmp_path / "run"
+    pretrain(tiny(photos, run))
+    pretrain(tiny(moved, run, resume="auto"))
+    with pytest.raises(ValueError, match=r"trained on other images than those of --data_path .*others"):
+        pretrain(tiny(others, run, resume="auto"))
+
+
+def test_a_warm_up_longer_than_the_run_is_said(photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    pretrain(tiny(photos, tmp_path / "run", warmup_epochs=50))
+    assert "never reaches its peak" in capfd.readouterr().out.replace("\n", " ")
+
+
 LATE = """
 import os, runpy, sys, time
 from mae_et.data import loader
-begin, trainer = loader.start_worker, os.getpid()
+begin, trainer = loader._start_worker, os.getpid()
 def late(worker):
     while os.getppid() == trainer:
         time.sleep(0.01)
     begin(worker)
-loader.start_worker = late
+loader._start_worker = late
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

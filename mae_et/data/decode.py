@@ -73,7 +73,7 @@ def train_crop(
     [C, *size_px] otherwise. A function of its arguments alone: the geometry depends only on `seed`, `crop_scale` and
     the size of the image, and torch's global generator is left as it was.
 
-    Raises DamagedImage for unreadable bytes, ValueError for arguments that do not fit together.
+    Raises DamagedImage if no image can be made of `item`, ValueError for arguments that do not fit together.
     """
     return train_crops(item, size_px, full_px, operator, crop_scale, augment, [seed], in_chans)[0]
 
@@ -141,7 +141,7 @@ def center_crop(
     """The view used in evaluation: bicubic resize until `size_px` / `crop_pct` is covered, then the centre.
 
     `size_px` is (height, width), `crop_pct` lies in (0, 1]; MAE evaluates 224 with 224/256.
-    Returns uint8 [C, *size_px]. Raises DamagedImage for unreadable bytes, ValueError for other misfits.
+    Returns uint8 [C, *size_px]. Raises DamagedImage if no such image can be made of `item`, ValueError for `crop_pct`.
     """
     if not 0 < crop_pct <= 1:
         raise ValueError(f"crop_pct is {crop_pct}; it must lie in (0, 1]")

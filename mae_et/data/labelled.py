@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from .decode import DamagedImage, center_crop, train_crop
-from .loader import MOST_DAMAGED_IN_A_ROW, Damage, DamageLog, default_workers, start_worker
+from .loader import MOST_DAMAGED_IN_A_ROW, Damage, DamageLog, worker_options
 from .sources import Source, open_source, subset
 from .stream import Sample, SampleStream, derive_seed
 
@@ -132,15 +132,8 @@ def labelled_batches(
     dataset: TrainCrops, stream: SampleStream, damage: DamageLog, num_workers: int | None, pin_memory: bool
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Micro-batches of the stream: images float32 [b, C, H, W] and labels int64 [b]."""
-    workers = default_workers() if num_workers is None else num_workers
-    loader = DataLoader(
-        dataset,
-        batch_sampler=stream,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        collate_fn=_collate,
-        worker_init_fn=start_worker,
-    )
+    processes = worker_options(num_workers)
+    loader = DataLoader(dataset, batch_sampler=stream, pin_memory=pin_memory, collate_fn=_collate, **processes)
     for images, labels, damaged in loader:
         damage.add(damaged)
         yield images, labels
@@ -150,16 +143,9 @@ def eval_batches(
     dataset: EvalCrops, rank: int, world_size: int, num_workers: int | None, pin_memory: bool, batch_size: int = 256
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """A rank's share of the centre crops, each image once: uint8 [b, C, H, W] and labels int64 [b], in order."""
-    workers = default_workers() if num_workers is None else num_workers
     indices = range(len(dataset) * rank // world_size, len(dataset) * (rank + 1) // world_size)
-    yield from DataLoader(
-        dataset,
-        batch_size=batch_size,
-        sampler=indices,
-        num_workers=workers if len(indices) > batch_size else 0,  # processes cost more than a few images
-        pin_memory=pin_memory,
-        worker_init_fn=start_worker,
-    )
+    processes = worker_options(num_workers if len(indices) > batch_size else 0)  # they cost more than a few images
+    yield from DataLoader(dataset, batch_size=batch_size, sampler=indices, pin_memory=pin_memory, **processes)
 
 
 @contextlib.contextmanager

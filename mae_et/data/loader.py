@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
-import multiprocessing
+import multiprocessing.util
 import os
 import signal
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,16 +110,15 @@ def _decoded(
     num_workers: int | None,
     pin_memory: bool,
 ) -> Iterator[Tensor]:
-    workers = default_workers() if num_workers is None else num_workers
+    processes = worker_options(num_workers)
     loader = DataLoader(
         dataset,
         batch_sampler=sampler,
-        num_workers=workers,
         pin_memory=pin_memory,
         collate_fn=_collate,
-        worker_init_fn=start_worker,
         # Small stages eat several times more images a second: a deeper queue rides out the decoder's jitter.
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=4 if processes["num_workers"] else None,
+        **processes,
     )
     for images, damaged in loader:
         damage.add(damaged)
@@ -146,8 +147,27 @@ def _collate(made: list[tuple[list[Tensor], list[Damage]]]) -> tuple[Tensor, lis
     return stacked, [damage for _, damaged in made for damage in damaged]
 
 
-def start_worker(worker: int) -> None:
-    """For DataLoader's `worker_init_fn`: die with the trainer, leave signals to it, and keep to one core.
+def worker_options(num_workers: int | None) -> dict[str, Any]:
+    """DataLoader's options for processes that decode: how many, by default `default_workers`, and how they live."""
+    _end_workers_at_exit()
+    workers = default_workers() if num_workers is None else num_workers
+    return {"num_workers": workers, "worker_init_fn": _start_worker}
+
+
+@functools.cache
+def _end_workers_at_exit() -> None:
+    """Multiprocessing ends its daemons by SIGTERM, to which they don't listen, and would wait for them for ever."""
+
+    def kill() -> None:
+        for process in multiprocessing.active_children():
+            if process.daemon:
+                process.kill()
+
+    multiprocessing.util.Finalize(None, kill, exitpriority=100)  # unlike atexit's, also called in child processes
+
+
+def _start_worker(worker: int) -> None:
+    """In the worker: die with the trainer, leave signals to it, and keep to one core.
 
     Ctrl-C, `timeout` and Slurm signal the whole process group; the trainer saves and ends its workers itself.
     """

@@ -55,7 +55,8 @@ _TIFFFILE_ERRORS = (*_PILLOW_ERRORS, ArithmeticError, AssertionError, RuntimeErr
 
 
 class DamagedImage(ValueError):
-    """These bytes are no readable image: truncated, corrupted, of an unknown format, or larger than MAX_PIXELS."""
+    """Of this no image can be made: truncated, corrupted, of an unknown format, larger than MAX_PIXELS, or of a pixel
+    type or channels that do not fit."""
 
 
 def to_image(item: bytes | Image.Image | np.ndarray, in_chans: int) -> Image.Image | np.ndarray:
@@ -66,7 +67,7 @@ def to_image(item: bytes | Image.Image | np.ndarray, in_chans: int) -> Image.Ima
     .npy files, multi-band TIFF, or a source that returns them. 16 bits are scaled by 1/257, never clipped. Of several
     frames the first is taken.
 
-    Raises DamagedImage for unreadable bytes, ValueError if the channels or the pixel type do not fit `in_chans`.
+    Raises DamagedImage for unreadable bytes, and if the channels or the pixel type do not fit `in_chans`.
     """
     if isinstance(item, bytes):
         if item.startswith(_NPY_MAGIC):
@@ -120,7 +121,7 @@ def orientation_of(image: Image.Image) -> int:
 
 def _pillow_to_channels(image: Image.Image, in_chans: int) -> Image.Image | np.ndarray:
     if in_chans not in (1, 3, 4):
-        raise ValueError(
+        raise DamagedImage(
             f"--in_chans {in_chans} needs arrays with {in_chans} channels (.npy or multi-band TIFF);"
             f" a picture of mode {image.mode} gives 1, 3 or 4"
         )
@@ -153,8 +154,9 @@ def convert(image: Image.Image, in_chans: int) -> Image.Image:
 def _integer_pixels(image: Image.Image) -> np.ndarray:
     """16-bit pictures, [H, W] uint16. Depending on its version Pillow opens them as "I;16", "I;16B" or "I"."""
     pixels = np.asarray(image)
-    if pixels.dtype.kind == "f" or pixels.min() < 0 or pixels.max() > 65535:
-        raise ValueError(f"pixels of mode {image.mode} have no known range; save them as 8 or 16 unsigned bits")
+    bits = max(getattr(image, "tag_v2", {}).get(_BITS_TAG, (16,)))  # a TIFF may hold 32, and then any range
+    if pixels.dtype.kind == "f" or bits > 16 or pixels.min() < 0 or pixels.max() > 65535:
+        raise DamagedImage(f"pixels of mode {image.mode} have no known range; save them as 8 or 16 unsigned bits")
     return pixels.astype(np.uint16)
 
 
@@ -162,7 +164,7 @@ def _to_uint8(pixels: np.ndarray) -> np.ndarray:
     if pixels.dtype == np.uint8:
         return pixels
     if pixels.dtype.kind != "u" or pixels.dtype.itemsize != 2:
-        raise ValueError(f"pixels are {pixels.dtype}; only uint8 and uint16 have a known range")
+        raise DamagedImage(f"pixels are {pixels.dtype}; only uint8 and uint16 have a known range")
     return ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)  # v/257 rounded: 0 -> 0, 65535 -> 255
 
 
@@ -170,11 +172,11 @@ def _array_to_channels(pixels: np.ndarray, in_chans: int) -> Image.Image | np.nd
     if pixels.ndim == 2:
         pixels = pixels[..., None]
     if pixels.ndim != 3:
-        raise ValueError(f"an image array has shape [H, W] or [H, W, C], not {list(pixels.shape)}")
+        raise DamagedImage(f"an image array has shape [H, W] or [H, W, C], not {list(pixels.shape)}")
     check_size(pixels.shape[1], pixels.shape[0])
     channels = pixels.shape[2]
     if channels != in_chans and {channels, in_chans} != {1, 3}:
-        raise ValueError(f"--in_chans is {in_chans}, but an image array of shape {list(pixels.shape)} has {channels}")
+        raise DamagedImage(f"--in_chans is {in_chans}, but an image array of shape {list(pixels.shape)} has {channels}")
     pixels = np.ascontiguousarray(_to_uint8(pixels))
     if in_chans not in MODES:
         return pixels
@@ -191,7 +193,7 @@ def _read_npy(data: bytes) -> np.ndarray:
     except (ValueError, KeyError, SyntaxError, TypeError, tokenize.TokenError) as error:
         raise DamagedImage(f"not a readable .npy file ({error})") from error
     if dtype.kind != "u":
-        raise ValueError(f"a .npy image holds {dtype}; only uint8 and uint16 have a known range")
+        raise DamagedImage(f"a .npy image holds {dtype}; only uint8 and uint16 have a known range")
     expected_bytes = math.prod(shape) * dtype.itemsize
     if len(data) - stream.tell() != expected_bytes:
         raise DamagedImage(f".npy of shape {list(shape)} needs {expected_bytes} bytes, has {len(data) - stream.tell()}")
@@ -220,10 +222,10 @@ def _read_tiff(data: bytes) -> np.ndarray:
                 pixels = bands.asarray(maxworkers=1)
     except _TIFFFILE_ERRORS as error:
         if "imagecodecs" in str(error):
-            raise ValueError(f"a TIFF cannot be read without the package imagecodecs ({error})") from error
+            raise DamagedImage(f"a TIFF cannot be read without the package imagecodecs ({error})") from error
         raise DamagedImage(f"not a readable TIFF ({error})") from error
     if not is_image:
-        raise ValueError(f"a TIFF with axes {axes} and shape {list(shape)} is no image of bands")
+        raise DamagedImage(f"a TIFF with axes {axes} and shape {list(shape)} is no image of bands")
     if pixels.ndim == 2:
         return pixels
     return np.moveaxis(pixels, (axes.index("Y"), axes.index("X")), (0, 1))
