@@ -43,7 +43,8 @@ class PretrainConfig:
     """Pretrain a masked autoencoder, with vanilla MAE or with a low-frequency curriculum on the same engine.
 
     With neither --recipe nor --data_path, recipe `demo` runs on photographs that ship with scikit-image. With
-    --data_path but no --recipe, the defaults are facebookresearch/mae's and the curriculum is vanilla.
+    --data_path but no --recipe, the defaults are facebookresearch/mae's and the curriculum is vanilla. The defaults
+    below are those of what else is on the command line.
     """
 
     recipe: str = ""
@@ -133,12 +134,11 @@ class PretrainConfig:
 
     # ── data ──
     data_path: str = "photos"
-    """Folder with train/, any folder of images, of IDX files, a timm dataset name, or photos."""
+    """Folder of images (or with train/), of IDX files or of `mae_et prepare`; wds/…, a timm dataset name, or photos."""
     num_images: int | None = None
     """Images in the data set, for `plan` where the data are not; training counts them."""
     holdout: int = 0
-    """Training images that are kept out, always the same ones: main_finetune.py --holdout judges on them, so that
-    settings can be chosen without the test images."""
+    """Training images that are kept out, always the same ones, for main_finetune.py --holdout to choose settings by."""
     num_workers: int | None = None
     """Loader processes per device; default: the cores there are, at most 10."""
     pin_mem: bool = True
@@ -169,8 +169,7 @@ class PretrainConfig:
     resume: str = ""
     """Go on from: auto (output_dir, if it holds a checkpoint), a run folder, or a checkpoint."""
     branch: str = ""
-    """Begin where another run ended whose stages are the first of this run's: a run folder, or a checkpoint. --resume
-    wins, where it finds a checkpoint."""
+    """Begin where a run ended whose stages are this one's first: its folder or checkpoint. --resume comes first."""
     overwrite: bool = False
     """Replace the run that output_dir holds."""
     start_epoch: float = 0

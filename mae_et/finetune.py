@@ -34,7 +34,7 @@ from .journal import Journal
 from .mixing import augmentation, mixed, mixing
 from .optim import guarded_step, learning_rate, set_learning_rate
 from .progress import logging_to_console
-from .resume import fingerprint
+from .resume import check_images, fingerprint
 from .runtime import IdleTime, Runtime, Stop, stop_signals
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     normalize: Normalize
     held_out: EvalCrops | None
-    images: str
+    images: dict[str, str]
     """Fingerprint of the training data."""
     ema: ModelEmaV3 | None = None
     step: int = 0
@@ -104,7 +104,7 @@ class Run:
             "pooled": self.config.pooled,
             "classes": self.classes,
             "num_images": self.plan.num_images,
-            "images": self.images,
+            "sampled_images": self.images,
             "batch_size": self.plan.stages[0].batch_size,
             "mean": list(self.start.mean),
             "std": list(self.start.std),
@@ -126,8 +126,7 @@ class Run:
         for name in ("num_images", "batch_size", "classes"):
             if state[name] != mine[name]:
                 raise ValueError(f"--resume {path}: {name} was {state[name]}, is {mine[name]}")
-        if state.get("images", self.images) != self.images:  # checkpoints from before there were fingerprints have none
-            raise ValueError(f"--resume {path} was trained on other images than those of {self.start.data_path}")
+        check_images("--resume", self.config.resume, path, state, self.images, self.start.data_path)
         self.model.load_state_dict(timm_state(state, self.config.pooled))
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema:
@@ -171,8 +170,8 @@ def finetune(config: FinetuneConfig) -> Path:
                 f"--output_dir {folder} is the pretraining run itself; leave it out or choose another folder"
             )
         network = here.parallel(model)
-        images_id = fingerprint(train_source)
-        run = Run(config, here, start, folder, plan, classes, model, network, optimizer, normalize, held_out, images_id)
+        images = fingerprint(train_source)
+        run = Run(config, here, start, folder, plan, classes, model, network, optimizer, normalize, held_out, images)
         run.ema = ModelEmaV3(model, decay=config.model_ema_decay) if config.model_ema else None
         run.step = round(steps * config.start_epoch / config.epochs)
 
@@ -232,7 +231,7 @@ def train(run: Run, batches: Iterator[tuple[Tensor, Tensor]], journal: Journal, 
     config, plan, stage = run.config, run.plan, run.plan.stages[0]
     every = max(1, round(config.eval_epochs * plan.num_images / stage.batch_size))  # steps between evaluations
     peak, warmup = config.peak_lr(stage.batch_size), config.warmup_epochs / config.epochs
-    outcomes, saved_at = [], time.monotonic()
+    outcomes, losses, saved_at = [], [], time.monotonic()  # outcomes wait on the device; losses since an evaluation
     result = assess(run) if run.step == plan.total_steps else None  # a finished run that is resumed
     while run.step < plan.total_steps:
         began = time.perf_counter()
@@ -256,18 +255,19 @@ def train(run: Run, batches: Iterator[tuple[Tensor, Tensor]], journal: Journal, 
         agreed = save or run.here.device.type == "cpu" or run.step % LOOK_STEPS == 0
         agreed = agreed or (run.here.world_size == 1 and stop.requested)
         save = save or time.monotonic() - saved_at > 60 * config.save_minutes
-        values, stopping, data_seconds = [], False, 0.0
+        stopping, data_seconds = False, 0.0
         if save or agreed:
             values = torch.stack(outcomes).tolist()  # waits for the device
             data_seconds = run.idle.read()  # of all steps since it was last asked
-            _check_finite([loss for loss, _ in values], run.step)
+            outcomes, losses = [], losses + [loss for loss, _ in values]
+            _check_finite(losses, run.step)
             stopping = agreed and values[-1][1] > 0
         seconds = time.perf_counter() - began
         run.ledger.add(0, stage, train_seconds=seconds - data_seconds, data_seconds=data_seconds)
         if due:
             result = assess(run)
-            journal.write(run.step - 1, sum(loss for loss, _ in values) / len(values), lr, run.ledger, result)
-            outcomes = []
+            journal.write(run.step - 1, sum(losses) / len(losses), lr, run.ledger, result)
+            losses = []
         if due and result and result["top1"] > run.best:
             run.best = result["top1"]
             run.save(BEST)

@@ -91,8 +91,7 @@ class FinetuneConfig:
 
     # ── optimisation ──
     batch_size: int | None = None
-    """Images per device and micro-batch; the total is batch_size × accum_iter × devices. Default: micro-batches of 64
-    up to the protocol's total (fine-tuning 1024, linear probe 16384), or to the data set if it is smaller."""
+    """Images per device and micro-batch; default: 64, up to the protocol's total (fine-tuning 1024, linear 16384)."""
     accum_iter: int | None = None
     """Micro-batches per step; default: 1, or as many as the total needs."""
     total_batch_size: int | None = None
@@ -148,7 +147,7 @@ class FinetuneConfig:
 
     # ── data ──
     data_path: str = ""
-    """Folder with train/ and val/, of IDX files, a timm dataset name, or photos; default: the pretraining run's."""
+    """Folder with train/ and val/, of IDX files, wds/…, a timm dataset name, or photos; default: pretraining's."""
     train_images: int | None = None
     """Use only so many labelled images, equally many of each class, the same ones for the same seed."""
     eval_images: int | None = None
@@ -167,8 +166,7 @@ class FinetuneConfig:
     pin_mem: bool = True
     """Page-locked batches, for faster copies to a CUDA device."""
     damaged_limit: float = 0.01
-    """Share of damaged training images at which the run stops; below it they are skipped, counted and named. --knn and
-    --linear_probe on cached features, and every evaluation, stop at any."""
+    """Share of damaged training images that ends the run; --knn, cached --linear_probe and evaluation end at any."""
 
     # ── run ──
     output_dir: str = ""

@@ -54,7 +54,7 @@ class Run:
     peak_lr: float
     ledger: Ledger
     step: int
-    images: str = ""
+    images: dict[str, str] = field(default_factory=dict)
     """Fingerprint of the data."""
     mean: Tensor = field(init=False)
     std: Tensor = field(init=False)
@@ -81,7 +81,7 @@ class Run:
             "step": self.step,
             "ledger": self.ledger.state_dict(),
             "precision": self.here.precision,
-            "images": self.images,
+            "sampled_images": self.images,
         }
         keep = self.config.keep_checkpoints
         if self.is_sharded and not whole:
@@ -156,7 +156,7 @@ def pretrain(config: PretrainConfig) -> Path:
             source = open_source(config.data_path, "train", config.holdout)
         if config.cache_gib:
             source = CachedSource(source, int(config.cache_gib * 2**30))
-        images_id = fingerprint(source)
+        sampled = fingerprint(source)
         curriculum = build_curriculum(config, len(source), here.world_size)
         vanilla = build_curriculum(vanilla_twin(config), len(source), here.world_size)
         torch.manual_seed(derive_seed(config.seed, "weights"))
@@ -168,17 +168,20 @@ def pretrain(config: PretrainConfig) -> Path:
         # ── resume ──
         step, ledger = _first_step(config, curriculum), Ledger.of(curriculum)
         if resume:
-            check_same_run(state, config, curriculum, images_id, resume)
+            check_same_run(state, config, curriculum, sampled, resume)
             ledger = Ledger.from_state_dict(state["ledger"])
         elif branch:
-            check_branch(state, config, curriculum, images_id, branch)
+            check_branch(state, config, curriculum, sampled, branch)
             spent = Ledger.from_state_dict(state["ledger"]).stages
             ledger.stages[: len(spent)] = spent
         if state:
             sharded.restore(model, optimizer, state, whole)
             step = state["step"]
         del state
-        here.agree(step=step, images=len(source), steps=curriculum.total_steps, first_images=int(images_id[:15], 16))
+        here.agree(step=step, images=len(source), steps=curriculum.total_steps)
+        # Rank 0 says which; one that can't be read, here or there, is no difference.
+        indices = here.from_main(list(sampled))
+        here.agree(**{f"image {i}": int(sampled[i], 16) if i in sampled else None for i in indices})
 
         # ── data: the first batch before anything on disk is replaced ──
         stream = SampleStream(curriculum, config.seed, config.batch_size, step, here.rank, here.world_size)
@@ -189,7 +192,7 @@ def pretrain(config: PretrainConfig) -> Path:
         batches = itertools.chain(list(itertools.islice(loader, 1)), loader)
 
         # ── run folder ──
-        run = Run(config, here, curriculum, model, network, optimizer, peak_lr, ledger, step, images_id)
+        run = Run(config, here, curriculum, model, network, optimizer, peak_lr, ledger, step, sampled)
         check_shards(run)
         if here.is_main:
             same = resume is not None and resume.parent.resolve() == run.folder.resolve()
@@ -438,8 +441,6 @@ def announce(run: Run, vanilla: Curriculum) -> None:
     if config.warmup_epochs >= config.epochs:
         what = "rate never reaches its peak"
         log.warning("--warmup_epochs %g of --epochs %g: the learning %s", config.warmup_epochs, config.epochs, what)
-    elif config.warmup_epochs + config.hold_epochs > config.epochs:
-        log.warning("--warmup_epochs and --hold_epochs are longer than --epochs: the learning rate never falls")
     if abs(plan.remainder_images) > 0.1 * plan.total_images:
         log.warning("whole steps are %+.0f images off what was asked for", -plan.remainder_images)
     if run.step:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,13 @@ from . import checkpoint, run_folder
 from .config import PretrainConfig
 from .curriculum import SCHEDULES, SizePx, Stage, StageRow, height_width, patch_counts, scale_size
 from .data.decode import center_crop
+from .data.pixels import DamagedImage
 from .data.sources import Source, open_source
 from .model import MaskedAutoencoder
 from .picture import draw_reconstruction
 from .targets import TARGETS
+
+log = logging.getLogger(__name__)
 
 FOREIGN_MASK_RATIO = 0.75  # MAE, Sec. 4.1
 
@@ -137,12 +141,14 @@ def _open(data_path: str) -> Source:
 
 
 def _read_images(source: Source, num_images: int, size_px: SizePx, in_chans: int) -> Tensor:
-    """Up to `num_images` centre crops, evenly spread over the source: uint8 [B, C, H, W]."""
+    """Up to `num_images` centre crops, evenly spread over the source, of those that can be read: uint8 [B, C, H, W]."""
     count = min(num_images, len(source))
     crops = []
     for index in (i * len(source) // count for i in range(count)):
         try:
             crops.append(center_crop(source.read(index)[0], height_width(size_px), in_chans))
-        except ValueError as error:
-            raise ValueError(f"--images: {source.name(index)}: {error}") from error
+        except (DamagedImage, OSError) as error:
+            log.warning("skipped %s: %s", source.name(index), error)
+    if not crops:
+        raise ValueError(f"--images: none of {count} images could be read, the last of them {source.name(index)}")
     return torch.stack(crops)

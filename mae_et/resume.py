@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from .curriculum import Curriculum, Stage
 from .data.pixels import DamagedImage, naming_damage
 from .data.sources import Source
 from .plan import model_kwargs
+
+log = logging.getLogger(__name__)
 
 #: Fields that may change when a run is resumed: they change neither data nor masks nor the mathematics of a step.
 #: Batch, replay and views are compared through the planned stages: other devices may share them out otherwise.
@@ -48,35 +52,62 @@ def identity(config: PretrainConfig, curriculum: Curriculum) -> dict[str, Any]:
     }
 
 
-def fingerprint(source: Source, samples: int = 16) -> str:
-    """Digest of a few images, evenly spread: tells a data set from another of the same size, wherever it lies."""
-    digest = hashlib.sha256()
+def fingerprint(source: Source, samples: int = 16) -> dict[str, str]:
+    """Digests of some images, evenly spread, by index: tell a data set from another of its size, wherever it lies.
+
+    An image that can't be read has none: the next time it may be there again.
+    """
+    digests = {}
     for index in range(0, len(source), max(1, len(source) // samples)):
         try:
             item = source.read(index)[0]
             with naming_damage():
-                digest.update(item if isinstance(item, bytes) else np.asarray(item).tobytes())
+                content = item if isinstance(item, bytes) else np.asarray(item).tobytes()
         except (DamagedImage, OSError):
-            digest.update(b"damaged")
-    return digest.hexdigest()
+            continue
+        digests[str(index)] = hashlib.sha256(content).hexdigest()[:15]  # 60 bits: ranks compare them as integers
+    return digests
+
+
+def check_images(
+    flag: str, value: str, path: Path, state: Mapping[str, Any], images: Mapping[str, str], data_path: str
+) -> None:
+    """ValueError if a checkpoint is of other images than those whose `fingerprint` is given; a warning if its path is.
+
+    Who names a checkpoint, rather than `auto`, may know that they have been shrunk, or that their decoder is another.
+    """
+    before = state.get("sampled_images", {})  # older checkpoints have none
+    changed = [index for index in before if images.get(index, before[index]) != before[index]]
+    if not changed:
+        return
+    what = (
+        f"{flag} {path} was trained on other images than those of --data_path {data_path}: number {changed[0]} differs"
+    )
+    if flag == "--resume" and value != "auto":
+        log.warning("%s", what)
+    else:
+        remedy = f"; to go on with these all the same, give --resume {path} instead of auto"
+        raise ValueError(what + (remedy if flag == "--resume" else ""))
 
 
 def check_same_run(
-    state: dict[str, Any], config: PretrainConfig, curriculum: Curriculum, images: str, path: Path
+    state: dict[str, Any], config: PretrainConfig, curriculum: Curriculum, images: Mapping[str, str], path: Path
 ) -> None:
     """ValueError that names the first difference if a checkpoint is of another run than the configuration's.
 
     images: `fingerprint` of what --data_path holds.
     """
-    _check_beginning(f"--resume {path}", state, config, curriculum, images, FREE_ON_RESUME)
+    _check_beginning(f"--resume {path}", state, config, curriculum, FREE_ON_RESUME)
+    check_images("--resume", config.resume, path, state, images, config.data_path)
 
 
 def check_branch(
-    state: dict[str, Any], config: PretrainConfig, curriculum: Curriculum, images: str, path: Path
+    state: dict[str, Any], config: PretrainConfig, curriculum: Curriculum, images: Mapping[str, str], path: Path
 ) -> None:
     """ValueError if a checkpoint is not of a finished run whose stages are the first of the configuration's."""
     what = f"--branch {path}"
-    _check_beginning(what, state, config, curriculum, images, FREE_ON_RESUME | SCHEDULE)
+    _check_beginning(what, state, config, curriculum, FREE_ON_RESUME | SCHEDULE)
+    check_images("--branch", config.branch, path, state, images, config.data_path)
     done, stages = state["step"], len(state["stages"])
     if stages >= len(curriculum.stages):
         raise ValueError(f"{what} has {stages} stages and this run {len(curriculum.stages)}: nothing is left to train")
@@ -85,12 +116,7 @@ def check_branch(
 
 
 def _check_beginning(
-    what: str,
-    state: dict[str, Any],
-    config: PretrainConfig,
-    curriculum: Curriculum,
-    images: str,
-    free: frozenset[str],
+    what: str, state: dict[str, Any], config: PretrainConfig, curriculum: Curriculum, free: frozenset[str]
 ) -> None:
     """ValueError that names the first difference, in what is not free to differ, to the run of a checkpoint."""
     if state.get("format") != checkpoint.FORMAT or "optimizer" not in state:
@@ -103,8 +129,6 @@ def _check_beginning(
     if state["num_images"] != mine["num_images"]:
         was, now = state["num_images"], mine["num_images"]
         raise ValueError(f"{what} was trained on {was} images, --data_path {config.data_path} has {now}")
-    if state.get("images", images) != images:  # checkpoints from before there were fingerprints have none
-        raise ValueError(f"{what} was trained on other images than those of --data_path {config.data_path}")
     for theirs, ours in zip(state["stages"], mine["stages"], strict=False):  # a branch has more
         # Sizes written one way; what is newer than the checkpoint was as it is by default; micro-batches may change.
         theirs = dataclasses.asdict(Stage(**theirs | {"micro_scale": ours["micro_scale"]}))

@@ -31,7 +31,9 @@ log = logging.getLogger(__name__)
 #: How other launchers say that there are several processes; without torchrun's RANK each would think it is alone.
 OTHER_LAUNCHERS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE")
 #: What gloo, NCCL and the store say when a rank is gone; they have no type of error of their own for it.
-LOST_RANK = re.compile(r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|timed out", re.IGNORECASE)
+LOST_RANK = re.compile(
+    r"gloo|NCCL|Connection (was likely )?(closed|reset|refused)|Broken pipe|time(d )?out", re.IGNORECASE
+)
 #: glibc's names in malloc.h: how many blocks may be mapped, and how many free bytes the heap may keep.
 M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
 #: How long ranks wait for the first one to download; the time-outs of gloo and NCCL are meant for steps.
@@ -111,28 +113,38 @@ class Runtime:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def agree(self, **numbers: int) -> None:
-        """ValueError unless all ranks have the same numbers; a rank that differed would hang or spoil the others."""
+    def from_main(self, value: Any) -> Any:
+        """What rank 0 has."""
+        values = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(values, device=self.device)
+        return values[0]
+
+    def agree(self, **numbers: int | None) -> None:
+        """ValueError unless ranks that know a number have the same; one that differed would hang or spoil the rest."""
         if self.world_size == 1:
             return
-        mine = torch.tensor(list(numbers.values()), device=self.device)
-        low, high = mine.clone(), mine.clone()
+        most = torch.iinfo(torch.int64).max
+        low = torch.tensor([most if n is None else n for n in numbers.values()], device=self.device)
+        high = torch.tensor([-most if n is None else n for n in numbers.values()], device=self.device)
         dist.all_reduce(low, dist.ReduceOp.MIN)
         dist.all_reduce(high, dist.ReduceOp.MAX)
         for name, a, b in zip(numbers, low.tolist(), high.tolist(), strict=True):
-            if a != b:
+            if a < b:  # not so where no rank knows it
                 raise ValueError(
                     f"ranks differ in {name}: {a} to {b}; do all see the same --data_path and --output_dir?"
                 )
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
-        """Rank 0 enters before the others, who find what it has downloaded."""
+        """Rank 0 enters before the others, who find what it has downloaded, or fail as it did."""
         if not self.is_main:
             self.store.wait(["main_first"], DOWNLOAD_TIMEOUT)
-        yield
-        if self.is_main and self.store:
-            self.store.set("main_first", "done")
+        try:
+            yield
+        finally:
+            if self.is_main and self.store:
+                self.store.set("main_first", "done")
 
     def barrier(self) -> None:
         if self.world_size > 1:

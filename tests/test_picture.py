@@ -344,6 +344,14 @@ def test_held_out_images_are_drawn_where_there_are_any(tmp_path, blocks):
     assert out.is_file()
 
 
+def test_what_cannot_be_read_is_skipped(tmp_path, blocks, caplog):
+    images = write_images(tmp_path / "images", 3)
+    sorted(images.iterdir())[1].write_bytes(b"no picture")
+    reconstruct(ReconstructConfig(str(write_run(tmp_path / "run")), images=str(images)))
+    assert {len(rows) for _, rows in blocks} == {2}
+    assert "skipped" in caplog.text and sorted(images.iterdir())[1].name in caplog.text
+
+
 def test_the_input_is_drawn_in_its_own_colours(tmp_path, blocks):
     images = tmp_path / "images"
     images.mkdir()
@@ -393,7 +401,7 @@ def test_bad_input_is_named_in_one_line(tmp_path):
         ({"run": str(tmp_path / "no_run")}, "no_run: no such run folder or checkpoint"),
         ({"run": str(run)}, "--images .*gone does not exist"),
         ({"run": str(run), "images": str(tmp_path / "empty")}, "--images .*empty: no images"),
-        ({"run": str(run), "images": str(tmp_path / "damaged")}, "--images: .*a.png: "),
+        ({"run": str(run), "images": str(tmp_path / "damaged")}, "--images: none of 1 images could be read, .*a.png"),
         ({"run": str(run), "true_statistics": True}, "--true_statistics: .* doesn't predict normalised pixels"),
         ({"run": str(hog), "norm_pix_loss": True}, "--norm_pix_loss: the decoder of .* predicts hog"),
         ({"run": str(encoder)}, "encoder.safetensors: has no decoder.*checkpoint.pt of a run folder has one"),

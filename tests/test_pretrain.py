@@ -25,9 +25,10 @@ from PIL import Image
 
 from mae_et import checkpoint
 from mae_et.config import PretrainConfig, from_dict
-from mae_et.data.sources import open_source
+from mae_et.data.sources import Source, open_source
 from mae_et.pretrain import pretrain
 from mae_et.reconstruct import ReconstructConfig, reconstruct
+from mae_et.resume import check_images, fingerprint
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
@@ -639,19 +640,34 @@ class Numbers(torch.utils.data.Dataset):
         if index == 40:
             raise ValueError("fortieth")
         return index
-for number in torch.utils.data.DataLoader(Numbers(), **worker_options(2)):
-    pass
+def read():
+    for number in torch.utils.data.DataLoader(Numbers(), **worker_options(8)):
+        pass
+if "in a child" in sys.argv:
+    worker_options(0)
+    child = torch.multiprocessing.get_context("fork").Process(target=read)
+    child.start()
+    child.join()
+    sys.exit(child.exitcode)
+if "beside a pool" in sys.argv:
+    pool = torch.multiprocessing.get_context("fork").Pool(4)
+    pool.map(abs, range(8))
+read()
 """
 
 
-def test_an_error_in_a_worker_ends_the_process() -> None:
+@pytest.mark.parametrize("where", ["alone", "in a child", "beside a pool"])
+def test_an_error_in_a_worker_ends_the_process(where: str) -> None:
     """Its workers leave SIGTERM to it, so multiprocessing would wait for them for ever."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    ended = subprocess.run([sys.executable, "-c", FAILS], env=environment, capture_output=True, text=True, timeout=60)
-    assert ended.returncode == 1 and "fortieth" in ended.stderr
+    command, environment = [sys.executable, "-c", FAILS, where], os.environ | {"PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1
+    assert ended.stderr.strip().endswith("fortieth"), "nothing follows the message"
 
 
-def test_other_images_of_the_same_number_are_no_way_to_go_on(photos: Path, tmp_path: Path) -> None:
+def test_other_images_of_the_same_number_are_no_way_to_go_on(
+    photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     moved, others = tmp_path / "moved", tmp_path / "others"
     shutil.copytree(photos, moved)
     shutil.copytree(photos, others)
@@ -660,8 +676,36 @@ def test_other_images_of_the_same_number_are_no_way_to_go_on(photos: Path, tmp_p
     run = tmp_path / "run"
     pretrain(tiny(photos, run))
     pretrain(tiny(moved, run, resume="auto"))
-    with pytest.raises(ValueError, match=r"trained on other images than those of --data_path .*others"):
+    with pytest.raises(ValueError, match=r"trained on other images than those of --data_path .*others.* give --resume"):
         pretrain(tiny(others, run, resume="auto"))
+    pretrain(tiny(others, run, resume=str(run / "checkpoint.pt")))
+    assert "trained on other images" in capfd.readouterr().out.replace("\n", " ")
+
+
+def test_an_image_that_could_not_be_read_for_a_moment_is_no_other(photos: Path, tmp_path: Path) -> None:
+    source = open_source(str(photos), "train")
+    whole = fingerprint(source)
+    holes = fingerprint(Unread(source, 1))
+    assert len(holes) == len(whole) - 1 == 19
+    for before, now in ((whole, holes), (holes, whole), ({}, whole)):
+        check_images("--resume", "auto", tmp_path, {"sampled_images": before}, now, "there")
+    with pytest.raises(ValueError, match="number 0 differs"):
+        check_images("--resume", "auto", tmp_path, {"sampled_images": holes}, holes | {"0": "0"}, "there")
+
+
+class Unread:
+    """A source that lacks an image for a moment."""
+
+    def __init__(self, source: Source, missing: int) -> None:
+        self.source, self.missing = source, missing
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read(self, index: int):
+        if index == self.missing:
+            raise OSError("stale file handle")
+        return self.source.read(index)
 
 
 def test_a_warm_up_longer_than_the_run_is_said(photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

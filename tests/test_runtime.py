@@ -73,6 +73,28 @@ def _fork() -> None:
         assert slept == [0.02]
 
 
+def test_what_the_first_rank_fails_at_ends_all(tmp_path: Path) -> None:
+    """They don't wait in the store, where Python's signal handlers aren't heard, for what will not come."""
+    on_ranks(2, tmp_path / "log", _fail)
+
+
+def _fail() -> None:
+    with runtime.start("cpu") as here, pytest.raises(FileNotFoundError), here.main_first():
+        raise FileNotFoundError("--data_path TYPO does not exist")
+
+
+def test_ranks_agree_on_what_they_know(tmp_path: Path) -> None:
+    on_ranks(2, tmp_path / "log", _agree)
+
+
+def _agree() -> None:
+    with runtime.start("cpu") as here:
+        assert here.from_main([here.rank]) == [0]
+        here.agree(one=1, mine=None if here.is_main else 2**60 - 1, nobodys=None)
+        with pytest.raises(ValueError, match="ranks differ in two: 0 to 1"):
+            here.agree(one=1, two=here.rank)
+
+
 class Queue:
     """A GPU's queue on a clock of its own: work takes time, events are passed in order."""
 

@@ -149,21 +149,27 @@ def _collate(made: list[tuple[list[Tensor], list[Damage]]]) -> tuple[Tensor, lis
 
 def worker_options(num_workers: int | None) -> dict[str, Any]:
     """DataLoader's options for processes that decode: how many, by default `default_workers`, and how they live."""
-    _end_workers_at_exit()
+    _end_workers_at_exit(os.getpid())
     workers = default_workers() if num_workers is None else num_workers
     return {"num_workers": workers, "worker_init_fn": _start_worker}
 
 
 @functools.cache
-def _end_workers_at_exit() -> None:
-    """Multiprocessing ends its daemons by SIGTERM, to which they don't listen, and would wait for them for ever."""
+def _end_workers_at_exit(_process: int) -> None:
+    """Multiprocessing ends its daemons by SIGTERM, to which they don't listen, and would wait for them for ever.
+
+    Once for each process: one that is forked loses what its parent has registered.
+    """
 
     def kill() -> None:
+        if hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise an error about the first that is killed
         for process in multiprocessing.active_children():
             if process.daemon:
                 process.kill()
 
-    multiprocessing.util.Finalize(None, kill, exitpriority=100)  # unlike atexit's, also called in child processes
+    # Unlike atexit's, also called in child processes; after those of pools and queues, which may hold locks until then.
+    multiprocessing.util.Finalize(None, kill, exitpriority=1)
 
 
 def _start_worker(worker: int) -> None:
