@@ -46,7 +46,6 @@ from mae_et.interop import huggingface_config
 from mae_et.plan import model_kwargs
 from mae_et.pretrain import Run, take_step
 
-PRECISIONS = ("bf16", "fp32")
 OURS, THEIRS, THEIRS_HERE = "mae_et", "transformers ViTMAE", "ViTMAE, our process"
 NUM_IMAGES = 1_000_000  # of a data set: whole steps of every stage
 MATMUL_SHAPES = ((1024, 1024, 1024), (2048, 2048, 2048), (4096, 1024, 4096))
@@ -67,8 +66,8 @@ class StepConfig:
     """The same number of images at every size."""
     rounds: int = 5
     """Steps of each contestant."""
-    precisions: tuple[str, ...] = PRECISIONS
-    """bf16, fp32 or both."""
+    precisions: tuple[str, ...] = ("auto",)
+    """bf16, fp32 or both; auto is what main_pretrain.py would choose: bf16 where it is fast."""
     decoder: str = "self"
     """Of mae_et; with cross the work is no longer identical."""
     device: str = "auto"
@@ -194,7 +193,7 @@ def measure(options: StepConfig, model: str) -> list[dict[str, Any]]:
         runs = {}
         for precision in options.precisions:
             here = stack.enter_context(runtime.start(options.device, precision))
-            runs[precision] = synthetic_run(pretrain_config(options, model), here, NUM_IMAGES)
+            runs[here.precision] = synthetic_run(pretrain_config(options, model), here, NUM_IMAGES)
         best = {precision: best_matmul(run.here) for precision, run in runs.items()}
         for index in range(len(next(iter(runs.values())).curriculum.stages)):
             rows += measure_stage(options, model, index, runs, best)

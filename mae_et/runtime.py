@@ -208,6 +208,8 @@ def start(device: str = "auto", precision: str = "auto", dist_url: str = "env://
         _keep_freed_memory()
     if precision == "auto":
         precision = "bf16" if _fast_bf16(chosen) else "fp32"
+    elif precision == "bf16" and rank == 0 and not _fast_bf16(chosen):
+        log.warning("%s has no fast bf16 that torch knows of; --precision fp32 may be many times as fast", chosen.type)
     # On CPU the backward of fused attention in bf16 takes more than half of a step; plain products are faster.
     set_fused_attn(not (chosen.type == "cpu" and precision == "bf16"))
     store = _join(chosen, dist_url, rank, world_size) if world_size > 1 else None

@@ -147,3 +147,13 @@ def test_a_cpu_waits_as_long_as_its_host() -> None:
         time.sleep(0.05)
     assert 0.05 <= idle.read() < 5
     assert idle.read() == 0
+
+
+@pytest.mark.parametrize(
+    ("precision", "fast", "warns"), [("bf16", False, True), ("bf16", True, False), ("auto", False, False)]
+)
+def test_slow_bf16_is_said(monkeypatch, caplog, precision: str, fast: bool, warns: bool) -> None:
+    monkeypatch.setattr(runtime, "_fast_bf16", lambda device: fast)
+    with runtime.start("cpu", precision) as here:
+        assert here.precision == ("bf16" if precision == "bf16" else "fp32")
+    assert ("--precision fp32" in caplog.text) == warns
