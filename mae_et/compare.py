@@ -341,8 +341,8 @@ def equal_compute(arm: Arm, baseline: Sequence[Arm], protocol: str, axis: str) -
     if at is None:
         return row
     samples = [
-        np.mean(resampled) - interpolate([c for c, _ in curve], means, row["cost"])
-        for resampled, means in _resample(arm.quality(protocol), curve)
+        mean - interpolate([c for c, _ in curve], means, row["cost"])
+        for mean, means in _resample(arm.quality(protocol), curve)
     ]
     return row | {"difference": quality - at, "interval": _interval(samples)}
 
@@ -358,9 +358,7 @@ def equal_quality(arm: Arm, baseline: Sequence[Arm], protocol: str, axis: str) -
         return row
     at = needed(*_means(curve), quality)
     costs = [c for c, _ in curve]
-    ends = _interval(
-        [needed(costs, means, np.mean(some)) / cost for some, means in _resample(arm.quality(protocol), curve)]
-    )
+    ends = _interval([needed(costs, means, mean) / cost for mean, means in _resample(arm.quality(protocol), curve)])
     row["interval"] = [None if end in (0.0, math.inf) else end for end in ends] if ends else None
     row |= {"shortest": costs[0], "longest": costs[-1]}
     if at in (0.0, math.inf):
@@ -381,14 +379,16 @@ def _means(curve: Sequence[Point]) -> tuple[list[float], list[float]]:
     return [cost for cost, _ in curve], [statistics.fmean(values) for _, values in curve]
 
 
-def _resample(values: Sequence[float], curve: Sequence[Point]) -> Iterable[tuple[np.ndarray, list[float]]]:
-    """Bootstrap over seeds: of the arm, and of every arm of the baseline. Nothing if any of them has one seed only."""
-    if min(len(values), *(len(some) for _, some in curve)) < 2:
-        return
-    rng = np.random.default_rng(0)
-    for _ in range(RESAMPLES):
-        means = [float(rng.choice(some, len(some)).mean()) for _, some in curve]
-        yield rng.choice(values, len(values)), means
+def _resample(values: Sequence[float], curve: Sequence[Point]) -> Iterable[tuple[float, Sequence[float]]]:
+    """Bootstrap over seeds: means of the arm, and of every arm of the baseline. Empty if any of them has one seed."""
+    groups = [*(some for _, some in curve), values]
+    sizes = [len(some) for some in groups]
+    if min(sizes) < 2:
+        return []
+    picks = np.random.default_rng(0).integers(0, np.tile(np.repeat(sizes, sizes), (RESAMPLES, 1)))
+    parts = np.split(picks, np.cumsum(sizes)[:-1], axis=1)
+    means = [np.asarray(some)[part].mean(axis=1).tolist() for some, part in zip(groups, parts, strict=True)]
+    return zip(means[-1], zip(*means[:-1], strict=True), strict=True)
 
 
 def _interval(samples: Sequence[float]) -> list[float] | None:

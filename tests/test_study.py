@@ -81,7 +81,7 @@ def test_a_study_runs_keeps_its_results_and_goes_on(tmp_path):
         },
         "seeds": [0],
         "arms": {
-            "plain": {},
+            "plain": {"evaluate": []},
             "grown": {
                 "curriculum": "custom",
                 "stages": [{"size_px": 8, "share": 0.5}, {"size_px": 16, "share": 0.5}],
@@ -96,10 +96,10 @@ def test_a_study_runs_keeps_its_results_and_goes_on(tmp_path):
     first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert first.returncode == 0, first.stdout + first.stderr
     kept = tmp_path / "kept"
-    assert {path.name for path in (kept / "plain-seed0").iterdir()} == {
+    assert {path.name for path in (kept / "grown-seed0").iterdir()} == {
         *("config.yaml", "environment.json", "ledger.json", "metrics.jsonl", "eval-knn-34-of-34.json")
     }
-    assert not (tmp_path / "out" / "plain-seed0").exists()  # discarded
+    assert not (tmp_path / "out" / "grown-seed0").exists()  # discarded
     report = json.loads((kept / "report.json").read_text())
     costs = {arm["name"]: arm["flops"] for arm in report["arms"]}
     assert costs["grown"] == pytest.approx(costs["plain"], rel=0.15)  # five steps: whole ones
