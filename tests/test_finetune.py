@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +14,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from ranks import on_ranks
 
 from mae_et import checkpoint
 from mae_et import finetune as finetune_module
@@ -224,16 +222,8 @@ def test_accumulation_and_ranks_do_not_change_the_step(run: Path, tmp_path: Path
     common = PLAIN | QUICK | {"finetune": str(run), "total_batch_size": 8, "epochs": 1}
     for name, micro in (("one", 8), ("three", 3)):
         finetune(FinetuneConfig(**common | {"batch_size": micro, "output_dir": str(tmp_path / name)}))
-    script = tmp_path / "ranks.py"
-    ranks = common | {"batch_size": 3, "output_dir": str(tmp_path / "ranks")}
-    script.write_text(
-        "from mae_et.finetune import finetune\nfrom mae_et.finetune_config import FinetuneConfig\n"
-        f"finetune(FinetuneConfig(**{ranks!r}))\n"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    config = FinetuneConfig(**common | {"batch_size": 3, "output_dir": str(tmp_path / "ranks")})
+    on_ranks(2, tmp_path / "log", finetune, config)
     one, *others = (checkpoint.load(tmp_path / name / "checkpoint.pt") for name in ("one", "three", "ranks"))
     for other in others:
         for key, tensor in one["model"].items():

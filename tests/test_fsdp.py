@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import errno
 import json
-import multiprocessing
 import os
 import pickle
 import shutil
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -24,6 +22,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
+from ranks import on_ranks
 from test_pretrain import TINY, _assert_close, assert_same, photos, tiny, weights  # noqa: F401
 from test_security import Malicious
 from torch.distributed.tensor.debug import CommDebugMode
@@ -55,38 +54,6 @@ STOP = 5
 
 
 # ── ranks ──
-
-
-def on_ranks(number: int, log: Path, task: Callable, *arguments) -> None:
-    """Call task(*arguments) in as many processes, as torchrun would start them; all must end well."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mae_et.pretrain", "test_fsdp"])
-    log.mkdir(parents=True, exist_ok=True)
-    logs = [log / f"rank{rank}.txt" for rank in range(number)]
-    processes = [
-        context.Process(target=_rank, args=(file, rank, number, port, task, arguments))
-        for rank, file in enumerate(logs)
-    ]
-    for process in processes:
-        process.start()
-    deadline = time.monotonic() + 180
-    for process in processes:
-        process.join(max(0, deadline - time.monotonic()))
-    for process in processes:
-        process.kill()
-    codes = [process.exitcode for process in processes]
-    assert codes == [0] * number, "\n".join(f"── {file.name} ──\n{file.read_text()}" for file in logs)
-
-
-def _rank(log: Path, rank: int, number: int, port: int, task: Callable, arguments: tuple) -> None:
-    sys.stdout = sys.stderr = log.open("w")
-    torch.set_num_threads(1)
-    environment = {"RANK": rank, "WORLD_SIZE": number, "LOCAL_RANK": rank, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in environment.items()}, MASTER_ADDR="127.0.0.1")
-    task(*arguments)
 
 
 def is_first() -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_fsdp import on_ranks
+from ranks import on_ranks
 
 from mae_et import runtime
 
