@@ -139,6 +139,7 @@ def test_learns(photos: Path, tmp_path: Path) -> None:
     assert losses[-1] < 0.7 * losses[0]
 
 
+@pytest.mark.long
 def test_kill_at_any_step_and_resume_bit_for_bit(photos: Path, tmp_path: Path, whole: Path) -> None:
     """`kill -9` three times, once during a save, the last time in the second stage, past the end of the data."""
     recipe = recipe_file(TINY | {"data_path": str(photos), "output_dir": str(tmp_path / "run")}, tmp_path / "r.yaml")
@@ -303,6 +304,7 @@ def two_hosts() -> Iterator[list[tuple[str, ...]]]:
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
 
 
+@pytest.mark.long
 def test_two_hosts_train_as_one_and_stop_when_one_dies(
     photos: Path, tmp_path: Path, whole: Path, two_hosts: list[tuple[str, ...]]
 ) -> None:
@@ -341,6 +343,7 @@ def test_two_hosts_train_as_one_and_stop_when_one_dies(
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the ranks in /proc")
+@pytest.mark.long
 def test_a_rank_that_dies_is_restarted_and_the_run_goes_on(photos: Path, tmp_path: Path, whole: Path) -> None:
     """`kill -9` one rank: torchrun's own restart goes on to the end."""
     config = TINY | {"data_path": str(photos), "output_dir": str(tmp_path / "run"), "save_steps": 1, "print_steps": 1}

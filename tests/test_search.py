@@ -357,6 +357,7 @@ def _running(group: int) -> list[int]:
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the processes in /proc")
 @pytest.mark.usefixtures("one_thread")
+@pytest.mark.long
 def test_killed_and_side_by_side_it_finds_the_same(searched: Path, pictures: Path, tmp_path: Path) -> None:
     """`kill -9` of a search with two jobs after its first trial; its processes end, and the next call goes on."""
     out = tmp_path / "out"

@@ -61,6 +61,7 @@ def test_an_unknown_arm_is_named(harness):
         harness.jobs_of(study, harness.StudyConfig(Path("x.yaml"), arms=("b",)), None)
 
 
+@pytest.mark.long
 def test_a_study_runs_keeps_its_results_and_goes_on(tmp_path):
     probe = {"knn": True, "k": 3, "train_images": 34, "eval_images": 34, "num_workers": 0}
     study = {
