@@ -270,13 +270,13 @@ def huggingface_config(shape: Mapping, norm_pix_loss: bool | None = None, mask_r
         if (shape.get("target_dim") or pixels) != pixels:
             raise ValueError(
                 f"transformers' ViTMAE predicts the {pixels} pixel values of a patch, this decoder "
-                f"{shape['target_dim']} values of another target: export the encoder only"
+                f"{shape['target_dim']} values of another target: give --encoder_only"
             )
         patches = math.prod(grid_of(shape["img_size"], shape["patch_size"]))
         if math.isqrt(patches) ** 2 != patches:
             raise ValueError(
                 f"transformers can't build a ViTMAE decoder for {patches} patches, which is not a square number: "
-                "export the encoder only"
+                "give --encoder_only"
             )
         config |= {theirs: shape[ours] for ours, (theirs, _) in HF_DECODER_CONFIG.items()}
         config |= {"architectures": ["ViTMAEForPreTraining"], "norm_pix_loss": bool(norm_pix_loss)}
