@@ -247,7 +247,7 @@ def test_transformers_loads_the_encoder_of_a_decoder_it_cannot_build(cause, tmp_
     transformers = pytest.importorskip("transformers")
     model = small_mae(**cause)
     shape = interop.infer_shape(model.state_dict(), num_heads=3, decoder_num_heads=4)
-    with pytest.raises(ValueError, match="export the encoder only"):
+    with pytest.raises(ValueError, match="give --encoder_only"):
         checkpoint.write_export(model.state_dict(), shape, "huggingface", tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
 
