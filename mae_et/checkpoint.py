@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,10 +35,12 @@ __all__ = [
     "write_export",
 ]
 
+log = logging.getLogger(__name__)
+
 FORMAT = "mae_et/1"
 """Value of the key `format` in the checkpoints of this package."""
 METADATA_KEY = "mae_et"
-"""Metadata of `encoder.safetensors` under which its shape stands as JSON."""
+"""Where exports for timm (metadata, as JSON) and facebookresearch/mae (beside `model`) hold their shape."""
 EXPORT_FORMATS = ("timm", "facebook", "huggingface")
 ACCEPTED = (
     "a run folder, a checkpoint .pt, a .safetensors or .pth encoder of timm, a .pth of facebookresearch/mae, "
@@ -76,10 +79,11 @@ def load_newest(path: Path) -> tuple[dict, Path]:
     return storage.load_newest(path, sharded.load if path.suffix == sharded.SUFFIX else storage.load)
 
 
-def read_pretrained(source: str | Path, encoder_only: bool = False) -> Pretrained:
+def read_pretrained(source: str | Path, encoder_only: bool = False, num_heads: int | None = None) -> Pretrained:
     """Weights from a run folder, a file or a timm model name (`ACCEPTED`), in our layout.
 
-    encoder_only: leave out the decoder before anything is checked, for use without it.
+    encoder_only: leave out the decoder before anything is checked, for use without it. num_heads: of the encoder, for
+    files that don't say; default: the usual number for its width, else width/64, with a warning.
     Raises FileNotFoundError, CheckpointError, or ValueError if the weights are not those of a plain ViT or an MAE.
     """
     path = Path(source)
@@ -88,16 +92,16 @@ def read_pretrained(source: str | Path, encoder_only: bool = False) -> Pretraine
             ("checkpoint.dcp", _read_file),
             ("checkpoint.pt", _read_file),
             ("encoder.safetensors", _read_file),
-            ("config.json", lambda file, encoder_only: _read_huggingface(file.parent, encoder_only)),
+            ("config.json", lambda file, encoder_only, _: _read_huggingface(file.parent, encoder_only)),
         ):
             if (path / name).exists():
-                return read(path / name, encoder_only)
+                return read(path / name, encoder_only, num_heads)
         raise FileNotFoundError(
             f"{path}: holds neither checkpoint.pt or encoder.safetensors (a run folder) nor config.json (a folder of "
             "transformers' ViTMAE)"
         )
     if path.exists():
-        return _read_file(path, encoder_only)
+        return _read_file(path, encoder_only, num_heads)
     if timm.is_model(str(source)):
         return _download(str(source))
     raise FileNotFoundError(f"{source}: no such file or timm model; accepted are {ACCEPTED}")
@@ -133,7 +137,7 @@ def write_export(
     elif format == "facebook":
         exported = interop.to_facebook(state, shape["img_size"])
         make_folder(out.parent)
-        save({"model": exported}, out)
+        save({"model": exported, METADATA_KEY: shape}, out)  # others read `model` alone
     else:
         if not interop.has_decoder(state):
             shape = {key: value for key, value in shape.items() if not key.startswith("decoder")}
@@ -144,7 +148,7 @@ def write_export(
         write(out / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode()))
 
 
-def _read_file(path: Path, encoder_only: bool) -> Pretrained:
+def _read_file(path: Path, encoder_only: bool, num_heads: int | None) -> Pretrained:
     """A single file: who wrote it is told from its keys."""
     content, metadata = _load_safetensors(path) if path.suffix == ".safetensors" else (load(path), {})
     if "format" in content:
@@ -157,16 +161,19 @@ def _read_file(path: Path, encoder_only: bool) -> Pretrained:
             return _read_huggingface(path.parent, encoder_only)
         raise ValueError(f"{path}: weights of transformers need the config.json beside them")
     args = vars(content["args"]) if isinstance(content.get("args"), argparse.Namespace) else {}
-    stored_shape = json.loads(metadata[METADATA_KEY]) if METADATA_KEY in metadata else None
+    stored_shape = json.loads(metadata[METADATA_KEY]) if METADATA_KEY in metadata else content.get(METADATA_KEY)
     if stored_shape:
         stored_shape["img_size"] = as_size(stored_shape["img_size"])
     state = _without_decoder(state) if encoder_only else state
     with _naming(path):
         ours = state if "encoder.cls_token" in state else interop.from_facebook(state)
-        shape = stored_shape or interop.infer_shape(ours)
+        shape = stored_shape or interop.infer_shape(ours, num_heads)
+    if not (stored_shape or num_heads or shape["embed_dim"] in interop.KNOWN_HEADS):
+        heads = shape["num_heads"]
+        log.warning("%s doesn't say how many heads it has: taken to be %d, of 64 each; see --num_heads", path, heads)
     decoder = interop.has_decoder(ours)
     if stored_shape:
-        origin = f"mae_et encoder {path}"
+        origin = f"mae_et {'model' if decoder else 'encoder'} {path}"
     elif decoder or args:
         origin = f"facebookresearch/mae checkpoint {path}"
     else:

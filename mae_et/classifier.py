@@ -5,6 +5,7 @@ B batch · C channels · K classes · L patches · D width.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from .cost import encoder_flops_per_image
 from .curriculum import SizePx, grid_of, height_width
 from .finetune_config import FinetuneConfig
 from .model import NORM_EPS, MaskedAutoencoder, model_shape, sincos_table
+
+log = logging.getLogger(__name__)
 
 HEAD_STD = 2e-5  # MAE, as in facebookresearch/mae's fine-tuning
 SHAPE_FLAGS = ("patch_size", "in_chans", "embed_dim", "depth", "num_heads")
@@ -64,7 +67,7 @@ def find_start(config: FinetuneConfig) -> Start:
     """
     source = config.finetune or config.like
     if source:
-        pretrained = checkpoint.read_pretrained(source, encoder_only=True)
+        pretrained = checkpoint.read_pretrained(source, encoder_only=True, num_heads=config.num_heads)
         shape = {k: v for k, v in pretrained.shape.items() if not k.startswith("decoder_") and k != "target_dim"}
         _check_architecture(config, shape, pretrained.origin)
     elif config.model:
@@ -85,9 +88,15 @@ def find_start(config: FinetuneConfig) -> Start:
             raise ValueError(f"--{name} has {len(value)} numbers for {shape['in_chans']} channels")
     if min(std) <= 0:
         raise ValueError(f"--std must be positive, got {min(std)}")
-    data_path = config.data_path or record.get("config", {}).get("data_path", "")
+    before = record.get("config", {})
+    data_path = config.data_path or before.get("data_path", "")
     if not data_path:
         raise ValueError("--data_path is needed: the checkpoint doesn't say what it was trained on")
+    kept_out = before.get("holdout", 0)  # the smaller of two holdouts lies in the larger
+    if config.finetune and before.get("data_path") == data_path and kept_out < config.holdout:
+        log.warning(
+            "--holdout %d: %s was pretrained with --holdout %d, on some of these", config.holdout, origin, kept_out
+        )
     size = shape["img_size"] if config.input_size is None else config.input_size
     grid_of(size, shape["patch_size"])  # refuses sizes that don't divide
     folder = run_folder_of(config.finetune) if config.finetune else None

@@ -43,8 +43,8 @@ class PretrainConfig:
     """Pretrain a masked autoencoder, with vanilla MAE or with a low-frequency curriculum on the same engine.
 
     With neither --recipe nor --data_path, recipe `demo` runs on photographs that ship with scikit-image. With
-    --data_path but no --recipe, the defaults are facebookresearch/mae's and the curriculum is vanilla. The defaults
-    below are those of what else is on the command line.
+    --data_path but no --recipe, the defaults are facebookresearch/mae's and the curriculum is vanilla. Shown
+    below are the defaults that the rest of the command line leads to.
     """
 
     recipe: str = ""
@@ -336,12 +336,13 @@ def parse(config_type: type[Config], argv: list[str], default_recipe: str = "", 
 
 
 def _flag(argv: list[str], name: str) -> str:
-    """Value of --name in a command line, before it is parsed; "" if it is not there."""
+    """Value of the last --name in a command line, before it is parsed; "" if it is not there."""
+    found = ""
     for i, word in enumerate(argv):
         flag, equals, value = word.partition("=")
         if flag.replace("-", "_") == f"__{name}":
-            return value if equals else (argv[i + 1] if i + 1 < len(argv) else "")
-    return ""
+            found = value if equals else (argv[i + 1] if i + 1 < len(argv) else "")
+    return found
 
 
 def recipes() -> dict[str, Path]:

@@ -126,7 +126,7 @@ class Run:
         for name in ("num_images", "batch_size", "classes"):
             if state[name] != mine[name]:
                 raise ValueError(f"--resume {path}: {name} was {state[name]}, is {mine[name]}")
-        check_images("--resume", self.config.resume, path, state, self.images, self.start.data_path)
+        check_images(f"--resume {self.config.resume}", path, state, self.images, self.start.data_path)
         self.model.load_state_dict(timm_state(state, self.config.pooled))
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema:
@@ -259,8 +259,9 @@ def train(run: Run, batches: Iterator[tuple[Tensor, Tensor]], journal: Journal, 
         if save or agreed:
             values = torch.stack(outcomes).tolist()  # waits for the device
             data_seconds = run.idle.read()  # of all steps since it was last asked
-            outcomes, losses = [], losses + [loss for loss, _ in values]
-            _check_finite(losses, run.step)
+            outcomes, latest = [], [loss for loss, _ in values]
+            _check_finite(latest, run.step)
+            losses += latest
             stopping = agreed and values[-1][1] > 0
         seconds = time.perf_counter() - began
         run.ledger.add(0, stage, train_seconds=seconds - data_seconds, data_seconds=data_seconds)

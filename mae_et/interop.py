@@ -415,5 +415,5 @@ def _grid(state: State, img_size: SizePx | None) -> tuple[int, int]:
 
 def _heads_of_64(width: int, argument: str) -> int:
     if width % 64:
-        raise ValueError(f"{argument} of width {width} can't be told from weights: pass {argument}")
+        raise ValueError(f"{argument} of width {width} can't be told from weights: pass {argument} (--{argument})")
     return width // 64

@@ -69,25 +69,20 @@ def fingerprint(source: Source, samples: int = 16) -> dict[str, str]:
     return digests
 
 
-def check_images(
-    flag: str, value: str, path: Path, state: Mapping[str, Any], images: Mapping[str, str], data_path: str
-) -> None:
-    """ValueError if a checkpoint is of other images than those whose `fingerprint` is given; a warning if its path is.
+def check_images(flag: str, path: Path, state: Mapping[str, Any], images: Mapping[str, str], data_path: str) -> None:
+    """Compare the images that a checkpoint is of with those whose `fingerprint` is given. flag: as it was given.
 
-    Who names a checkpoint, rather than `auto`, may know that they have been shrunk, or that their decoder is another.
+    ValueError for --resume auto if one is another. Who names a checkpoint may know that they have been shrunk, or that
+    another library decodes them: a warning.
     """
     before = state.get("sampled_images", {})  # older checkpoints have none
     changed = [index for index in before if images.get(index, before[index]) != before[index]]
     if not changed:
         return
-    what = (
-        f"{flag} {path} was trained on other images than those of --data_path {data_path}: number {changed[0]} differs"
-    )
-    if flag == "--resume" and value != "auto":
-        log.warning("%s", what)
-    else:
-        remedy = f"; to go on with these all the same, give --resume {path} instead of auto"
-        raise ValueError(what + (remedy if flag == "--resume" else ""))
+    what = f"{path} was trained on other images than those of --data_path {data_path} (number {changed[0]} differs)"
+    if flag == "--resume auto":
+        raise ValueError(f"{flag}: {what}; to go on with these all the same, give --resume {path}")
+    log.warning("%s: %s", flag, what)
 
 
 def check_same_run(
@@ -98,7 +93,7 @@ def check_same_run(
     images: `fingerprint` of what --data_path holds.
     """
     _check_beginning(f"--resume {path}", state, config, curriculum, FREE_ON_RESUME)
-    check_images("--resume", config.resume, path, state, images, config.data_path)
+    check_images(f"--resume {config.resume}", path, state, images, config.data_path)
 
 
 def check_branch(
@@ -107,7 +102,7 @@ def check_branch(
     """ValueError if a checkpoint is not of a finished run whose stages are the first of the configuration's."""
     what = f"--branch {path}"
     _check_beginning(what, state, config, curriculum, FREE_ON_RESUME | SCHEDULE)
-    check_images("--branch", config.branch, path, state, images, config.data_path)
+    check_images(f"--branch {config.branch}", path, state, images, config.data_path)
     done, stages = state["step"], len(state["stages"])
     if stages >= len(curriculum.stages):
         raise ValueError(f"{what} has {stages} stages and this run {len(curriculum.stages)}: nothing is left to train")

@@ -14,6 +14,8 @@ import torch
 
 from mae_et import checkpoint, interop
 from mae_et.checkpoint import CheckpointError, Pretrained, load, read_pretrained, save, save_safetensors, write_export
+from mae_et.classifier import find_start
+from mae_et.finetune_config import FinetuneConfig
 from mae_et.model import MaskedAutoencoder
 
 SHAPE = {
@@ -375,6 +377,33 @@ def test_exports_are_read_back(format, state, tmp_path):
     assert not found.has_decoder
     for key, tensor in interop.encoder_only(state).items():
         assert torch.equal(found.state[key], tensor)
+
+
+@pytest.mark.parametrize("format", checkpoint.EXPORT_FORMATS)
+@pytest.mark.parametrize(("width", "heads"), [(64, 4), (48, 3)])
+def test_exports_keep_heads_that_weights_do_not_tell(format, width, heads, tmp_path):
+    """A wrong number would load as well, and compute something else."""
+    shape = SHAPE | {"embed_dim": width, "num_heads": heads, "decoder_num_heads": 8}
+    out = tmp_path / {"timm": "x.safetensors", "facebook": "x.pth", "huggingface": "x"}[format]
+    write_export(MaskedAutoencoder(**shape).state_dict(), shape, format, out)
+    found = read_pretrained(out, encoder_only=True).shape
+    assert (found["embed_dim"], found["num_heads"]) == (width, heads)
+    if format != "timm":
+        assert read_pretrained(out).shape["decoder_num_heads"] == 8
+
+
+def test_heads_that_a_file_does_not_tell_are_asked_for_or_said(tmp_path, caplog):
+    for width, path in ((64, tmp_path / "64.pth"), (48, tmp_path / "48.pth")):
+        shape = SHAPE | {"embed_dim": width, "num_heads": 4}
+        torch.save(interop.to_timm(MaskedAutoencoder(**shape).state_dict()), path)
+        assert read_pretrained(path, num_heads=4).shape["num_heads"] == 4
+    assert not caplog.text
+    assert read_pretrained(tmp_path / "64.pth").shape["num_heads"] == 1
+    assert "taken to be 1, of 64 each; see --num_heads" in caplog.text
+    start = find_start(FinetuneConfig(finetune=str(tmp_path / "64.pth"), data_path="there", num_heads=4))
+    assert start.shape["num_heads"] == 4
+    with pytest.raises(ValueError, match=r"48\.pth: num_heads of width 48 can't be told .* \(--num_heads\)"):
+        find_start(FinetuneConfig(finetune=str(tmp_path / "48.pth"), data_path="there"))
 
 
 def test_a_shape_may_leave_out_defaults(state, tmp_path):

@@ -71,6 +71,12 @@ def test_a_recipe_gives_the_defaults_and_flags_overrule_it():
     )
 
 
+def test_of_two_recipes_the_last_one_counts():
+    assert flags("--recipe", "demo", "--recipe=in1k_vitb_mae1600") == flags("--recipe", "in1k_vitb_mae1600")
+    with pytest.raises(ValueError, match="nope"):
+        flags("--recipe", "demo", "--recipe", "nope")
+
+
 def test_a_file_is_a_recipe(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(

@@ -391,3 +391,13 @@ def test_loader_processes_leave_signals_to_the_trainer() -> None:
     ((trained, _),) = labelled_batches(Asked(), [[0, 1]], DamageLog(4, 0.0), num_workers=1, pin_memory=False)
     evaluated = [images for images, *_ in eval_batches(Asked(), 0, 1, num_workers=1, pin_memory=False, batch_size=2)]
     assert trained.all() and torch.cat(evaluated).all()
+
+
+def test_judging_on_what_pretraining_has_seen_is_said(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    find_start(FinetuneConfig(finetune=str(run), holdout=3))
+    assert "--holdout 3: mae_et checkpoint" in caplog.text and "was pretrained with --holdout 0" in caplog.text
+    caplog.clear()
+    find_start(FinetuneConfig(finetune=str(run)))
+    find_start(FinetuneConfig(like=str(run), holdout=3))  # none of its weights
+    find_start(FinetuneConfig(finetune=str(run), holdout=3, data_path="elsewhere"))
+    assert not caplog.text

@@ -669,9 +669,9 @@ def test_an_image_that_could_not_be_read_for_a_moment_is_no_other(photos: Path, 
     holes = fingerprint(Unread(source, 1))
     assert len(holes) == len(whole) - 1 == 19
     for before, now in ((whole, holes), (holes, whole), ({}, whole)):
-        check_images("--resume", "auto", tmp_path, {"sampled_images": before}, now, "there")
+        check_images("--resume auto", tmp_path, {"sampled_images": before}, now, "there")
     with pytest.raises(ValueError, match="number 0 differs"):
-        check_images("--resume", "auto", tmp_path, {"sampled_images": holes}, holes | {"0": "0"}, "there")
+        check_images("--resume auto", tmp_path, {"sampled_images": holes}, holes | {"0": "0"}, "there")
 
 
 class Unread:

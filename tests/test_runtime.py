@@ -161,3 +161,20 @@ def test_slow_bf16_is_said(monkeypatch, caplog, precision: str, fast: bool, warn
     with runtime.start("cpu", precision) as here:
         assert here.precision == ("bf16" if precision == "bf16" else "fp32")
     assert ("--precision fp32" in caplog.text) == warns
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or crash?",
+        "wait timeout after 86400000ms, keys: /restart_0/main_first",
+        "[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:9999",
+    ],
+)
+def test_a_lost_rank_is_told_from_what_torch_says(message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "_join", lambda *where: None)
+    monkeypatch.setattr(runtime.dist, "destroy_process_group", lambda: None)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConnectionError, match="another rank has died"), runtime.start("cpu"):
+        raise RuntimeError(message)
