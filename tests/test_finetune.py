@@ -401,3 +401,38 @@ def test_judging_on_what_pretraining_has_seen_is_said(run: Path, caplog: pytest.
     find_start(FinetuneConfig(like=str(run), holdout=3))  # none of its weights
     find_start(FinetuneConfig(finetune=str(run), holdout=3, data_path="elsewhere"))
     assert not caplog.text
+
+
+def test_the_loss_that_is_reported_is_the_mean_since_the_last_evaluation(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, losses = finetune_module.accumulate_gradients, []
+
+    def recorded(*arguments):
+        loss = real(*arguments)
+        losses.append(loss.item())
+        return loss
+
+    monkeypatch.setattr(finetune_module, "accumulate_gradients", recorded)
+    config = FinetuneConfig(finetune=str(run), output_dir=str(tmp_path / "tuned"), **QUICK)
+    folder = tmp_path / "tuned"
+    finetune(config)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    ends = [line["step"] + 1 for line in lines]
+    assert ends[-1] == len(losses) and ends[0] > 1 and len(ends) > 1
+    for line, begin, end in zip(lines, [0, *ends], ends, strict=False):
+        assert line["loss"] == pytest.approx(sum(losses[begin:end]) / (end - begin), rel=1e-5)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = finetune_module.accumulate_gradients, []
+
+    def broken(*arguments):
+        calls.append(1)
+        return real(*arguments) * (float("nan") if len(calls) == 3 else 1)
+
+    monkeypatch.setattr(finetune_module, "accumulate_gradients", broken)
+    config = FinetuneConfig(finetune=str(run), output_dir=str(tmp_path / "tuned"), **QUICK)
+    with pytest.raises(FloatingPointError, match="loss is nan at step 2"):
+        finetune(config)
+    assert len(calls) == 3
