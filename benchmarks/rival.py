@@ -17,15 +17,15 @@ import json
 from step import NUM_IMAGES, Contestant, StepConfig, pretrain_config, vit_mae
 from synthetic import synthetic_run
 
-from mae_et.runtime import Runtime
+from mae_et.engine.runtime import Runtime
 
 
 def main() -> None:
     options, model, precision, index = sys.argv[1:]
     options = StepConfig(**json.loads(options))
     device = "cuda" if options.device == "auto" and torch.cuda.is_available() else options.device
-    here = Runtime(torch.device("cpu" if device == "auto" else device), precision)  # not `start`, which sets things
-    run = synthetic_run(pretrain_config(options, model), here, NUM_IMAGES)
+    rt = Runtime(torch.device("cpu" if device == "auto" else device), precision)  # not `start`, which sets things
+    run = synthetic_run(pretrain_config(options, model), rt, NUM_IMAGES)
     stage = run.curriculum.stages[int(index)]
     contestant = Contestant(run, stage, vit_mae(run, stage))
     for line in sys.stdin:

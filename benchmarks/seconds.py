@@ -25,10 +25,12 @@ from rich.console import Console
 from rich.table import Table
 from synthetic import Spread, Stopwatch, synthetic_run
 
-from mae_et import runtime
-from mae_et.config import PretrainConfig, parse
-from mae_et.curriculum import show_size
-from mae_et.plan import build_curriculum, count_images, vanilla_twin
+from mae_et.engine import runtime
+from mae_et.plan.build import as_vanilla, build_curriculum
+from mae_et.plan.config import PretrainConfig
+from mae_et.plan.flags import parse
+from mae_et.plan.report import count_images
+from mae_et.plan.shapes import show_size
 
 #: Recipe -> flags that make it fit a laptop: what is accumulated over, not what a micro-batch holds.
 RECIPES = {
@@ -57,9 +59,9 @@ def main() -> None:
     for recipe in options.recipes:
         flags = shlex.split(options.flags or RECIPES.get(recipe, ""))
         config = parse(PretrainConfig, ["--recipe", recipe, *flags])
-        with runtime.start(config.device, config.precision) as here:
-            report = {"recipe": recipe, "device": here.describe(), "threads": torch.get_num_threads()}
-            reports.append(report | measure(config, here, options.rounds))
+        with runtime.start(config.device, config.precision) as rt:
+            report = {"recipe": recipe, "device": rt.describe(), "threads": torch.get_num_threads()}
+            reports.append(report | measure(config, rt, options.rounds))
     if options.json:
         print(json.dumps(reports, indent=1))
         return
@@ -67,11 +69,11 @@ def main() -> None:
         show(report)
 
 
-def measure(config: PretrainConfig, here: runtime.Runtime, rounds: int) -> dict[str, Any]:
+def measure(config: PretrainConfig, rt: runtime.Runtime, rounds: int) -> dict[str, Any]:
     """Seconds per step of each stage and of vanilla MAE, and what follows for the whole curriculum."""
     images = count_images(config)
-    run = synthetic_run(config, here, images)
-    vanilla_plan = build_curriculum(vanilla_twin(config), images, here.world_size)
+    run = synthetic_run(config, rt, images)
+    vanilla_plan = build_curriculum(as_vanilla(config), images, rt.world_size)
     vanilla = Stopwatch.of(run, vanilla_plan.stages[0])
     stages = [Stopwatch.of(run, stage) for stage in run.curriculum.stages]
     for _ in range(rounds):

@@ -39,12 +39,13 @@ from rich.table import Table
 from synthetic import LEARNING_RATE, Spread, loader_output, peak_memory, reset_peak_memory, synthetic_run
 from torch import Tensor, nn
 
-from mae_et import runtime
-from mae_et.config import PretrainConfig
-from mae_et.curriculum import Stage, show_size
+from mae_et.engine import runtime
+from mae_et.engine.pretrain import Run, take_step
 from mae_et.interop import huggingface_config
-from mae_et.plan import model_kwargs
-from mae_et.pretrain import Run, take_step
+from mae_et.plan.config import PretrainConfig
+from mae_et.plan.curriculum import Stage
+from mae_et.plan.report import model_kwargs
+from mae_et.plan.shapes import show_size
 
 OURS, THEIRS, THEIRS_HERE = "mae_et", "transformers ViTMAE", "ViTMAE, our process"
 NUM_IMAGES = 1_000_000  # of a data set: whole steps of every stage
@@ -94,9 +95,9 @@ class Contestant:
     def warm_up(self) -> int:
         """Two steps that don't count: the first makes the optimiser's state, the second's memory is returned."""
         self._step()
-        before = reset_peak_memory(self.run.here.device)
+        before = reset_peak_memory(self.run.rt.device)
         self._step()
-        return peak_memory(self.run.here.device) - before
+        return peak_memory(self.run.rt.device) - before
 
     def step(self) -> float:
         """Seconds of one step."""
@@ -109,12 +110,12 @@ class Contestant:
             take_step(self.run, iter(self.batches), self.stage, LEARNING_RATE)
         else:
             self._their_step(self.batches[0])
-        self.run.here.synchronize()
+        self.run.rt.synchronize()
 
     def _their_step(self, images: Tensor) -> None:
         prepared = self.run.prepare(images, self.stage)
         noise = torch.rand(len(images), self.run.patches(self.stage), device=prepared.device)
-        with self.run.here.autocast():
+        with self.run.rt.autocast():
             loss = self.theirs(prepared, noise=noise).loss
         loss.backward()
         nn.utils.get_total_norm(p.grad for p in self.theirs.parameters() if p.grad is not None)  # as take_step does
@@ -192,9 +193,9 @@ def measure(options: StepConfig, model: str) -> list[dict[str, Any]]:
         # Entering decides how attention is computed; the model built next keeps it.
         runs = {}
         for precision in options.precisions:
-            here = stack.enter_context(runtime.start(options.device, precision))
-            runs[here.precision] = synthetic_run(pretrain_config(options, model), here, NUM_IMAGES)
-        best = {precision: best_matmul(run.here) for precision, run in runs.items()}
+            rt = stack.enter_context(runtime.start(options.device, precision))
+            runs[rt.precision] = synthetic_run(pretrain_config(options, model), rt, NUM_IMAGES)
+        best = {precision: best_matmul(run.rt) for precision, run in runs.items()}
         for index in range(len(next(iter(runs.values())).curriculum.stages)):
             rows += measure_stage(options, model, index, runs, best)
     return rows
@@ -229,20 +230,20 @@ def vit_mae(run: Run, stage: Stage) -> nn.Module:
     ratio = 1 - (stage.num_visible + 0.5) / patches  # theirs keeps int(L · (1 − ratio))
     config = huggingface_config(shape, norm_pix_loss=True, mask_ratio=ratio)
     assert int(patches * (1 - ratio)) == stage.num_visible and stage.num_predicted == patches - stage.num_visible
-    model = transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(**config)).to(run.here.device).train()
+    model = transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(**config)).to(run.rt.device).train()
     return torch.compile(model, dynamic=False) if run.config.compile else model
 
 
-def best_matmul(here: runtime.Runtime) -> float:
+def best_matmul(rt: runtime.Runtime) -> float:
     """The most FLOP/s that a matrix product reaches here in the precision of the run."""
-    dtype, best = (torch.bfloat16 if here.precision == "bf16" else torch.float32), 0.0
-    for m, k, n in CUDA_MATMUL_SHAPES if here.device.type == "cuda" else MATMUL_SHAPES:
-        a, b = torch.randn(m, k, device=here.device, dtype=dtype), torch.randn(k, n, device=here.device, dtype=dtype)
+    dtype, best = (torch.bfloat16 if rt.precision == "bf16" else torch.float32), 0.0
+    for m, k, n in CUDA_MATMUL_SHAPES if rt.device.type == "cuda" else MATMUL_SHAPES:
+        a, b = torch.randn(m, k, device=rt.device, dtype=dtype), torch.randn(k, n, device=rt.device, dtype=dtype)
         for _ in range(8):
-            here.synchronize()
+            rt.synchronize()
             began = time.perf_counter()
             a @ b
-            here.synchronize()
+            rt.synchronize()
             best = max(best, 2 * m * k * n / (time.perf_counter() - began))
     return best
 
@@ -260,7 +261,7 @@ def row(model: str, run: Run, index: int, mine: Times, everyone: list[Times], be
         "model": model,
         "contestant": mine.name,
         "precision": mine.precision,
-        "device": run.here.describe(),
+        "device": run.rt.describe(),
         "size_px": stage.size_px,
         "patches": run.patches(stage),
         "batch_size": stage.batch_size,

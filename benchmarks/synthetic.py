@@ -11,27 +11,28 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mae_et.config import PretrainConfig
-from mae_et.cost import Ledger
-from mae_et.curriculum import Stage
 from mae_et.data.stream import micro_batches
+from mae_et.engine.optim import adamw
+from mae_et.engine.pretrain import Run, take_step, trained_network
+from mae_et.engine.runtime import Runtime
 from mae_et.model import MaskedAutoencoder
-from mae_et.optim import adamw
-from mae_et.plan import build_curriculum, model_kwargs
-from mae_et.pretrain import Run, take_step, trained_network
-from mae_et.runtime import Runtime
+from mae_et.plan.build import build_curriculum
+from mae_et.plan.config import PretrainConfig
+from mae_et.plan.cost import Ledger
+from mae_et.plan.curriculum import Stage
+from mae_et.plan.report import model_kwargs
 
 LEARNING_RATE = 1e-5
 
 
-def synthetic_run(config: PretrainConfig, here: Runtime, num_images: int) -> Run:
+def synthetic_run(config: PretrainConfig, rt: Runtime, num_images: int) -> Run:
     """Everything `train` works on but data and a folder: real stages, model, optimiser."""
-    curriculum = build_curriculum(config, num_images, here.world_size)
+    curriculum = build_curriculum(config, num_images, rt.world_size)
     torch.manual_seed(0)
-    model = MaskedAutoencoder(**model_kwargs(config)).to(here.device)
-    network = trained_network(model, config, here)
+    model = MaskedAutoencoder(**model_kwargs(config)).to(rt.device)
+    network = trained_network(model, config, rt)
     optimizer = adamw(model, config.weight_decay)
-    return Run(config, here, curriculum, model, network, optimizer, LEARNING_RATE, Ledger.of(curriculum), step=0)
+    return Run(config, rt, curriculum, model, network, optimizer, LEARNING_RATE, Ledger.of(curriculum), step=0)
 
 
 def loader_output(run: Run, stage: Stage) -> list[Tensor]:
@@ -40,7 +41,7 @@ def loader_output(run: Run, stage: Stage) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     shape = (max(map(len, pieces)), run.config.in_chans, *run.loader_px(stage))
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-    images = images.pin_memory() if run.here.device.type == "cuda" else images
+    images = images.pin_memory() if run.rt.device.type == "cuda" else images
     return [images[: len(piece)] for piece in pieces]
 
 
@@ -61,10 +62,10 @@ class Stopwatch:
         return watch
 
     def step(self) -> None:
-        self.run.here.synchronize()
+        self.run.rt.synchronize()
         began = time.perf_counter()
         take_step(self.run, iter(self.batches), self.stage, LEARNING_RATE)
-        self.run.here.synchronize()
+        self.run.rt.synchronize()
         self.seconds.append(time.perf_counter() - began)
 
 

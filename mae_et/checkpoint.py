@@ -19,10 +19,11 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from . import interop, sharded, storage
-from .curriculum import as_size
-from .storage import CheckpointError, make_folder, save, save_safetensors, write
-from .targets import target_dim
+from . import interop
+from .engine import sharded, storage
+from .engine.storage import save, save_safetensors
+from .files import CheckpointError, make_folder, write
+from .plan.shapes import as_size, target_dim
 
 __all__ = [
     "CheckpointError",

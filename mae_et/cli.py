@@ -12,22 +12,24 @@ from typing import NoReturn
 import torch
 import tyro
 
-from .checkpoint import CheckpointError, read_pretrained, write_export
-from .compare import CompareConfig, compare
-from .config import PretrainConfig, parse, to_yaml
-from .finetune import finetune
-from .finetune_config import FinetuneConfig
-from .plan import PlanConfig, plan_report, plan_summary, plan_table
-from .prepare import PrepareConfig, prepare
-from .pretrain import pretrain
-from .probe import probe
-from .progress import console, logging_to_console
-from .reconstruct import ReconstructConfig, reconstruct
-from .report import notes, terminal_tables, write_report
-from .scaling import scaling_table
-from .search import search
-from .search_report import candidate_table, describe, write_found
-from .space import SearchConfig
+from .checkpoint import read_pretrained, write_export
+from .compare.compare import CompareConfig, compare
+from .compare.report import notes, terminal_tables, write_report
+from .console import console, logging_to_console
+from .data.prepare import PrepareConfig, prepare
+from .engine.pretrain import pretrain
+from .evaluate.config import FinetuneConfig
+from .evaluate.finetune import finetune
+from .evaluate.probe import probe
+from .evaluate.reconstruct import ReconstructConfig, reconstruct
+from .files import CheckpointError
+from .plan.config import PretrainConfig
+from .plan.flags import parse, to_yaml
+from .plan.report import PlanConfig, plan_report, plan_summary, plan_table
+from .plan.scaling import scaling_table
+from .search.report import candidate_table, describe, write_found
+from .search.search import search
+from .search.space import SearchConfig
 
 #: Mistakes and mishaps that one line explains; anything else is a bug and shows its traceback.
 EXPLAINED = (ValueError, OSError, CheckpointError, FloatingPointError)

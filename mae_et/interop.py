@@ -20,9 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .curriculum import SizePx, as_size, grid_of, height_width
 from .model import NORM_EPS, sincos_table
-from .targets import target_dim
+from .plan.shapes import SizePx, as_size, grid_of, height_width, target_dim
 
 State = Mapping[str, Tensor]
 

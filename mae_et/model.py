@@ -6,34 +6,23 @@ The model returns predictions, never a loss. Source: MAE, arXiv 2111.06377.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from timm.layers import resample_abs_pos_embed
+from timm.layers import Mlp, resample_abs_pos_embed, use_fused_attn
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .curriculum import SizePx, grid_of, height_width
-from .decoder import DECODERS, CrossBlock
+from .plan.shapes import ModelShape, grid_of, height_width, model_shape
 from .targets import take_patches
 
 NORM_EPS = 1e-6  # MAE, as in ViT
-
-#: Encoder width, depth, heads and patch of each size (MAE, Sec. 4; tiny and small as in DeiT, arXiv 2012.12877).
-SIZES = {
-    "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3, "patch_size": 16},
-    "small": {"embed_dim": 384, "depth": 12, "num_heads": 6, "patch_size": 16},
-    "base": {"embed_dim": 768, "depth": 12, "num_heads": 12, "patch_size": 16},
-    "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16, "patch_size": 16},
-    "huge": {"embed_dim": 1280, "depth": 32, "num_heads": 16, "patch_size": 14},
-}
-MODELS = tuple(f"mae_vit_{size}_patch{shape['patch_size']}" for size, shape in SIZES.items())
 
 
 class Output(NamedTuple):
@@ -50,70 +39,44 @@ class Output(NamedTuple):
 class MaskedAutoencoder(nn.Module):
     """MAE around a timm ``VisionTransformer`` (`encoder`), with a decoder of timm blocks.
 
-    img_size: full size in pixels, one number or (height, width); any smaller multiple of the patch may be fed in.
-    target_dim: values predicted per patch; default: the patch's pixels.
-    own_positions: number the patches of a smaller grid from zero, instead of in coordinates of the full grid.
-    decoder: a key of DECODERS: whether the decoder's queries see each other.
+    Arguments and errors as of :class:`ModelShape`, which has an attribute for each; so has the model.
     """
 
-    def __init__(
-        self,
-        img_size: SizePx = 224,
-        patch_size: int = 16,
-        in_chans: int = 3,
-        embed_dim: int = 768,
-        depth: int = 12,
-        num_heads: int = 12,
-        decoder_embed_dim: int = 512,
-        decoder_depth: int = 8,
-        decoder_num_heads: int = 16,
-        mlp_ratio: float = 4.0,
-        target_dim: int | None = None,
-        own_positions: bool = False,
-        decoder: str = "self",
-    ) -> None:
+    def __init__(self, **arguments: Any) -> None:
         super().__init__()
-        self.grid = grid_of(img_size, patch_size)
-        for width, heads, flag in ((embed_dim, num_heads, ""), (decoder_embed_dim, decoder_num_heads, "decoder_")):
-            if width % heads or width % 4:
-                raise ValueError(
-                    f"{flag}embed_dim {width} must be divisible by {flag}num_heads {heads}, and by 4 for the 2-D "
-                    "sin-cos position table"
-                )
-        if decoder not in DECODERS:
-            raise ValueError(f"unknown decoder {decoder!r}; choose from {', '.join(DECODERS)}")
-        self.img_size, self.patch_size, self.in_chans, self.mlp_ratio = img_size, patch_size, in_chans, mlp_ratio
-        self.embed_dim, self.depth, self.num_heads = embed_dim, depth, num_heads
-        self.decoder_embed_dim, self.decoder_depth = decoder_embed_dim, decoder_depth
-        self.decoder_num_heads = decoder_num_heads
-        self.target_dim = target_dim or patch_size**2 * in_chans
-        self.own_positions, self.decoder = own_positions, decoder
+        self.shape = shape = ModelShape(**arguments)
+        for name, value in shape.items():
+            setattr(self, name, value)
+        self.grid = self.shape.grid
 
         self.encoder = VisionTransformer(
-            img_size=height_width(img_size),
-            patch_size=patch_size,
-            in_chans=in_chans,
+            img_size=height_width(shape.img_size),
+            patch_size=shape.patch_size,
+            in_chans=shape.in_chans,
             num_classes=0,
-            embed_dim=embed_dim,
-            depth=depth,
-            num_heads=num_heads,
-            mlp_ratio=mlp_ratio,
+            embed_dim=shape.embed_dim,
+            depth=shape.depth,
+            num_heads=shape.num_heads,
+            mlp_ratio=shape.mlp_ratio,
             norm_layer=_norm,
             weight_init="skip",  # initialised below
         )
         self.encoder.pos_embed.requires_grad_(False)
 
-        self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
-        shape = decoder_embed_dim, decoder_num_heads, mlp_ratio
-        if decoder == "cross":
-            self.decoder_blocks = nn.ModuleList(CrossBlock(*shape, norm_layer=_norm) for _ in range(decoder_depth))
+        width = shape.decoder_embed_dim
+        self.decoder_embed = nn.Linear(shape.embed_dim, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        block = width, shape.decoder_num_heads, shape.mlp_ratio
+        if shape.decoder == "cross":
+            self.decoder_blocks = nn.ModuleList(
+                CrossBlock(*block, norm_layer=_norm) for _ in range(shape.decoder_depth)
+            )
         else:
             self.decoder_blocks = nn.Sequential(
-                *(Block(*shape, qkv_bias=True, norm_layer=_norm) for _ in range(decoder_depth))
+                *(Block(*block, qkv_bias=True, norm_layer=_norm) for _ in range(shape.decoder_depth))
             )
-        self.decoder_norm = _norm(decoder_embed_dim)
-        self.decoder_pred = nn.Linear(decoder_embed_dim, self.target_dim)
+        self.decoder_norm = _norm(width)
+        self.decoder_pred = nn.Linear(width, shape.target_dim)
         self._tables: dict[tuple, tuple[Tensor, Tensor]] = {}
         self.register_load_state_dict_post_hook(lambda model, _: model._tables.clear())
         self.reset_parameters()
@@ -158,7 +121,7 @@ class MaskedAutoencoder(nn.Module):
     @property
     def num_patches(self) -> int:
         """L at full size."""
-        return math.prod(self.grid)
+        return self.shape.num_patches
 
     def forward(
         self, images: Tensor, num_visible: int, num_predicted: int | None = None, noise: Tensor | None = None
@@ -271,20 +234,6 @@ def sincos_table(width: int, grid: tuple[int, int], full_grid: tuple[int, int]) 
     return table.float()
 
 
-def model_shape(name: str) -> dict[str, int]:
-    """Encoder width, depth, heads and patch of a model name; ValueError lists the legal ones.
-
-    `mae_vit_base_patch16`, `vit_base_patch16` and `mae_vit_base_patch16_dec512d8b` are the same model here.
-    """
-    short = name.removesuffix("_dec512d8b")
-    short = short if short.startswith("mae_") else f"mae_{short}"
-    if short not in MODELS:
-        close = difflib.get_close_matches(short, MODELS, n=1)
-        hint = f" (did you mean {close[0]}?)" if close else ""
-        raise ValueError(f"unknown model {name!r}{hint}; choose from {', '.join(MODELS)}")
-    return dict(SIZES[short.split("_")[2]])
-
-
 def create_mae(name: str = "mae_vit_base_patch16", **overrides) -> MaskedAutoencoder:
     """A :class:`MaskedAutoencoder` by name, with any of its arguments overridden (None = keep)."""
     return MaskedAutoencoder(**model_shape(name) | {k: v for k, v in overrides.items() if v is not None})
@@ -292,3 +241,50 @@ def create_mae(name: str = "mae_vit_base_patch16", **overrides) -> MaskedAutoenc
 
 def _norm(width: int, **kwargs) -> nn.LayerNorm:
     return nn.LayerNorm(width, **{"eps": NORM_EPS} | kwargs)
+
+
+# ── cross-attention decoder ──
+#
+# CrossMAE, arXiv 2401.14391, Sec. 3.2: each masked patch is predicted from the visible ones alone. So the cost falls with
+# the number of predicted patches, and a prediction doesn't depend on which others are asked for. Here the queries read
+# the encoder's last layer; CrossMAE's weighted sum over all layers (Sec. 3.3) is left out.
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of queries [B, P, E] to a context [B, N, E] -> [B, P, E]."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.fused = bool(use_fused_attn())
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, queries: Tensor, context: Tensor) -> Tensor:
+        q = rearrange(self.q(queries), "b p (h d) -> b h p d", h=self.num_heads)
+        k, v = rearrange(self.kv(context), "b n (two h d) -> two b h n d", two=2, h=self.num_heads)
+        if self.fused:
+            x = F.scaled_dot_product_attention(q, k, v)
+        else:
+            x = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1) @ v
+        return self.proj(rearrange(x, "b h p d -> b p (h d)"))
+
+
+class CrossBlock(nn.Module):
+    """Pre-norm cross-attention and MLP, each with a residual connection around it."""
+
+    def __init__(
+        self, width: int, num_heads: int, mlp_ratio: float, norm_layer: Callable[[int], nn.Module] = nn.LayerNorm
+    ) -> None:
+        super().__init__()
+        self.norm1 = norm_layer(width)
+        self.norm_context = norm_layer(width)
+        self.attn = CrossAttention(width, num_heads)
+        self.norm2 = norm_layer(width)
+        self.mlp = Mlp(width, int(width * mlp_ratio))
+
+    def forward(self, queries: Tensor, context: Tensor) -> Tensor:
+        """queries [B, P, E], context [B, N, E] -> [B, P, E]."""
+        queries = queries + self.attn(self.norm1(queries), self.norm_context(context))
+        return queries + self.mlp(self.norm2(queries))

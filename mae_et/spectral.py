@@ -14,15 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from .curriculum import SizePx, height_width
-
-#: How an image becomes small, and where. Only `fourier` is exact; tests state how far the others are from it.
-OPERATORS = {
-    "fourier": "exact spectral crop, on the device, from the full-size image",
-    "lanczos": "Lanczos resize of the full-size crop in the loader (ET++'s efficient down-sampling)",
-    "bilinear": "the same with antialiased bilinear: blurrier, for comparison",
-    "scaled": "DCT-scaled JPEG decoding, then one Lanczos resize in the loader: the cheapest",
-}
+from .plan.shapes import SizePx, height_width
 
 
 def low_frequency_crop(images: Tensor, size: SizePx) -> Tensor:
@@ -55,14 +47,6 @@ def low_frequency_crop(images: Tensor, size: SizePx) -> Tensor:
             corner = small[..., h:, w:]  # [..., 1, 1]
             small = small[..., :h, :w] - corner * (_alternating(h, small).unsqueeze(-1) * _alternating(w, small))
     return small[..., :h, :w].to(images.dtype)
-
-
-def crop_flops(full_size: SizePx, size: SizePx) -> int:
-    """FLOPs (2 per multiply-add) of :func:`low_frequency_crop` for one channel of one image."""
-    (H, W), (h, w) = height_width(full_size), height_width(size)
-    columns = w + (w < W and w % 2 == 0)
-    rows = h + (h < H and h % 2 == 0)
-    return 2 * (H * W * columns * (w < W) + rows * H * columns * (h < H))
 
 
 @functools.lru_cache(maxsize=128)

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-TARGETS = ("pixel", "hog")
-HOG_BINS = 9  # MaskFeat, Sec. 3.2: 9 unsigned orientations
+from .plan.shapes import HOG_BINS
 
 
 def pixel_target(images: Tensor, patch_size: int, normalize: bool = False, ids: Tensor | None = None) -> Tensor:
@@ -58,11 +57,6 @@ def hog_target(images: Tensor, patch_size: int) -> Tensor:
         )  # [B, C, 9, H/cell, W/cell]
         histogram = F.normalize(histogram, p=2, dim=2, eps=1e-12)
     return rearrange(histogram, "b c o (h y) (w x) -> b (h w) (c o y x)", y=2, x=2)
-
-
-def target_dim(target: str, patch_size: int, in_chans: int) -> int:
-    """D: values per patch that the decoder predicts."""
-    return {"pixel": patch_size**2 * in_chans, "hog": in_chans * HOG_BINS * 4}[target]
 
 
 def take_patches(target: Tensor, ids: Tensor) -> Tensor:

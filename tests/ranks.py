@@ -19,7 +19,7 @@ def on_ranks(number: int, log: Path, task: Callable, *arguments) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mae_et.pretrain"])
+    context.set_forkserver_preload(["mae_et.engine.pretrain"])
     log.mkdir(parents=True, exist_ok=True)
     logs = [log / f"rank{rank}.txt" for rank in range(number)]
     processes = [

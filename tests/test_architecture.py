@@ -42,13 +42,13 @@ MODULES = {
 
 def imported(source: str, module: str, is_package: bool) -> set[str]:
     """Full names of what a module of mae_et imports, anywhere in its text."""
-    here = ["mae_et", *module.split(".")] if module else ["mae_et"]
+    rt = ["mae_et", *module.split(".")] if module else ["mae_et"]
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            base = here[: len(here) - node.level + is_package] if node.level else []
+            base = rt[: len(rt) - node.level + is_package] if node.level else []
             base = ".".join([*base, *([node.module] if node.module else [])])
             found |= {f"{base}.{alias.name}" for alias in node.names}
     return found

@@ -13,9 +13,10 @@ import timm
 import torch
 
 from mae_et import checkpoint, interop
-from mae_et.checkpoint import CheckpointError, Pretrained, load, read_pretrained, save, save_safetensors, write_export
-from mae_et.classifier import find_start
-from mae_et.finetune_config import FinetuneConfig
+from mae_et.checkpoint import Pretrained, load, read_pretrained, save, save_safetensors, write_export
+from mae_et.evaluate.config import FinetuneConfig
+from mae_et.evaluate.encoder import load_encoder
+from mae_et.files import CheckpointError
 from mae_et.model import MaskedAutoencoder
 
 SHAPE = {
@@ -400,10 +401,10 @@ def test_heads_that_a_file_does_not_tell_are_asked_for_or_said(tmp_path, caplog)
     assert not caplog.text
     assert read_pretrained(tmp_path / "64.pth").shape["num_heads"] == 1
     assert "taken to be 1, of 64 each; see --num_heads" in caplog.text
-    start = find_start(FinetuneConfig(finetune=str(tmp_path / "64.pth"), data_path="there", num_heads=4))
+    start = load_encoder(FinetuneConfig(finetune=str(tmp_path / "64.pth"), data_path="there", num_heads=4))
     assert start.shape["num_heads"] == 4
     with pytest.raises(ValueError, match=r"48\.pth: num_heads of width 48 can't be told .* \(--num_heads\)"):
-        find_start(FinetuneConfig(finetune=str(tmp_path / "48.pth"), data_path="there"))
+        load_encoder(FinetuneConfig(finetune=str(tmp_path / "48.pth"), data_path="there"))
 
 
 def test_a_shape_may_leave_out_defaults(state, tmp_path):

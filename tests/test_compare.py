@@ -17,10 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mae_et.cli import main
-from mae_et.compare import CompareConfig, compare, interpolate, needed
-from mae_et.config import PretrainConfig, to_dict
-from mae_et.finetune_config import FinetuneConfig
-from mae_et.report import answer_compute, answer_quality, markdown, number, write_report
+from mae_et.compare.compare import CompareConfig, compare, interpolate, needed
+from mae_et.compare.report import answer_compute, answer_quality, markdown, number, write_report
+from mae_et.evaluate.config import FinetuneConfig
+from mae_et.plan.config import PretrainConfig
+from mae_et.plan.flags import to_dict
 
 ROOT = Path(__file__).parent.parent
 

@@ -10,10 +10,12 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mae_et.config import PretrainConfig, from_dict, from_recipe, parse, recipes, to_dict, to_yaml
-from mae_et.curriculum import StageRow
-from mae_et.model import MODELS
-from mae_et.plan import PlanConfig, build_curriculum, describe_model
+from mae_et.plan.build import build_curriculum
+from mae_et.plan.config import PretrainConfig
+from mae_et.plan.curriculum import StageRow
+from mae_et.plan.flags import from_dict, from_recipe, parse, recipes, to_dict, to_yaml
+from mae_et.plan.report import PlanConfig, describe_model
+from mae_et.plan.shapes import MODELS
 
 DATA = ("--data_path", "D")
 

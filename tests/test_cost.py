@@ -11,12 +11,22 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mae_et.config import from_recipe
-from mae_et.cost import Account, EnergyMeter, Ledger, encoder_flops_per_image, flops_per_image, input_flops_per_image
-from mae_et.curriculum import Curriculum, Stage, grid_of, scheduled
-from mae_et.model import MODELS, MaskedAutoencoder, create_mae
-from mae_et.plan import PlanConfig, plan_report
-from mae_et.spectral import crop_flops, low_frequency_crop
+from mae_et.engine.meters import EnergyMeter
+from mae_et.model import MaskedAutoencoder, create_mae
+from mae_et.plan.cost import (
+    Ledger,
+    StageCost,
+    crop_flops,
+    encoder_flops_per_image,
+    flops_per_image,
+    input_flops_per_image,
+)
+from mae_et.plan.curriculum import Curriculum, Stage
+from mae_et.plan.flags import from_recipe
+from mae_et.plan.report import PlanConfig, plan_report
+from mae_et.plan.schedules import scheduled
+from mae_et.plan.shapes import MODELS, grid_of
+from mae_et.spectral import low_frequency_crop
 from mae_et.targets import hog_target
 
 # ------------------------------------------------------------------------------------------------------------ formula
@@ -126,19 +136,19 @@ def booked() -> tuple[Curriculum, Ledger]:
 def test_the_ledger_books_every_step_on_its_stage():
     curriculum, ledger = booked()
     seconds = {"data_seconds": 1.5, "eval_seconds": 0.25}
-    first = Account(16, 3, 24, 96, 288, 240.0, train_seconds=7.0, peak_memory_bytes=700, decoded_images=24, **seconds)
-    second = Account(
+    first = StageCost(16, 3, 24, 96, 288, 240.0, train_seconds=7.0, peak_memory_bytes=700, decoded_images=24, **seconds)
+    second = StageCost(
         (32, 16), 2, 12, 96, 240, 600.0, 24.0, 1.0, warmup_seconds=4.0, peak_memory_bytes=300, decoded_images=12
     )
     assert ledger.stages == [first, second]
     assert [account.images for account in ledger.stages] == [stage.images for stage in curriculum.stages]
-    assert ledger.total == Account(
+    assert ledger.total == StageCost(
         (32, 16), 5, 36, 192, 528, 840.0, 31.0, 2.5, 0.25, 4.0, peak_memory_bytes=700, decoded_images=36
     )
     assert ledger.total.flops == curriculum.total_flops
     assert ledger.total.seconds == 33.5
     assert ledger.total.data_wait == 2.5 / 33.5
-    assert Account(16).data_wait == 0
+    assert StageCost(16).data_wait == 0
 
 
 def test_the_ledger_survives_a_checkpoint_and_a_json_file():
@@ -186,7 +196,7 @@ def test_energy_is_what_the_packages_counted_between_readings(tmp_path, monkeypa
     for folder in (package, part):
         folder.mkdir()
         (folder / "energy_uj").write_text("1000000")
-    monkeypatch.setattr("mae_et.cost.POWERCAP", tmp_path)
+    monkeypatch.setattr("mae_et.plan.cost.POWERCAP", tmp_path)
     meter = EnergyMeter(torch.device("cpu"))
     for folder in (package, part):
         (folder / "energy_uj").write_text("3500000")
@@ -198,5 +208,5 @@ def test_energy_is_what_the_packages_counted_between_readings(tmp_path, monkeypa
 
 
 def test_energy_is_nothing_where_nothing_tells(tmp_path, monkeypatch):
-    monkeypatch.setattr("mae_et.cost.POWERCAP", tmp_path)
+    monkeypatch.setattr("mae_et.plan.cost.POWERCAP", tmp_path)
     assert EnergyMeter(torch.device("cpu")).since() == 0

@@ -9,20 +9,19 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mae_et.curriculum import (
+from mae_et.plan.curriculum import StageRow
+from mae_et.plan.schedules import (
     ALLOCATIONS,
     SCHEDULES,
     SHARES_OF,
-    StageRow,
-    as_size,
     efficient_train,
     efficient_train_pp,
-    grid_of,
     patch_counts,
     plan_stages,
     scheduled,
     vanilla,
 )
+from mae_et.plan.shapes import as_size, grid_of
 
 MANY = settings(max_examples=80, deadline=None)
 IMAGENET = {"num_images": 1_281_167, "batch_size": 4096}

@@ -16,9 +16,10 @@ from PIL import Image
 from torchvision.transforms import RandomResizedCrop, v2
 
 from mae_et.data import decode, pixels
-from mae_et.data.decode import OPERATORS, DamagedImage, center_crop, to_image, train_crop, train_crops
+from mae_et.data.decode import CorruptImage, center_crop, to_image, train_crop, train_crops
 from mae_et.data.photos import _photograph
 from mae_et.data.views import draw_view
+from mae_et.plan.shapes import OPERATORS
 
 FEW = settings(max_examples=15, deadline=None)
 FULL, SMALL = (64, 64), (32, 32)
@@ -189,7 +190,7 @@ def test_thirteen_bands(item):
 
 def test_thirteen_bands_are_not_taken_for_colours():
     for item in (BANDS, npy(BANDS), tiff(BANDS, planarconfig="contig", photometric="minisblack")):
-        with pytest.raises(DamagedImage, match=r"--in_chans is 3.* has 13"):
+        with pytest.raises(CorruptImage, match=r"--in_chans is 3.* has 13"):
             to_image(item, 3)
 
 
@@ -219,7 +220,7 @@ def test_bands_are_cropped_like_colours(photo):
 )
 def test_what_does_not_fit_is_damage(item, in_chans, message):
     """One such file among many is skipped and named like any other that is of no use."""
-    with pytest.raises(DamagedImage, match=message):
+    with pytest.raises(CorruptImage, match=message):
         to_image(item, in_chans)
 
 
@@ -261,12 +262,12 @@ DAMAGED = _damaged(RGB.resize((120, 90)))
 @pytest.mark.parametrize("name", DAMAGED)
 def test_damage_is_reported_as_such(name):
     for operator in OPERATORS:
-        with pytest.raises(DamagedImage):
+        with pytest.raises(CorruptImage):
             crop(DAMAGED[name], operator=operator)
     for in_chans in (1, 3, 4, 13):
-        with pytest.raises(ValueError, match=r"."):  # DamagedImage, or --in_chans where no picture has so many
+        with pytest.raises(ValueError, match=r"."):  # CorruptImage, or --in_chans where no picture has so many
             center_crop(DAMAGED[name], SMALL, in_chans)
-    with pytest.raises(DamagedImage) as error:
+    with pytest.raises(CorruptImage) as error:
         to_image(DAMAGED[name], 3)
     assert "\n" not in str(error.value)
 
@@ -296,7 +297,7 @@ def test_bombs_are_refused_before_they_are_decoded(monkeypatch):
     monkeypatch.setattr(pixels, "MAX_PIXELS", 239)
     for name in ("rgb png", "rgb jpeg", "npy rgb", "16-bit tiff"):
         for operator in OPERATORS:
-            with pytest.raises(DamagedImage, match="limit"):
+            with pytest.raises(CorruptImage, match="limit"):
                 crop(FORMATS[name], operator=operator)
     monkeypatch.setattr(pixels, "MAX_PIXELS", 240)
     assert to_image(FORMATS["rgb png"], 3).size == (20, 12)
@@ -334,7 +335,7 @@ def test_the_global_generator_is_left_alone(jpeg, operator, augment):
     torch.manual_seed(7)
     before = torch.get_rng_state()
     crop(jpeg, operator=operator, augment=augment)
-    with pytest.raises(DamagedImage):
+    with pytest.raises(CorruptImage):
         crop(jpeg[:500], operator=operator, augment=augment)
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -458,22 +459,22 @@ def test_jpegs_without_orientation_are_opened_without_pillow(photo, mode, option
 def test_a_jpeg_that_only_pillow_understands_or_nobody(jpeg, monkeypatch):
     frame = jpeg.index(b"\xff\xc0")
     for place, byte in ((frame + 4, b"\x0c"), (frame + 1, b"\xfe")):  # 12 bits; a comment in place of the frame
-        with pytest.raises(DamagedImage, match="not a readable image"):
+        with pytest.raises(CorruptImage, match="not a readable image"):
             crop(jpeg[:place] + byte + jpeg[place + 1 :], operator="scaled")
     assert decode._may_be_turned(jpeg[:2] + b"\0\xda" + jpeg[2:])  # no marker: not for us to say
     monkeypatch.setattr(pixels, "MAX_PIXELS", 100)
-    with pytest.raises(DamagedImage, match="more than the limit of 100"):
+    with pytest.raises(CorruptImage, match="more than the limit of 100"):
         crop(jpeg, operator="scaled")
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_crops_of_one_decode_are_those_of_several(jpeg, photo, operator):
     for item in (jpeg, photo):
-        together = train_crops(item, (16, 16), FULL, operator, (0.3, 0.4), 0, [1, 2, 3], 3)
+        group_size = train_crops(item, (16, 16), FULL, operator, (0.3, 0.4), 0, [1, 2, 3], 3)
         alone = [crop(item, (16, 16), operator, seed, crop_scale=(0.3, 0.4)) for seed in (1, 2, 3)]
-        assert all(psnr(a, b) > 30 for a, b in zip(together, alone, strict=True))  # scaled takes the finest scale
+        assert all(psnr(a, b) > 30 for a, b in zip(group_size, alone, strict=True))  # scaled takes the finest scale
         if operator != "scaled" or item is photo:
-            assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
+            assert all(torch.equal(a, b) for a, b in zip(group_size, alone, strict=True))
 
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> float:

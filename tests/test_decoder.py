@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from mae_et import checkpoint, interop
-from mae_et.cost import flops_per_image
-from mae_et.curriculum import Stage
-from mae_et.decoder import CrossAttention, CrossBlock
-from mae_et.model import MaskedAutoencoder, create_mae
+from mae_et.model import CrossAttention, CrossBlock, MaskedAutoencoder, create_mae
+from mae_et.plan.cost import flops_per_image
+from mae_et.plan.curriculum import Stage
 
 SHAPE = {
     "img_size": 32,

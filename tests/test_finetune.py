@@ -17,17 +17,17 @@ from PIL import Image
 from ranks import on_ranks
 
 from mae_et import checkpoint
-from mae_et import finetune as finetune_module
-from mae_et.classifier import adapt_positions, build_classifier, find_start
-from mae_et.config import parse
 from mae_et.data.labelled import Augmentation, TrainCrops, eval_batches, labelled_batches, seeded
-from mae_et.data.loader import DamageLog
+from mae_et.data.loader import CorruptLog
 from mae_et.data.sources import open_source
 from mae_et.data.stream import Sample
-from mae_et.finetune import finetune, layer_decay_adamw
-from mae_et.finetune_config import FinetuneConfig
-from mae_et.mixing import augmentation, mixed, mixing
+from mae_et.evaluate import finetune as finetune_module
+from mae_et.evaluate.config import FinetuneConfig
+from mae_et.evaluate.encoder import adapt_positions, build_classifier, load_encoder
+from mae_et.evaluate.finetune import finetune, layer_decay_adamw
+from mae_et.evaluate.mixing import augmentation, mixed, mixing
 from mae_et.model import MaskedAutoencoder, sincos_table
+from mae_et.plan.flags import parse
 
 ROOT = Path(__file__).parent.parent
 SHAPE = {
@@ -87,7 +87,7 @@ def run(tmp_path: Path, pictures: Path) -> Path:
 @pytest.mark.parametrize("pooled", [True, False])
 def test_each_depth_has_its_own_learning_rate_and_every_parameter_one_group(run: Path, pooled: bool) -> None:
     config = FinetuneConfig(finetune=str(run), layer_decay=0.5)
-    model = build_classifier(find_start(config), 3, pooled)
+    model = build_classifier(load_encoder(config), 3, pooled)
     groups = layer_decay_adamw(model, config).param_groups
     scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
     assert sorted(id(p) for group in groups for p in group["params"]) == sorted(id(p) for p in model.parameters())
@@ -105,7 +105,7 @@ def test_each_depth_has_its_own_learning_rate_and_every_parameter_one_group(run:
 
 
 def test_the_classifier_sees_what_the_pretrained_encoder_sees(run: Path) -> None:
-    start = find_start(FinetuneConfig(finetune=str(run)))
+    start = load_encoder(FinetuneConfig(finetune=str(run)))
     assert (start.mean, start.std, start.folder) == ((0.4, 0.5, 0.6), (0.2, 0.3, 0.4), run)
     autoencoder = MaskedAutoencoder(**SHAPE | {"target_dim": 192})
     autoencoder.load_state_dict(checkpoint.load(run / "checkpoint.pt")["model"])
@@ -307,10 +307,10 @@ def test_it_trains_from_scratch_and_like_a_run(run: Path, pictures: Path, tmp_pa
     assert json.loads(finetune(named).read_text())["origin"] == "scratch"
     like = FinetuneConfig(**quick, like=str(run), output_dir=str(tmp_path / "like"))
     assert not torch.equal(
-        find_start(like).state["encoder.blocks.0.attn.qkv.weight"],
+        load_encoder(like).state["encoder.blocks.0.attn.qkv.weight"],
         checkpoint.load(run / "checkpoint.pt")["model"]["encoder.blocks.0.attn.qkv.weight"],
     )
-    assert find_start(like).shape["embed_dim"] == 16
+    assert load_encoder(like).shape["embed_dim"] == 16
 
 
 def test_without_held_out_images_evaluation_is_skipped_and_said(
@@ -388,18 +388,18 @@ class Asked(torch.utils.data.Dataset):
 
 def test_loader_processes_leave_signals_to_the_trainer() -> None:
     """Who signals the whole process group means a run to save and end, not to lose its loader."""
-    ((trained, _),) = labelled_batches(Asked(), [[0, 1]], DamageLog(4, 0.0), num_workers=1, pin_memory=False)
+    ((trained, _),) = labelled_batches(Asked(), [[0, 1]], CorruptLog(4, 0.0), num_workers=1, pin_memory=False)
     evaluated = [images for images, *_ in eval_batches(Asked(), 0, 1, num_workers=1, pin_memory=False, batch_size=2)]
     assert trained.all() and torch.cat(evaluated).all()
 
 
 def test_judging_on_what_pretraining_has_seen_is_said(run: Path, caplog: pytest.LogCaptureFixture) -> None:
-    find_start(FinetuneConfig(finetune=str(run), holdout=3))
+    load_encoder(FinetuneConfig(finetune=str(run), holdout=3))
     assert "--holdout 3: mae_et checkpoint" in caplog.text and "was pretrained with --holdout 0" in caplog.text
     caplog.clear()
-    find_start(FinetuneConfig(finetune=str(run)))
-    find_start(FinetuneConfig(like=str(run), holdout=3))  # none of its weights
-    find_start(FinetuneConfig(finetune=str(run), holdout=3, data_path="elsewhere"))
+    load_encoder(FinetuneConfig(finetune=str(run)))
+    load_encoder(FinetuneConfig(like=str(run), holdout=3))  # none of its weights
+    load_encoder(FinetuneConfig(finetune=str(run), holdout=3, data_path="elsewhere"))
     assert not caplog.text
 
 

@@ -27,14 +27,15 @@ from test_pretrain import TINY, _assert_close, assert_same, photos, tiny, weight
 from test_security import Malicious
 from torch.distributed.tensor.debug import CommDebugMode
 
-from mae_et import checkpoint, run_folder, sharded, storage
+from mae_et import checkpoint
 from mae_et.checkpoint import read_pretrained
-from mae_et.config import PretrainConfig
+from mae_et.engine import run_folder, sharded, storage
+from mae_et.engine.pretrain import Run, check_shards, pretrain
+from mae_et.engine.runtime import Runtime
+from mae_et.evaluate.reconstruct import ReconstructConfig, reconstruct
 from mae_et.model import create_mae
-from mae_et.plan import build_curriculum
-from mae_et.pretrain import Run, check_shards, pretrain
-from mae_et.reconstruct import ReconstructConfig, reconstruct
-from mae_et.runtime import Runtime
+from mae_et.plan.build import build_curriculum
+from mae_et.plan.config import PretrainConfig
 
 #: ViT-H's name and patch, everything else as small as can be; 3 rows a rank in micro-batches of 2 on 2 ranks.
 HUGE = TINY | {
@@ -61,8 +62,8 @@ def is_first() -> bool:
 
 
 def replaced(name: str, by: Callable) -> None:
-    """Put by(original) in the place of a function of mae_et.pretrain, in this process."""
-    module = sys.modules["mae_et.pretrain"]
+    """Put by(original) in the place of a function of mae_et.engine.pretrain, in this process."""
+    module = sys.modules["mae_et.engine.pretrain"]
     setattr(module, name, by(getattr(module, name)))
 
 
@@ -311,8 +312,8 @@ def test_blocks_compile_for_every_stage(monkeypatch: pytest.MonkeyPatch) -> None
 def test_uneven_micro_batches_are_refused_before_they_hang(photos: Path, tmp_path: Path) -> None:  # noqa: F811
     def run(total: int, ranks: int, **changes) -> Run:
         config = tiny(photos, tmp_path, **HUGE | SHARDED | {"total_batch_size": total} | changes)
-        here = Runtime(torch.device("cpu"), "fp32", 0, ranks)
-        return Run(config, here, build_curriculum(config, 20, ranks), None, None, None, 1e-3, None, 0)
+        rt = Runtime(torch.device("cpu"), "fp32", 0, ranks)
+        return Run(config, rt, build_curriculum(config, 20, ranks), None, None, None, 1e-3, None, 0)
 
     check_shards(run(6, 4))
     check_shards(run(5, 2, fsdp=False))

@@ -9,7 +9,8 @@ import timm
 import torch
 
 from mae_et import create_mae
-from mae_et.model import MODELS, sincos_table
+from mae_et.model import sincos_table
+from mae_et.plan.shapes import MODELS
 
 SHAPE = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 SHAPE |= {f"decoder_{name}": value for name, value in {"embed_dim": 16, "depth": 1, "num_heads": 2}.items()}

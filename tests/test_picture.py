@@ -12,13 +12,15 @@ import torch
 from einops import rearrange
 from PIL import Image
 
-from mae_et import checkpoint, picture
-from mae_et.curriculum import Stage
+from mae_et import checkpoint
 from mae_et.data.sources import open_source
+from mae_et.engine import picture
+from mae_et.engine.picture import draw_reconstruction, hog_strokes, predicted_pixels
+from mae_et.evaluate.reconstruct import ReconstructConfig, reconstruct
 from mae_et.model import MaskedAutoencoder, Output
-from mae_et.picture import draw_reconstruction, hog_strokes, predicted_pixels
-from mae_et.reconstruct import ReconstructConfig, reconstruct
-from mae_et.targets import hog_target, pixel_target, target_dim
+from mae_et.plan.curriculum import Stage
+from mae_et.plan.shapes import target_dim
+from mae_et.targets import hog_target, pixel_target
 
 PATCH = 4
 SHAPE = {"patch_size": PATCH, "embed_dim": 16, "depth": 1, "num_heads": 2}

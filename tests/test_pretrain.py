@@ -24,11 +24,12 @@ from PIL import Image
 from ranks import on_ranks
 
 from mae_et import checkpoint
-from mae_et.config import PretrainConfig, from_dict
 from mae_et.data.sources import Source, open_source
-from mae_et.pretrain import pretrain
-from mae_et.reconstruct import ReconstructConfig, reconstruct
-from mae_et.resume import check_images, fingerprint
+from mae_et.engine.pretrain import pretrain
+from mae_et.engine.resume import check_images, fingerprint
+from mae_et.evaluate.reconstruct import ReconstructConfig, reconstruct
+from mae_et.plan.config import PretrainConfig
+from mae_et.plan.flags import from_dict
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
@@ -262,7 +263,7 @@ def test_loader_processes_leave_signals_to_the_trainer(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Slurm and `timeout` signal them too; the run goes on to its end, since only they were asked to stop."""
-    module = sys.modules["mae_et.pretrain"]
+    module = sys.modules["mae_et.engine.pretrain"]
     monkeypatch.setattr(module, "open_source", lambda *where: Terminating(open_source(*where)))
     folder = pretrain(tiny(photos, tmp_path / "run", num_workers=1, epochs=1))
     assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["p"] == 1
@@ -426,7 +427,7 @@ def test_non_finite_gradient_never_reaches_the_weights(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A finite loss with an infinite gradient at a step that saves: the saved weights stay finite."""
-    module = sys.modules["mae_et.pretrain"]
+    module = sys.modules["mae_et.engine.pretrain"]
     original = module.accumulate_gradients
 
     seen = []

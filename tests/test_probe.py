@@ -15,13 +15,13 @@ from test_finetune import QUICK, SHAPE, one_thread, pictures, run  # noqa: F401
 from torch import nn
 
 from mae_et import checkpoint
-from mae_et import probe as probe_module
-from mae_et.classifier import build_classifier, find_start
-from mae_et.evaluation import Tally
-from mae_et.finetune_config import FinetuneConfig
+from mae_et.engine.runtime import Runtime
+from mae_et.evaluate import probe as probe_module
+from mae_et.evaluate.accuracy import Accuracy
+from mae_et.evaluate.config import FinetuneConfig
+from mae_et.evaluate.encoder import build_classifier, load_encoder
+from mae_et.evaluate.probe import features_of, knn_scores, lars, probe, probe_heads, solve_linear, standardize
 from mae_et.model import MaskedAutoencoder
-from mae_et.probe import features_of, knn_scores, lars, probe, probe_heads, solve_linear, standardize
-from mae_et.runtime import Runtime
 
 HERE = Runtime(torch.device("cpu"), "fp32")
 
@@ -71,7 +71,7 @@ def test_standardizing_is_batchnorm_without_affine(digits) -> None:
 
 
 def test_features_are_those_of_the_unmasked_encoder(run: Path) -> None:  # noqa: F811
-    start = find_start(FinetuneConfig(finetune=str(run), knn=True))
+    start = load_encoder(FinetuneConfig(finetune=str(run), knn=True))
     model = build_classifier(start, 0, pooled=False).eval()
     images = torch.randn(2, 3, 16, 16)
     autoencoder = MaskedAutoencoder(**SHAPE | {"target_dim": 192})
@@ -142,7 +142,7 @@ def test_a_probe_finds_the_colours_at_several_layers_in_one_pass(run: Path, prot
 
 
 def test_accuracy_counts_every_image_once() -> None:
-    tally, scores = Tally(6, torch.device("cpu")), torch.eye(6)
+    tally, scores = Accuracy(6, torch.device("cpu")), torch.eye(6)
     scores[5] = torch.tensor([6.0, 5, 4, 3, 2, 1])  # sixth guess
     tally.add(scores[:4], torch.arange(4))
     tally.add(scores[4:], torch.arange(4, 6))

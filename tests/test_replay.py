@@ -9,14 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mae_et.engine.logger import data_wait_hints
 from PIL import Image
 
 from mae_et import checkpoint
-from mae_et.config import PretrainConfig, from_dict
-from mae_et.cost import Account, Ledger
-from mae_et.curriculum import Curriculum, Stage
-from mae_et.plan import PlanConfig, build_curriculum, plan_report, plan_summary, remedies
-from mae_et.pretrain import pretrain
+from mae_et.engine.pretrain import pretrain
+from mae_et.plan.build import build_curriculum
+from mae_et.plan.config import PretrainConfig
+from mae_et.plan.cost import Ledger, StageCost
+from mae_et.plan.curriculum import Curriculum, Stage
+from mae_et.plan.flags import from_dict
+from mae_et.plan.report import PlanConfig, plan_report, plan_summary
 
 TINY = {
     **{"model": "mae_vit_tiny_patch16", "input_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2},
@@ -133,14 +136,18 @@ def test_a_stage_that_waits_is_told_what_helps(caplog):
     plan = Curriculum((Stage(96, 9, 27, 8, 10, 1.0), Stage(224, 49, 147, 8, 10, 1.0)), 100)
     config = PretrainConfig(curriculum="et_pp")
     fast, slow = ({"train_seconds": 9.5, "data_seconds": d} for d in (1.0, 9.5))
-    ledger = Ledger([Account(96, **slow), Account(224, **fast)])
-    (line,) = remedies(config, plan, ledger, is_jpeg=True, spare_cores=6)
+    ledger = Ledger([StageCost(96, **slow), StageCost(224, **fast)])
+    (line,) = data_wait_hints(config, plan, ledger, is_jpeg=True, spare_cores=6)
     assert "stage 1, 96 px, waited for data 50%" in line
     assert all(
         word in line for word in ("--num_workers (6", "--lowfreq scaled", "--replay", "--views_per_image", "prepare")
     )
-    (line,) = remedies(replace(config, lowfreq="scaled"), plan, ledger, is_jpeg=True, spare_cores=0)
+    (line,) = data_wait_hints(replace(config, lowfreq="scaled"), plan, ledger, is_jpeg=True, spare_cores=0)
     assert "--num_workers" not in line and "scaled" not in line and "--replay" in line
-    (line,) = remedies(config, plan, Ledger([Account(96, **fast), Account(224, **slow)]), is_jpeg=False, spare_cores=0)
+    (line,) = data_wait_hints(
+        config, plan, Ledger([StageCost(96, **fast), StageCost(224, **slow)]), is_jpeg=False, spare_cores=0
+    )
     assert "stage 2" in line and "--replay" not in line and "prepare" not in line
-    assert not remedies(config, plan, Ledger([Account(96, **fast), Account(224, **fast)]), is_jpeg=True, spare_cores=6)
+    assert not data_wait_hints(
+        config, plan, Ledger([StageCost(96, **fast), StageCost(224, **fast)]), is_jpeg=True, spare_cores=6
+    )

@@ -16,7 +16,7 @@ import torch
 from ranks import on_ranks
 
 import mae_et
-from mae_et import runtime
+from mae_et.engine import runtime
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -83,7 +83,7 @@ def test_what_the_first_rank_fails_at_ends_all(tmp_path: Path) -> None:
 
 
 def _fail() -> None:
-    with runtime.start("cpu") as here, pytest.raises(FileNotFoundError), here.main_first():
+    with runtime.start("cpu") as rt, pytest.raises(FileNotFoundError), rt.main_first():
         raise FileNotFoundError("--data_path TYPO does not exist")
 
 
@@ -92,11 +92,11 @@ def test_ranks_agree_on_what_they_know(tmp_path: Path) -> None:
 
 
 def _agree() -> None:
-    with runtime.start("cpu") as here:
-        assert here.from_main([here.rank]) == [0]
-        here.agree(one=1, mine=None if here.is_main else 2**60 - 1, nobodys=None)
+    with runtime.start("cpu") as rt:
+        assert rt.from_main([rt.rank]) == [0]
+        rt.check_equal_on_ranks(one=1, mine=None if rt.is_main else 2**60 - 1, nobodys=None)
         with pytest.raises(ValueError, match="ranks differ in two: 0 to 1"):
-            here.agree(one=1, two=here.rank)
+            rt.check_equal_on_ranks(one=1, two=rt.rank)
 
 
 class Queue:
@@ -158,8 +158,8 @@ def test_a_cpu_waits_as_long_as_its_host() -> None:
 )
 def test_slow_bf16_is_said(monkeypatch, caplog, precision: str, fast: bool, warns: bool) -> None:
     monkeypatch.setattr(runtime, "_fast_bf16", lambda device: fast)
-    with runtime.start("cpu", precision) as here:
-        assert here.precision == ("bf16" if precision == "bf16" else "fp32")
+    with runtime.start("cpu", precision) as rt:
+        assert rt.precision == ("bf16" if precision == "bf16" else "fp32")
     assert ("--precision fp32" in caplog.text) == warns
 
 

@@ -26,21 +26,22 @@ from test_pretrain import one_thread  # noqa: F401 - a fixture
 
 from mae_et import checkpoint
 from mae_et.cli import main
-from mae_et.config import PretrainConfig, from_dict
-from mae_et.curriculum import StageRow
 from mae_et.data.decode import center_crop
 from mae_et.data.sources import open_source, subset
 from mae_et.data.stream import mask_noise
-from mae_et.finetune_config import FinetuneConfig
-from mae_et.optim import learning_rate
-from mae_et.plan import build_curriculum
-from mae_et.pretrain import pretrain
-from mae_et.probe import probe
-from mae_et.runtime import start
-from mae_et.search import OutOfBudget, Results, greedy, search, sequential
-from mae_et.space import Option, Schedule, SearchConfig, Space, fill, growing
+from mae_et.engine.optim import learning_rate
+from mae_et.engine.pretrain import pretrain
+from mae_et.engine.runtime import start
+from mae_et.evaluate.config import FinetuneConfig
+from mae_et.evaluate.probe import probe
+from mae_et.plan.build import build_curriculum
+from mae_et.plan.config import PretrainConfig
+from mae_et.plan.curriculum import StageRow
+from mae_et.plan.flags import from_dict
+from mae_et.search.search import OutOfBudget, Results, greedy, search, sequential
+from mae_et.search.space import Option, Schedule, SearchConfig, Space, fill, growing
+from mae_et.search.trials import Workers, held_out_loss, new_run, seconds_of_vanilla
 from mae_et.targets import pixel_target
-from mae_et.trials import Workers, held_out_loss, new_run, seconds_of_vanilla
 
 ROOT = Path(__file__).parent.parent
 TINY = {k: v for k, v in MODEL.items() if k not in ("curriculum", "stages", "print_steps")}
@@ -265,8 +266,8 @@ def test_held_out_loss_is_the_loss(pictures: Path, tmp_path: Path) -> None:
     pretrain(config)
     loss, flops = held_out_loss(config)
     source = open_source(pictures, "val", 5)
-    with start("cpu", "fp32") as here, torch.no_grad():
-        run = new_run(config, here, 43)
+    with start("cpu", "fp32") as rt, torch.no_grad():
+        run = new_run(config, rt, 43)
         run.model.load_state_dict(checkpoint.load(tmp_path / "run" / "checkpoint.pt")["model"])
         pixels = torch.stack([center_crop(source.read(i)[0], (32, 32), 3) for i in range(5)])
         images = (pixels.float() - run.mean) / run.std

@@ -19,10 +19,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mae_et.config import PretrainConfig, from_recipe
-from mae_et.data.pixels import MAX_PIXELS, DamagedImage, to_image
+from mae_et.data.pixels import MAX_PIXELS, CorruptImage, to_image
 from mae_et.data.sources import open_source
-from mae_et.finetune_config import FinetuneConfig
+from mae_et.evaluate.config import FinetuneConfig
+from mae_et.plan.config import PretrainConfig
+from mae_et.plan.flags import from_recipe
 
 
 class Malicious:
@@ -117,12 +118,12 @@ def _bomb(side: int) -> bytes:
 def test_image_bombs_are_refused_unseen(in_chans):
     began = time.process_time()
     for side in (math.isqrt(MAX_PIXELS) + 1, 60_000):
-        with pytest.raises(DamagedImage, match="limit"):
+        with pytest.raises(CorruptImage, match="limit"):
             to_image(_bomb(side), in_chans)
     assert time.process_time() - began < 1
     array = io.BytesIO()
     np.lib.format.write_array_header_1_0(
         array, {"descr": "|u1", "fortran_order": False, "shape": (60_000, 60_000, in_chans)}
     )
-    with pytest.raises(DamagedImage):
+    with pytest.raises(CorruptImage):
         to_image(array.getvalue(), in_chans)

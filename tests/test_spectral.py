@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from mae_et.data.decode import train_crop
-from mae_et.spectral import crop_flops, low_frequency_crop
+from mae_et.plan.cost import crop_flops
+from mae_et.spectral import low_frequency_crop
 
 MANY = settings(max_examples=40, deadline=None)
 FULL, SMALL = 224, 96  # of ET++, first stage

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mae_et import run_folder, storage
-from mae_et.storage import CheckpointError, DamagedCheckpoint, kept, load, load_newest, save
+from mae_et.engine import run_folder, storage
+from mae_et.engine.storage import load, save
+from mae_et.files import CheckpointError, CorruptCheckpoint, kept, load_newest
 
 #: What a save asks of the operating system, in any order; a process may die before or after each of them.
 CALLS = ("fsync", "link", "replace", "unlink", "rmdir")
@@ -202,7 +203,7 @@ def test_compressed_records_are_refused_before_they_grow(tmp_path):
         archive.writestr("bomb/data.pkl", b"\0" * 10_000_000)
     with pytest.raises(CheckpointError, match="compressed") as error:
         load(path)
-    assert not isinstance(error.value, DamagedCheckpoint)
+    assert not isinstance(error.value, CorruptCheckpoint)
 
 
 @pytest.mark.parametrize(
@@ -232,8 +233,8 @@ def test_a_full_disk_is_one_line_and_nothing_is_left(tmp_path, monkeypatch, writ
 
 @pytest.mark.parametrize("number", sorted(storage.NO_ROOM))
 def test_errors_that_name_no_file_get_the_folder(tmp_path, number):
-    with pytest.raises(CheckpointError, match="last checkpoint is intact") as error, storage.naming_folder(tmp_path):
+    with pytest.raises(CheckpointError, match="last checkpoint is intact") as error, storage.disk_full_errors(tmp_path):
         raise OSError(number, os.strerror(number))
     assert str(tmp_path) in str(error.value) and os.strerror(number) in str(error.value)
-    with pytest.raises(FileNotFoundError, match="data"), storage.naming_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="data"), storage.disk_full_errors(tmp_path):
         raise FileNotFoundError(errno.ENOENT, "No such file", "data")

@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mae_et.curriculum import Curriculum, Stage
 from mae_et.data.decode import train_crop
-from mae_et.data.loader import DamageLog, TrainImages, train_batches
+from mae_et.data.loader import CorruptLog, TrainImages, train_batches
 from mae_et.data.replay import MissingSamples
 from mae_et.data.sources import open_source
 from mae_et.data.stream import SampleStream, derive_seed, image_index, mask_noise, micro_batches, rank_rows
+from mae_et.plan.curriculum import Curriculum, Stage
 
 FEW = settings(max_examples=30, deadline=None)
 
@@ -144,7 +144,7 @@ class Noise:
 def batches(source: Noise, plan: Curriculum, operator="lanczos", limit=0.5, workers=0, **stream) -> list[torch.Tensor]:
     dataset = TrainImages(source, plan, 32, operator, in_chans=3, seed=7)
     stream = SampleStream(plan, 7, **{"micro_size": 3} | stream)
-    return list(train_batches(dataset, stream, DamageLog(len(source), limit), num_workers=workers))
+    return list(train_batches(dataset, stream, CorruptLog(len(source), limit), num_workers=workers))
 
 
 def alone(source: Noise, index: int, number: int, stage: Stage, operator="lanczos") -> torch.Tensor:
@@ -215,7 +215,7 @@ def test_damage_below_the_limit_goes_on_and_above_it_stops(caplog):
 
 
 def test_the_limit_counts_images_not_sightings():
-    damage = DamageLog(num_images=100, limit=0.02)
+    damage = CorruptLog(num_images=100, limit=0.02)
     for _ in range(5):
         damage.add([(1, "a", "broken"), (2, "b", "broken")])
     with pytest.raises(ValueError, match=r"3 of 100 images .* the last is c: cut short"):

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mae_et.compare import CompareConfig, compare
-from mae_et.report import markdown
+from mae_et.compare.compare import CompareConfig, compare
+from mae_et.compare.report import markdown
 
 ROOT = Path(__file__).parent.parent
 STUDIES = sorted((ROOT / "benchmarks" / "studies").glob("*.yaml"))

@@ -9,7 +9,8 @@ import pytest
 import torch
 from skimage.feature import hog
 
-from mae_et.targets import hog_target, pixel_target, reconstruction_loss, target_dim
+from mae_et.plan.shapes import target_dim
+from mae_et.targets import hog_target, pixel_target, reconstruction_loss
 
 
 def integers(*shape: int, high: int = 256, seed: int = 0) -> torch.Tensor:

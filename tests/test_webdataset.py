@@ -17,9 +17,9 @@ import pytest
 from PIL import Image
 
 from mae_et.data import shards, webdataset
+from mae_et.data.prepare import PrepareConfig, prepare
 from mae_et.data.sources import open_source
 from mae_et.data.webdataset import INDEX, expand
-from mae_et.prepare import PrepareConfig, prepare
 
 Members = list[tuple[str, bytes]]
 
@@ -418,7 +418,7 @@ def test_pickled_after_a_read_it_opens_its_own_files(tmp_path):
 
 
 def test_few_files_are_open_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "MOST_OPEN_FILES", 2)
+    monkeypatch.setattr(shards, "MAX_OPEN_FILES", 2)
     for n in range(5):
         write_tar(tmp_path / f"{n}.tar", samples(n, 1))
     source = open_source(f"wds/{tmp_path}")

@@ -1,11 +1,12 @@
 """Images: which there are (`sources`), and how their bytes become the crop a stage asks for (`decode`)."""
 
-from .decode import OPERATORS, DamagedImage, center_crop, to_image, train_crop, train_crops
+from ..plan.shapes import OPERATORS
+from .decode import CorruptImage, center_crop, to_image, train_crop, train_crops
 from .sources import Source, open_source, subset
 
 __all__ = [
     "OPERATORS",
-    "DamagedImage",
+    "CorruptImage",
     "Source",
     "center_crop",
     "open_source",

@@ -23,10 +23,19 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from .pixels import MODES, DamagedImage, check_size, convert, naming_damage, open_header, orientation_of, to_image
-from .views import continuing, draw_view
+from .pixels import (
+    MODES,
+    CorruptImage,
+    check_size,
+    convert,
+    corrupt_image_errors,
+    open_header,
+    orientation_of,
+    to_image,
+)
+from .views import draw_view, with_generator
 
-__all__ = ["OPERATORS", "DamagedImage", "center_crop", "to_image", "train_crop", "train_crops"]
+__all__ = ["OPERATORS", "CorruptImage", "center_crop", "to_image", "train_crop", "train_crops"]
 
 try:
     import simplejpeg
@@ -74,7 +83,7 @@ def train_crop(
     [C, *size_px] otherwise. A function of its arguments alone: the geometry depends only on `seed`, `crop_scale` and
     the size of the image, and torch's global generator is left as it was.
 
-    Raises DamagedImage if no image can be made of `item`, ValueError for arguments that do not fit together.
+    Raises CorruptImage if no image can be made of `item`, ValueError for arguments that do not fit together.
     """
     return train_crops(item, size_px, full_px, operator, crop_scale, augment, [seed], in_chans)[0]
 
@@ -124,7 +133,7 @@ def train_crops(
         if view.flip:
             crop = _mirror(crop)
         if augment:
-            with continuing(view.generator):
+            with with_generator(view.generator):
                 randaugment = v2.RandAugment(2, augment, interpolation=v2.InterpolationMode.BILINEAR)
                 crop = randaugment(v2.functional.to_pil_image(crop) if isinstance(crop, np.ndarray) else crop)
         if operator in _RESIZED_CROP and size_px != full_px:
@@ -142,7 +151,7 @@ def center_crop(
     """The view used in evaluation: bicubic resize until `size_px` / `crop_pct` is covered, then the centre.
 
     `size_px` is (height, width), `crop_pct` lies in (0, 1]; MAE evaluates 224 with 224/256.
-    Returns uint8 [C, *size_px]. Raises DamagedImage if no such image can be made of `item`, ValueError for `crop_pct`.
+    Returns uint8 [C, *size_px]. Raises CorruptImage if no such image can be made of `item`, ValueError for `crop_pct`.
     """
     if not 0 < crop_pct <= 1:
         raise ValueError(f"crop_pct is {crop_pct}; it must lie in (0, 1]")
@@ -298,7 +307,7 @@ def _decode_jpeg(jpeg: _Jpeg, in_chans: int, divisor: int) -> np.ndarray:
                 min_width=-(-width // divisor),
                 min_factor=1,
             )
-    with naming_damage():
+    with corrupt_image_errors():
         # Pillow takes the smallest of its scales 1/8, 1/4, 1/2, 1 that keeps both sides at least this large
         image = open_header(jpeg.data)
         image.draft(MODES[in_chans], (width // divisor, height // divisor))

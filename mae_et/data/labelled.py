@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-from .decode import DamagedImage, center_crop, train_crop
-from .loader import MOST_DAMAGED_IN_A_ROW, Damage, DamageLog, worker_options
+from .decode import CorruptImage, center_crop, train_crop
+from .loader import MAX_CORRUPT_IN_A_ROW, Corruption, CorruptLog, worker_options
 from .sources import Source, open_source, subset
 from .stream import Sample, SampleStream, derive_seed
 
@@ -91,14 +91,14 @@ class TrainCrops(Dataset):
         erasing = {"re_prob": a.reprob, "re_mode": a.remode, "re_count": a.recount}
         self.finish = create_transform(**common, **erasing, mean=tuple(mean), std=tuple(std))[2]
 
-    def __getitem__(self, sample: Sample) -> tuple[Tensor, int, list[Damage]]:
-        damaged: list[Damage] = []
-        for offset in range(min(MOST_DAMAGED_IN_A_ROW, len(self.source))):
+    def __getitem__(self, sample: Sample) -> tuple[Tensor, int, list[Corruption]]:
+        damaged: list[Corruption] = []
+        for offset in range(min(MAX_CORRUPT_IN_A_ROW, len(self.source))):
             index = (sample.index + offset) % len(self.source)
             try:
                 item, label = self.source.read(index)
                 return self._crop(item, derive_seed(self.seed, "augment", sample.number)), label, damaged
-            except (DamagedImage, OSError) as error:
+            except (CorruptImage, OSError) as error:
                 damaged.append((index, self.source.name(index), str(error)))
         raise ValueError(f"--data_path: {len(damaged)} damaged images in a row, from {damaged[0][1]}: {damaged[0][2]}")
 
@@ -124,12 +124,12 @@ class EvalCrops(Dataset):
         item, label = self.source.read(index)
         try:
             return center_crop(item, self.size_px, self.in_chans, self.crop_pct), label
-        except DamagedImage as error:
+        except CorruptImage as error:
             raise ValueError(f"--data_path: {self.source.name(index)}: {error}") from error
 
 
 def labelled_batches(
-    dataset: TrainCrops, stream: SampleStream, damage: DamageLog, num_workers: int | None, pin_memory: bool
+    dataset: TrainCrops, stream: SampleStream, damage: CorruptLog, num_workers: int | None, pin_memory: bool
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Micro-batches of the stream: images float32 [b, C, H, W] and labels int64 [b]."""
     processes = worker_options(num_workers)
@@ -175,6 +175,6 @@ def _posterize(apply: Callable, image: Image.Image, bits: int, **keywords: objec
     return apply(image, max(1, bits), **keywords)
 
 
-def _collate(batch: list[tuple[Tensor, int, list[Damage]]]) -> tuple[Tensor, Tensor, list[Damage]]:
+def _collate(batch: list[tuple[Tensor, int, list[Corruption]]]) -> tuple[Tensor, Tensor, list[Corruption]]:
     images, labels, damaged = zip(*batch, strict=True)
     return default_collate(list(images)), torch.tensor(labels), [damage for each in damaged for damage in each]

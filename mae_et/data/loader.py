@@ -15,16 +15,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from ..curriculum import Curriculum, SizePx, height_width
-from .decode import DamagedImage, train_crops
+from ..plan.curriculum import Curriculum
+from ..plan.shapes import SizePx, height_width
+from .decode import CorruptImage, train_crops
 from .replay import MissingSamples, replayed
 from .sources import Source
 from .stream import Sample, SampleStream, derive_seed
 
 log = logging.getLogger(__name__)
 
-Damage = tuple[int, str, str]  # index, name, reason
-MOST_DAMAGED_IN_A_ROW = 100
+Corruption = tuple[int, str, str]  # index, name, reason
+MAX_CORRUPT_IN_A_ROW = 100
 
 
 class TrainImages(Dataset):
@@ -36,7 +37,7 @@ class TrainImages(Dataset):
         self.source, self.stages = source, curriculum.stages
         self.full_px, self.operator, self.in_chans, self.seed = height_width(full_size_px), operator, in_chans, seed
 
-    def __getitems__(self, samples: list[Sample]) -> list[tuple[list[Tensor], list[Damage]]]:
+    def __getitems__(self, samples: list[Sample]) -> list[tuple[list[Tensor], list[Corruption]]]:
         """Crops of a micro-batch, image by image: views of one image are neighbours, and it is decoded once."""
         made = []
         for _, views in itertools.groupby(
@@ -45,10 +46,10 @@ class TrainImages(Dataset):
             made.append(self._crops(list(views)))
         return made
 
-    def _crops(self, views: list[Sample]) -> tuple[list[Tensor], list[Damage]]:
+    def _crops(self, views: list[Sample]) -> tuple[list[Tensor], list[Corruption]]:
         stage = self.stages[views[0].stage]
-        damaged: list[Damage] = []
-        for offset in range(min(MOST_DAMAGED_IN_A_ROW, len(self.source))):
+        damaged: list[Corruption] = []
+        for offset in range(min(MAX_CORRUPT_IN_A_ROW, len(self.source))):
             index = (views[0].index + offset) % len(self.source)
             try:
                 crops = train_crops(
@@ -62,19 +63,19 @@ class TrainImages(Dataset):
                     in_chans=self.in_chans,
                 )
                 return crops, damaged
-            except (DamagedImage, OSError) as error:
+            except (CorruptImage, OSError) as error:
                 damaged.append((index, self.source.name(index), str(error)))
         raise ValueError(f"--data_path: {len(damaged)} damaged images in a row, from {damaged[0][1]}: {damaged[0][2]}")
 
 
-class DamageLog:
+class CorruptLog:
     """Counts damaged images, names each once, and stops the run above a share of the data set."""
 
     def __init__(self, num_images: int, limit: float) -> None:
         self.num_images, self.limit = num_images, limit
         self.seen: set[int] = set()
 
-    def add(self, damaged: list[Damage]) -> None:
+    def add(self, damaged: list[Corruption]) -> None:
         for index, name, reason in damaged:
             if index in self.seen:
                 continue
@@ -90,7 +91,7 @@ class DamageLog:
 def train_batches(
     dataset: TrainImages,
     stream: SampleStream,
-    damage: DamageLog,
+    damage: CorruptLog,
     num_workers: int | None = None,
     pin_memory: bool = False,
 ) -> Iterator[Tensor]:
@@ -106,7 +107,7 @@ def train_batches(
 def _decoded(
     dataset: TrainImages,
     sampler: Sampler[list[Sample]],
-    damage: DamageLog,
+    damage: CorruptLog,
     num_workers: int | None,
     pin_memory: bool,
 ) -> Iterator[Tensor]:
@@ -140,7 +141,7 @@ def _cores() -> int:
     return cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def _collate(made: list[tuple[list[Tensor], list[Damage]]]) -> tuple[Tensor, list[Damage]]:
+def _collate(made: list[tuple[list[Tensor], list[Corruption]]]) -> tuple[Tensor, list[Corruption]]:
     images = [image for crops, _ in made for image in crops]
     # A batch of which the replay buffer holds all has nothing to decode.
     stacked = default_collate(images) if images else torch.empty(0, dtype=torch.uint8)

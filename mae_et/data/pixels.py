@@ -54,7 +54,7 @@ _PILLOW_ERRORS = (
 _TIFFFILE_ERRORS = (*_PILLOW_ERRORS, ArithmeticError, AssertionError, RuntimeError)
 
 
-class DamagedImage(ValueError):
+class CorruptImage(ValueError):
     """Of this no image can be made: truncated, corrupted, of an unknown format, larger than MAX_PIXELS, or of a pixel
     type or channels that do not fit."""
 
@@ -67,7 +67,7 @@ def to_image(item: bytes | Image.Image | np.ndarray, in_chans: int) -> Image.Ima
     .npy files, multi-band TIFF, or a source that returns them. 16 bits are scaled by 1/257, never clipped. Of several
     frames the first is taken.
 
-    Raises DamagedImage for unreadable bytes, and if the channels or the pixel type do not fit `in_chans`.
+    Raises CorruptImage for unreadable bytes, and if the channels or the pixel type do not fit `in_chans`.
     """
     if isinstance(item, bytes):
         if item.startswith(_NPY_MAGIC):
@@ -82,32 +82,32 @@ def to_image(item: bytes | Image.Image | np.ndarray, in_chans: int) -> Image.Ima
 
 
 @contextlib.contextmanager
-def naming_damage() -> Iterator[None]:
-    """Whatever Pillow raises on broken files becomes DamagedImage."""
+def corrupt_image_errors() -> Iterator[None]:
+    """Whatever Pillow raises on broken files becomes CorruptImage."""
     try:
         yield
-    except DamagedImage:
+    except CorruptImage:
         raise
     except UnidentifiedImageError as error:  # its own message is an address in memory
-        raise DamagedImage("not a readable image (of no known format)") from error
+        raise CorruptImage("not a readable image (of no known format)") from error
     except _PILLOW_ERRORS as error:
-        raise DamagedImage(f"not a readable image ({type(error).__name__}: {error})") from error
+        raise CorruptImage(f"not a readable image ({type(error).__name__}: {error})") from error
 
 
 def open_header(data: bytes) -> Image.Image:
     """Read the header only; pixels are decoded on `load`."""
-    with naming_damage():
+    with corrupt_image_errors():
         image = Image.open(io.BytesIO(data))
         check_size(image.width, image.height)
     return image
 
 
 def check_size(width: int, height: int) -> None:
-    """DamagedImage for more than MAX_PIXELS, or none."""
+    """CorruptImage for more than MAX_PIXELS, or none."""
     if width * height > MAX_PIXELS:
-        raise DamagedImage(f"{width}x{height} pixels are more than the limit of {MAX_PIXELS}")
+        raise CorruptImage(f"{width}x{height} pixels are more than the limit of {MAX_PIXELS}")
     if width * height == 0:
-        raise DamagedImage("the image has no pixels")
+        raise CorruptImage("the image has no pixels")
 
 
 def orientation_of(image: Image.Image) -> int:
@@ -121,17 +121,17 @@ def orientation_of(image: Image.Image) -> int:
 
 def _pillow_to_channels(image: Image.Image, in_chans: int) -> Image.Image | np.ndarray:
     if in_chans not in (1, 3, 4):
-        raise DamagedImage(
+        raise CorruptImage(
             f"--in_chans {in_chans} needs arrays with {in_chans} channels (.npy or multi-band TIFF);"
             f" a picture of mode {image.mode} gives 1, 3 or 4"
         )
-    with naming_damage():
+    with corrupt_image_errors():
         image.load()
         # after `load`, because Pillow turns TIFF upright itself there and then drops the tag
         orientation = orientation_of(image)
     if image.mode.startswith("I") or image.mode == "F":
         image = Image.fromarray(_to_uint8(_integer_pixels(image)))
-    with naming_damage():
+    with corrupt_image_errors():
         image = convert(image, in_chans)
     if orientation in UPRIGHT:
         image = image.transpose(UPRIGHT[orientation])
@@ -156,7 +156,7 @@ def _integer_pixels(image: Image.Image) -> np.ndarray:
     pixels = np.asarray(image)
     bits = max(getattr(image, "tag_v2", {}).get(_BITS_TAG, (16,)))  # a TIFF may hold 32, and then any range
     if pixels.dtype.kind == "f" or bits > 16 or pixels.min() < 0 or pixels.max() > 65535:
-        raise DamagedImage(f"pixels of mode {image.mode} have no known range; save them as 8 or 16 unsigned bits")
+        raise CorruptImage(f"pixels of mode {image.mode} have no known range; save them as 8 or 16 unsigned bits")
     return pixels.astype(np.uint16)
 
 
@@ -164,7 +164,7 @@ def _to_uint8(pixels: np.ndarray) -> np.ndarray:
     if pixels.dtype == np.uint8:
         return pixels
     if pixels.dtype.kind != "u" or pixels.dtype.itemsize != 2:
-        raise DamagedImage(f"pixels are {pixels.dtype}; only uint8 and uint16 have a known range")
+        raise CorruptImage(f"pixels are {pixels.dtype}; only uint8 and uint16 have a known range")
     return ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)  # v/257 rounded: 0 -> 0, 65535 -> 255
 
 
@@ -172,11 +172,11 @@ def _array_to_channels(pixels: np.ndarray, in_chans: int) -> Image.Image | np.nd
     if pixels.ndim == 2:
         pixels = pixels[..., None]
     if pixels.ndim != 3:
-        raise DamagedImage(f"an image array has shape [H, W] or [H, W, C], not {list(pixels.shape)}")
+        raise CorruptImage(f"an image array has shape [H, W] or [H, W, C], not {list(pixels.shape)}")
     check_size(pixels.shape[1], pixels.shape[0])
     channels = pixels.shape[2]
     if channels != in_chans and {channels, in_chans} != {1, 3}:
-        raise DamagedImage(f"--in_chans is {in_chans}, but an image array of shape {list(pixels.shape)} has {channels}")
+        raise CorruptImage(f"--in_chans is {in_chans}, but an image array of shape {list(pixels.shape)} has {channels}")
     pixels = np.ascontiguousarray(_to_uint8(pixels))
     if in_chans not in MODES:
         return pixels
@@ -191,18 +191,18 @@ def _read_npy(data: bytes) -> np.ndarray:
         version = np.lib.format.read_magic(stream)
         shape, is_fortran, dtype = read_header[version](stream)
     except (ValueError, KeyError, SyntaxError, TypeError, tokenize.TokenError) as error:
-        raise DamagedImage(f"not a readable .npy file ({error})") from error
+        raise CorruptImage(f"not a readable .npy file ({error})") from error
     if dtype.kind != "u":
-        raise DamagedImage(f"a .npy image holds {dtype}; only uint8 and uint16 have a known range")
+        raise CorruptImage(f"a .npy image holds {dtype}; only uint8 and uint16 have a known range")
     expected_bytes = math.prod(shape) * dtype.itemsize
     if len(data) - stream.tell() != expected_bytes:
-        raise DamagedImage(f".npy of shape {list(shape)} needs {expected_bytes} bytes, has {len(data) - stream.tell()}")
+        raise CorruptImage(f".npy of shape {list(shape)} needs {expected_bytes} bytes, has {len(data) - stream.tell()}")
     return np.frombuffer(data, dtype, offset=stream.tell()).reshape(shape, order="F" if is_fortran else "C")
 
 
 def _open_tiff(data: bytes, in_chans: int) -> Image.Image | np.ndarray:
     if in_chans in MODES:
-        with contextlib.suppress(DamagedImage):  # Pillow knows more compressions, tifffile more layouts of bands
+        with contextlib.suppress(CorruptImage):  # Pillow knows more compressions, tifffile more layouts of bands
             image = open_header(data)
             bits, planes = image.tag_v2.get(_BITS_TAG, (8,)), image.tag_v2.get(_PLANES_TAG, 1)
             if max(bits) <= 8 or planes == 1:  # Pillow takes separate planes of 16 bits for planes of 8
@@ -222,10 +222,10 @@ def _read_tiff(data: bytes) -> np.ndarray:
                 pixels = bands.asarray(maxworkers=1)
     except _TIFFFILE_ERRORS as error:
         if "imagecodecs" in str(error):
-            raise DamagedImage(f"a TIFF cannot be read without the package imagecodecs ({error})") from error
-        raise DamagedImage(f"not a readable TIFF ({error})") from error
+            raise CorruptImage(f"a TIFF cannot be read without the package imagecodecs ({error})") from error
+        raise CorruptImage(f"not a readable TIFF ({error})") from error
     if not is_image:
-        raise DamagedImage(f"a TIFF with axes {axes} and shape {list(shape)} is no image of bands")
+        raise CorruptImage(f"a TIFF with axes {axes} and shape {list(shape)} is no image of bands")
     if pixels.ndim == 2:
         return pixels
     return np.moveaxis(pixels, (axes.index("Y"), axes.index("X")), (0, 1))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from ..curriculum import Stage
+from ..plan.curriculum import Stage
 from .stream import Sample, SampleStream, rank_rows
 
 
@@ -25,7 +25,7 @@ class Slots:
         self.stages, self.rank, self.world_size = stages, rank, world_size
         self.stage = -1
 
-    def enter(self, stage: int) -> bool:
+    def start_stage(self, stage: int) -> bool:
         """Begin a stage, if it isn't the current one."""
         if stage == self.stage:
             return False
@@ -36,7 +36,7 @@ class Slots:
         self.numbers = np.full(-(-len(rows) // masks) * depth, -1, dtype=np.int64)
         return True
 
-    def take_in(self, samples: list[Sample]) -> list[Sample]:
+    def insert(self, samples: list[Sample]) -> list[Sample]:
         """The samples of a micro-batch that are missing, each once; from here on they are held."""
         missing = []
         for sample in samples:
@@ -55,8 +55,8 @@ class MissingSamples(Sampler[list[Sample]]):
     def __iter__(self) -> Iterator[list[Sample]]:
         slots = slots_of(self.stream)
         for samples in self.stream:
-            slots.enter(samples[0].stage)
-            yield slots.take_in(samples)
+            slots.start_stage(samples[0].stage)
+            yield slots.insert(samples)
 
 
 def replayed(stream: SampleStream, decoded: Iterator[Tensor], pin_memory: bool) -> Iterator[Tensor]:
@@ -64,10 +64,10 @@ def replayed(stream: SampleStream, decoded: Iterator[Tensor], pin_memory: bool) 
     slots = slots_of(stream)
     buffer = torch.empty(0)
     for samples, images in zip(stream, decoded, strict=True):
-        if slots.enter(samples[0].stage):
+        if slots.start_stage(samples[0].stage):
             buffer = torch.empty(0)  # frees the old one first
             buffer = torch.empty(len(slots.numbers), *images.shape[1:], dtype=torch.uint8)
-        if missing := slots.take_in(samples):
+        if missing := slots.insert(samples):
             buffer[[sample.slot - slots.first for sample in missing]] = images
         batch = torch.empty(len(samples), *buffer.shape[1:], dtype=torch.uint8, pin_memory=pin_memory)
         yield torch.index_select(buffer, 0, torch.tensor([s.slot - slots.first for s in samples]), out=batch)

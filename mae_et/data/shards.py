@@ -20,7 +20,7 @@ INDEX = "index.json"
 FORMAT = "mae_et shards 1"
 
 
-MOST_OPEN_FILES = 256  # per process; systems commonly allow 1024
+MAX_OPEN_FILES = 256  # per process; systems commonly allow 1024
 
 
 class Members:
@@ -46,7 +46,7 @@ class Members:
     def read(self, index: int) -> tuple[bytes, int | None]:
         shard, size = int(self._shard[index]), int(self._sizes[index])
         if shard not in self._open:
-            if len(self._open) >= MOST_OPEN_FILES:
+            if len(self._open) >= MAX_OPEN_FILES:
                 os.close(self._open.pop(next(iter(self._open))))
             self._open[shard] = os.open(self._files[shard], os.O_RDONLY)
         data = os.pread(self._open[shard], size, int(self._offsets[index]))

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from ..curriculum import Curriculum
+from ..plan.curriculum import Curriculum
 
 
 class Sample(NamedTuple):
@@ -61,15 +61,15 @@ def rank_rows(batch_size: int, rank: int, world_size: int) -> range:
     return range(batch_size * rank // world_size, batch_size * (rank + 1) // world_size)
 
 
-def micro_batches(batch_size: int, micro_size: int, rank: int, world_size: int, together: int = 1) -> list[range]:
+def micro_batches(batch_size: int, micro_size: int, rank: int, world_size: int, group_size: int = 1) -> list[range]:
     """A rank's rows in pieces of at most `micro_size`, as even as they can be, which are accumulated into one step.
 
     together: neighbouring rows that stay in one piece, since they come from one image.
     """
     rows = rank_rows(batch_size, rank, world_size)
-    images = -(-len(rows) // together)
-    pieces = -(-images // max(1, micro_size // together))
-    return [rows[images * i // pieces * together : images * (i + 1) // pieces * together] for i in range(pieces)]
+    images = -(-len(rows) // group_size)
+    pieces = -(-images // max(1, micro_size // group_size))
+    return [rows[images * i // pieces * group_size : images * (i + 1) // pieces * group_size] for i in range(pieces)]
 
 
 def mask_noise(seed: int, step: int, batch_size: int, patches: int) -> Tensor:
@@ -117,6 +117,6 @@ class SampleStream(Sampler[list[Sample]]):
         for step in range(self.first_step, self.curriculum.total_steps):
             stage = self.curriculum.at(step)
             micro_size = stage.micro_size(self.micro_size)
-            together = stage.rows_per_image
-            for rows in micro_batches(stage.batch_size, micro_size, self.rank, self.world_size, together):
+            group_size = stage.rows_per_image
+            for rows in micro_batches(stage.batch_size, micro_size, self.rank, self.world_size, group_size):
                 yield samples_at(self.curriculum, self.seed, step, rows)

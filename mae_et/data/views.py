@@ -55,7 +55,7 @@ def _draw_box(
 
 
 @contextlib.contextmanager
-def continuing(generator: torch.Generator) -> Iterator[None]:
+def with_generator(generator: torch.Generator) -> Iterator[None]:
     """Inside, torch's default CPU generator goes on from where `generator` is; outside, it is as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.set_rng_state(generator.get_state())

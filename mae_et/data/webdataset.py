@@ -32,8 +32,8 @@ log = logging.getLogger(__name__)
 INDEX = ".mae_et-index.json"
 FORMAT = "mae_et webdataset 1"
 LABEL_FIELDS = ("label", "cls", "class")  # of key.json, first match; key.cls goes before
-MOST_LABEL_BYTES = 1 << 16  # what is larger is no label
-MOST_CLASSES = 1 << 20
+MAX_LABEL_BYTES = 1 << 16  # what is larger is no label
+MAX_CLASSES = 1 << 20
 SCAN_THREADS = 8  # reading headers of remote files is mostly waiting
 
 _TAR = re.compile(r"[^.].*\.(tar|tar\.(gz|bz2|xz|zst)|tgz|tbz2|txz)", re.IGNORECASE)
@@ -105,8 +105,8 @@ def class_names(entries: list[dict[str, Any]]) -> list[str] | None:
     if not all(name.isdecimal() for name in names):
         return sorted(names)
     largest = max(map(int, names), default=0)
-    if largest >= MOST_CLASSES:
-        raise ValueError(f"--data_path: label {largest} in WebDataset shards; numbers must be below {MOST_CLASSES}")
+    if largest >= MAX_CLASSES:
+        raise ValueError(f"--data_path: label {largest} in WebDataset shards; numbers must be below {MAX_CLASSES}")
     return [str(number) for number in range(largest + 1)]
 
 
@@ -191,7 +191,7 @@ def scan(file: Path) -> dict[str, Any]:
             raise ValueError(f"--data_path: {file} has {member.name} twice; a key and extension must be unique")
         if f".{extension}".endswith(EXTENSIONS):
             images.setdefault(key, {})[extension] = member.name, member.offset_data, member.size
-        elif extension in ("cls", "json") and member.size <= MOST_LABEL_BYTES:
+        elif extension in ("cls", "json") and member.size <= MAX_LABEL_BYTES:
             text = tar.extractfile(member).read().decode(errors="replace")
             labels.setdefault(key, {})[extension] = _normal(text) if extension == "cls" else _field(text)
     entry = {"file": file.name, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}

@@ -1,0 +1,252 @@
+"""`python -m mae_et prepare SRC OUT`: pack images once into shards that are quick to read and to decode.
+
+Images larger than needed are made smaller, everything becomes JPEG. See `data.shards` for what is written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+import tarfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from PIL import Image
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.utils.data import DataLoader, Dataset
+
+from ..console import console
+from ..files import write_text
+from .decode import CorruptImage, to_image
+from .loader import worker_options
+from .shards import FORMAT, INDEX, ShardSource
+from .sources import Source, open_source
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """Pack images into tar shards with an index, for --data_path. A second call goes on where the first was stopped."""
+
+    source: Annotated[str, tyro.conf.Positional]
+    """Images: a folder with train/ and val/, a flat folder, or anything else that --data_path takes."""
+    out: Annotated[str, tyro.conf.Positional]
+    """Folder to write."""
+    short_side: int = 256
+    """Shorter side in pixels that larger images are brought to; smaller JPEGs are kept as they are."""
+    quality: int = 90
+    """JPEG quality, 1 to 95."""
+    shard_mb: float = 256
+    """Size at which a shard is full, in 1e6 bytes."""
+    in_chans: int = 3
+    """Channels: 3 (colour) or 1 (grey)."""
+    num_workers: int | None = None
+    """Processes that decode and encode; default: the cores there are, at most 10."""
+
+    def __post_init__(self) -> None:
+        for name in ("short_side", "shard_mb"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--{name} must be positive, got {getattr(self, name)}")
+        if not 1 <= self.quality <= 95:
+            raise ValueError(f"--quality must be 1 to 95, got {self.quality}")
+        if self.in_chans not in (1, 3):
+            raise ValueError(f"--in_chans must be 1 or 3, the channels of a JPEG; got {self.in_chans}")
+        if self.num_workers is not None and self.num_workers < 0:
+            raise ValueError(f"--num_workers must not be negative, got {self.num_workers}")
+        source, out = Path(self.source.removeprefix("wds/")), Path(self.out).resolve()
+        if source.is_dir() and source.resolve() in (out, *out.parents):
+            raise ValueError(f"OUT {self.out} is inside SRC {self.source}: its shards would become data")
+
+
+def prepare(config: PrepareConfig) -> dict[str, Any]:
+    """Write and verify the shards of every split that there is; returns counts and bytes over all splits.
+
+    Raises FileNotFoundError, ValueError or OSError, in one line.
+    """
+    total = {"images": 0, "damaged": 0, "source_bytes": 0, "bytes": 0}
+    for split in ("train", "val"):
+        try:
+            source = open_source(config.source, split)
+        except FileNotFoundError as error:
+            if split == "train":
+                raise
+            log.info("only training images: %s", error)
+            continue
+        folder = Path(config.out) / split
+        folder.mkdir(parents=True, exist_ok=True)
+        index = pack(source, folder, config)
+        ShardSource(folder)  # opens as --data_path will open it
+        total["images"] += sum(len(shard["keys"]) for shard in index["shards"])
+        total["damaged"] += len(index["damaged"])
+        for name in ("source_bytes", "bytes"):
+            total[name] += sum(shard[name] for shard in index["shards"])
+    return total
+
+
+def pack(source: Source, folder: Path, config: PrepareConfig) -> dict[str, Any]:
+    """Pack one split into `folder` and return its index. Finished shards are verified and kept."""
+    settings = {name: value for name, value in asdict(config).items() if name not in ("source", "out", "num_workers")}
+    settings["names_sha256"] = _names_sha256(source)
+    shards = _finished(folder, settings)
+    first = shards[-1]["end"] if shards else 0
+    encoder = Encoder(source, config)
+    order = range(first, len(source))
+    encoded = iter(DataLoader(encoder, None, sampler=order, **worker_options(config.num_workers)))
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(f"{folder}", total=len(source), completed=first)
+        while first < len(source):
+            shard = _write_shard(folder, len(shards), first, encoded, source, config, lambda: bar.advance(task))
+            # Read back before it counts: what is on the disk must be what was written.
+            _verify(folder, shard)
+            write_text(_sidecar(folder, shard["file"]), json.dumps(shard | {"settings": settings}))
+            shards.append(shard)
+            first = shard["end"]
+            if not console.is_terminal:
+                log.info("%s: %d of %d images", folder / shard["file"], first, len(source))
+    damaged = [entry for shard in shards for entry in shard["damaged"]]
+    for name, reason in damaged:
+        log.warning("damaged image skipped: %s: %s", name, reason)
+    shards = [shard for shard in shards if shard["keys"]]
+    if not shards:
+        raise ValueError(f"SRC {config.source}: none of its {len(source)} images can be read; the first: {damaged[0]}")
+    index = {"format": FORMAT, "classes": source.classes, "settings": settings, "damaged": damaged, "shards": shards}
+    write_text(folder / INDEX, json.dumps(index))
+    return index
+
+
+class Encoder(Dataset):
+    """Index -> (JPEG bytes, bytes it had before, label, reason if it is damaged)."""
+
+    def __init__(self, source: Source, config: PrepareConfig) -> None:
+        self.source, self.config = source, config
+
+    def __getitem__(self, index: int) -> tuple[bytes, int, int | None, str]:
+        label = None if self.source.labels is None else int(self.source.labels[index])
+        try:
+            item, _ = self.source.read(index)
+            return self._encode(item), len(item) if isinstance(item, bytes) else 0, label, ""
+        except (CorruptImage, OSError) as error:
+            return b"", 0, label, str(error)
+
+    def _encode(self, item: Any) -> bytes:
+        image = to_image(item, self.config.in_chans)
+        ratio = self.config.short_side / min(image.size)
+        if ratio >= 1 and _is_plain_jpeg(item, image):
+            return item
+        if ratio < 1:
+            size = (max(self.config.short_side, round(side * ratio)) for side in image.size)
+            image = image.resize(tuple(size), Image.Resampling.LANCZOS)
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=self.config.quality)
+        return buffer.getvalue()
+
+
+def _is_plain_jpeg(item: Any, decoded: Image.Image) -> bool:
+    """Whether bytes are already a JPEG of the same channels that needs no turning."""
+    if not isinstance(item, bytes):
+        return False
+    with Image.open(io.BytesIO(item)) as header:
+        upright = header.getexif().get(0x0112, 1) == 1
+        return header.format == "JPEG" and header.mode == decoded.mode and upright
+
+
+def _write_shard(
+    folder: Path, number: int, first: int, encoded: Iterator, source: Source, config: PrepareConfig, advance
+) -> dict[str, Any]:
+    """Write images from `first` on until the shard is full; under another name until it is complete."""
+    file = f"{number:05}.tar"
+    shard = {"file": file, "bytes": 0, "sha256": "", "first": first, "end": first, "source_bytes": 0}
+    shard |= {"damaged": [], "keys": [], "offsets": [], "sizes": [], "labels": None if source.classes is None else []}
+    temporary = folder / f"{file}.tmp"
+    with temporary.open("wb") as raw:
+        out = _Hashing(raw)
+        with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            while shard["end"] < len(source) and tar.offset < config.shard_mb * 1e6:
+                key = shard["end"]
+                data, source_bytes, label, reason = next(encoded)
+                shard["end"] += 1
+                advance()
+                if reason:
+                    shard["damaged"].append((source.name(key), reason))
+                    continue
+                shard["source_bytes"] += source_bytes
+                shard["keys"].append(key)
+                shard["offsets"].append(tar.offset + tarfile.BLOCKSIZE)
+                shard["sizes"].append(len(data))
+                _add(tar, f"{key:08}.jpg", data)
+                if shard["labels"] is not None:
+                    shard["labels"].append(label)
+                    _add(tar, f"{key:08}.cls", str(label).encode())
+        raw.flush()
+        os.fsync(raw.fileno())
+    os.replace(temporary, folder / file)
+    return shard | {"bytes": (folder / file).stat().st_size, "sha256": out.digest.hexdigest()}
+
+
+class _Hashing:
+    """A file to write that digests on the way."""
+
+    def __init__(self, file: io.BufferedWriter) -> None:
+        self.file, self.digest = file, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        return self.file.write(data)
+
+    def tell(self) -> int:
+        return self.file.tell()
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    """A member with nothing in its header but name and size, so that the same images give the same bytes."""
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
+
+
+def _finished(folder: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Shards that an earlier call has completed, in order; damaged ones and all after them are written again."""
+    shards: list[dict[str, Any]] = []
+    while (sidecar := _sidecar(folder, f"{len(shards):05}.tar")).exists():
+        shard = json.loads(sidecar.read_text())
+        was = shard.pop("settings")
+        if was != settings:
+            name = next(name for name in settings if was.get(name) != settings[name])
+            what = "of other images" if name == "names_sha256" else f"with --{name} {was.get(name)}"
+            raise ValueError(f"OUT {folder.parent} was begun {what}; choose another folder, or remove it")
+        try:
+            _verify(folder, shard)
+        except OSError as error:
+            log.warning("%s; writing it again", error)
+            break
+        shards.append(shard)
+    return shards
+
+
+def _verify(folder: Path, shard: dict[str, Any]) -> None:
+    """OSError unless the shard's bytes are those that were written."""
+    digest = hashlib.sha256()
+    with open(folder / shard["file"], "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    if digest.hexdigest() != shard["sha256"]:
+        raise OSError(f"{folder / shard['file']} is not what was written")
+
+
+def _sidecar(folder: Path, shard_file: str) -> Path:
+    return folder / f"{shard_file}.json"
+
+
+def _names_sha256(source: Source) -> str:
+    digest = hashlib.sha256()
+    for index in range(len(source)):
+        digest.update(source.name(index).encode(errors="surrogateescape") + b"\0")
+    return digest.hexdigest()

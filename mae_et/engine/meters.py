@@ -1,0 +1,74 @@
+"""Meters of a run: energy and peak memory, as devices tell them, and seconds without data."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+POWERCAP = Path("/sys/class/powercap")
+
+
+class EnergyMeter:
+    """Joules used since the last reading, as the devices tell.
+
+    A CUDA device has a counter (read through nvidia-ml-py, where that is installed): this rank's, times the number of
+    devices, since asking the others would make them wait. CPU packages have RAPL (Linux's powercap interface, which
+    often only root may read): those of this machine.
+    """
+
+    def __init__(self, device: torch.device, devices: int = 1) -> None:
+        self._devices, self._gpu, self._packages = devices, None, []
+        if device.type == "cuda":
+            self._gpu = _gpu_millijoules(device)
+        else:
+            found = sorted(POWERCAP.glob("intel-rapl:[0-9]*"))
+            self._packages = [package for package in found if package.name.count(":") == 1]  # not parts of packages
+        self._last = self._read()
+
+    def since(self) -> float:
+        """Joules since this was last called; 0 where nothing tells."""
+        before, self._last = self._last, self._read()
+        if before is None or self._last is None:
+            return 0.0
+        # RAPL's counters run over.
+        return sum(max(0.0, now - then) for now, then in zip(self._last, before, strict=True))
+
+    def _read(self) -> list[float] | None:
+        if self._gpu:
+            return [self._devices * self._gpu() / 1e3]  # millijoules
+        try:
+            return [int((package / "energy_uj").read_text()) / 1e6 for package in self._packages] or None
+        except OSError:
+            return None
+
+
+def _gpu_millijoules(device: torch.device) -> Callable[[], int] | None:
+    """Reads a CUDA device's energy counter; None where nvidia-ml-py isn't installed, or the device (or a MIG part of
+    one) doesn't tell."""
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+    except pynvml.NVMLError:
+        return None
+    return functools.partial(pynvml.nvmlDeviceGetTotalEnergyConsumption, handle)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """High-water mark of memory: allocated on a CUDA device since its last reset, else resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return 0  # no high-water mark in the standard library
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # kilobytes on Linux

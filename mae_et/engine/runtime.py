@@ -1,0 +1,323 @@
+"""Device, precision and ranks, decided once; the loops have no branch for them."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import logging
+import os
+import platform
+import re
+import signal
+import time
+import warnings
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from timm.layers import set_fused_attn
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
+
+log = logging.getLogger(__name__)
+
+#: How other launchers say that there are several processes; without torchrun's RANK each would think it is alone.
+OTHER_LAUNCHERS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE")
+#: What gloo, NCCL and the store say when a rank is gone; they have no type of error of their own for it.
+LOST_RANK = re.compile(
+    r"gloo|NCCL|Connection (was likely )?(closed|reset|refused)|Broken pipe|time(d )?out", re.IGNORECASE
+)
+#: glibc's names in malloc.h: how many blocks may be mapped, and how many free bytes the heap may keep.
+M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
+#: How long ranks wait for the first one to download; the time-outs of gloo and NCCL are meant for steps.
+DOWNLOAD_TIMEOUT = timedelta(days=1)
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where a run runs. Every rank has its own; rank 0 alone writes files."""
+
+    device: torch.device
+    precision: str
+    """bf16 or fp32."""
+    rank: int = 0
+    world_size: int = 1
+    store: dist.Store | None = None
+    """What ranks meet at, where there are several."""
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Context in which matrix products run in the chosen precision."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def parallel(self, model: nn.Module) -> nn.Module:
+        """The model, averaging gradients over ranks where there are several."""
+        if self.world_size == 1:
+            return model
+        devices = [self.device] if self.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+
+    def shard(self, model: nn.Module, blocks: Collection[nn.Module]) -> None:
+        """Share the model's parameters out over ranks, in place; a block is whole only while it runs (FSDP2).
+
+        Parameters are gathered in float32 and cast by autocast, as everywhere else: the same numbers as without it, for
+        twice the traffic of gathering bf16. The casts are kept for backward, 2 bytes a parameter, unless blocks are
+        recomputed. What is not trained stays whole.
+        """
+        mesh = init_device_mesh(self.device.type, (self.world_size,))
+        for block in blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh, ignored_params={p for p in model.parameters() if not p.requires_grad})
+        # A linear layer's output may be a view; it is a danger only to those who change predictions in place.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+
+    @contextlib.contextmanager
+    def local_gradients(self, network: nn.Module) -> Iterator[None]:
+        """Backward does not reduce gradients: for all micro-batches of a step but the last."""
+        if isinstance(network, FSDPModule):
+            network.set_requires_gradient_sync(False)
+            yield
+            network.set_requires_gradient_sync(True)
+        else:
+            with network.no_sync() if isinstance(network, DistributedDataParallel) else contextlib.nullcontext():
+                yield
+
+    def to_device(self, tensor: Tensor) -> Tensor:
+        """Copy without waiting for it."""
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, in place; no host synchronisation."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def any(self, rt: bool) -> bool:
+        """Whether it is so on any rank; all ranks ask together, and wait for each other."""
+        return self.sum(torch.tensor(float(rt), device=self.device)).item() > 0
+
+    def synchronize(self) -> None:
+        """Wait for the device, so that a clock read next is honest."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def from_main(self, value: Any) -> Any:
+        """What rank 0 has."""
+        values = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(values, device=self.device)
+        return values[0]
+
+    def check_equal_on_ranks(self, **numbers: int | None) -> None:
+        """ValueError unless ranks that know a number have the same; one that differed would hang or spoil the rest."""
+        if self.world_size == 1:
+            return
+        most = torch.iinfo(torch.int64).max
+        low = torch.tensor([most if n is None else n for n in numbers.values()], device=self.device)
+        high = torch.tensor([-most if n is None else n for n in numbers.values()], device=self.device)
+        dist.all_reduce(low, dist.ReduceOp.MIN)
+        dist.all_reduce(high, dist.ReduceOp.MAX)
+        for name, a, b in zip(numbers, low.tolist(), high.tolist(), strict=True):
+            if a < b:  # not so where no rank knows it
+                raise ValueError(
+                    f"ranks differ in {name}: {a} to {b}; do all see the same --data_path and --output_dir?"
+                )
+
+    @contextlib.contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Rank 0 enters before the others, who find what it has downloaded, or fail as it did."""
+        if not self.is_main:
+            self.store.wait(["main_first"], DOWNLOAD_TIMEOUT)
+        try:
+            yield
+        finally:
+            if self.is_main and self.store:
+                self.store.set("main_first", "done")
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def describe(self) -> str:
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"{os.cpu_count()} cores"
+        ranks = f", {self.world_size} ranks" if self.world_size > 1 else ""
+        return f"{self.device.type} ({name}{ranks}), {self.precision}"
+
+
+class IdleTime:
+    """Seconds for which the device had nothing to do because a batch had not come.
+
+    On a CPU the host's wait is that. A GPU may be busy while the host waits, so there it is the time between two events
+    in the GPU's queue, which is known only later: reading it waits for the GPU, measuring doesn't.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu, self._seconds = device.type == "cuda", 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around what waits for a batch, with nothing of that batch's work queued yet."""
+        if self._on_gpu:
+            idle, busy = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            idle.record()  # comes to pass when all earlier work is done
+            yield
+            busy.record()
+            self._events.append((idle, busy))
+        else:
+            began = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - began
+
+    def read(self) -> float:
+        """Seconds since the last reading."""
+        if self._events:
+            self._events[-1][1].synchronize()
+        seconds = self._seconds + sum(idle.elapsed_time(busy) for idle, busy in self._events) / 1e3  # milliseconds
+        self._seconds, self._events = 0.0, []
+        return seconds
+
+
+@contextlib.contextmanager
+def start(device: str = "auto", precision: str = "auto", dist_url: str = "env://"):
+    """Decide device, precision and ranks (from torchrun's environment); yields a :class:`Runtime`, tidies up after it.
+
+    Raises ValueError for a device that is not there.
+    """
+    if "RANK" not in os.environ and any(int(os.environ.get(name, 1)) > 1 for name in OTHER_LAUNCHERS):
+        raise ValueError(f"several processes without torchrun's RANK ({', '.join(OTHER_LAUNCHERS)} > 1): use torchrun")
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    chosen = _device(device, int(os.environ.get("LOCAL_RANK", 0)), world_size)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)  # first of all: what torch tells of the GPU is of the current one
+        # The spectral crop is exact, and fp32 means fp32, whatever TORCH_ALLOW_TF32_CUBLAS_OVERRIDE says.
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    else:
+        _keep_freed_memory()
+    if precision == "auto":
+        precision = "bf16" if _fast_bf16(chosen) else "fp32"
+    elif precision == "bf16" and rank == 0 and not _fast_bf16(chosen):
+        log.warning("%s has no fast bf16 that torch knows of; --precision fp32 may be many times as fast", chosen.type)
+    # On CPU the backward of fused attention in bf16 takes more than half of a step; plain products are faster.
+    set_fused_attn(not (chosen.type == "cpu" and precision == "bf16"))
+    store = _join(chosen, dist_url, rank, world_size) if world_size > 1 else None
+    try:
+        yield Runtime(chosen, precision, rank, world_size, store)
+    except RuntimeError as error:
+        if world_size == 1 or not LOST_RANK.search(str(error)):
+            raise
+        raise ConnectionError(
+            f"rank {rank} of {world_size}: another rank has died or can't be reached; the last checkpoint is intact, "
+            "start again with --resume auto"
+        ) from error
+    if world_size > 1:  # not after an error: tearing down would wait for ranks that wait for this one
+        dist.destroy_process_group()
+
+
+def _join(device: torch.device, dist_url: str, rank: int, world_size: int) -> dist.Store:
+    """Meet the other ranks, in a part of torchrun's store of its own for each restart; returns that part.
+
+    torchrun keeps its store when it restarts ranks; where those before were, the new ones would find dead addresses.
+    """
+    on_gpu = device.type == "cuda"
+    if not on_gpu:
+        _sleep_before_forks()
+    store, rank, world_size = next(rendezvous(dist_url, rank, world_size))
+    store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        device_id=device if on_gpu else None,  # else a barrier takes the GPU of the rank's number, whoever has it
+    )
+    return store
+
+
+@functools.cache
+def _sleep_before_forks() -> None:
+    """gloo's threads take a lock of the interpreter for a moment when they let go of a tensor. A process forked just
+    then, as loader processes are, would wait for it for ever (CPython issue 112275, up to 3.11); while this one sleeps,
+    they get done.
+    """
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(before=lambda: time.sleep(0.02))
+
+
+def _device(name: str, local_rank: int, world_size: int) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"unknown --device {name!r}; choose from auto, cuda, cuda:N, cpu") from None
+    if device.type not in ("cuda", "cpu"):
+        raise ValueError(f"--device {name} is not supported; choose from auto, cuda, cuda:N, cpu")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"--device {name}: no CUDA device here; choose auto or cpu")
+        if device.index is None or world_size > 1:
+            device = torch.device("cuda", local_rank)
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc reuse what a step has freed, instead of giving it back to the system and faulting it in again.
+
+    A step frees and allocates the same few gigabytes of activations; fresh pages cost more than the arithmetic on them.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)  # never
+
+
+def _fast_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities: Callable[[], dict] = getattr(torch.cpu, "get_capabilities", dict)  # new in torch 2.10
+    known = capabilities()
+    return bool(known.get("amx_bf16") or known.get("avx512_bf16"))
+
+
+@dataclass
+class Stop:
+    """Whether a signal has asked this process to stop."""
+
+    requested: bool = False
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Stop]:
+    """SIGTERM and SIGINT ask for a stop after the current step; a second Ctrl-C stops at once.
+
+    Launchers often send SIGTERM twice, to the group and to each process, so only Ctrl-C counts.
+    """
+    stop = Stop()
+
+    def request(number: int, _: Any) -> None:
+        if stop.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.requested = True
+        log.warning("%s: stopping after this step", signal.Signals(number).name)
+
+    before = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,166 @@
+"""Accuracy, counted exactly, and the file that it goes to.
+
+B batch · C channels · K classes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..data.labelled import EvalCrops, eval_batches, open_labelled
+from ..data.sources import Source
+from ..engine import run_folder
+from ..engine.runtime import Runtime
+from ..plan.flags import to_dict
+from ..plan.shapes import height_width
+from .config import FinetuneConfig
+from .encoder import PretrainedEncoder, build_classifier, fine_tuned_head, load_encoder
+
+log = logging.getLogger(__name__)
+
+
+def evaluate_only(config: FinetuneConfig, rt: Runtime, began: float) -> Path:
+    """--eval: the accuracy of a fine-tuned model on the held-out images."""
+    source = config.resume or config.finetune
+    if not source:
+        raise ValueError("--eval needs a fine-tuned model: --finetune or --resume")
+    config = dataclasses.replace(config, finetune=source, resume="")
+    state = fine_tuned_head(source)
+    start = load_encoder(config)
+    val = open_labelled(start.data_path, "val", config.eval_images, config.seed, config.holdout)
+    classes = check_classes(config, start.data_path, None, val)
+    rows = len(state["head.weight"])
+    if rows != len(classes):
+        raise ValueError(f"{source} tells {rows} classes apart, --data_path {start.data_path} has {len(classes)}")
+    pooled = "fc_norm.weight" in state
+    model = build_classifier(start, len(classes), pooled, head=state).to(rt.device)
+    crops, normalize = eval_crops(config, start, val), Normalize(start.mean, start.std, rt)
+    tally = evaluate(model, crops, normalize, config, len(classes))
+    result = tally.result() | {"num_classes": len(classes)} | (tally.details(classes) if config.report else {})
+    log.info("%s: top-1 %.2f %% of %d images", source, result["top1"], result["num_images"])
+    paths = write_result(config, start, rt, result, began, start.flops_per_image * len(val)) if rt.is_main else []
+    rt.barrier()
+    return paths[0] if paths else Path(source)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, crops: EvalCrops, normalize: Normalize, config: FinetuneConfig, num_classes: int
+) -> Accuracy:
+    """Classify all centre crops, shared out among the ranks, in evaluation mode."""
+    rt = normalize.rt
+    tally = Accuracy(num_classes, rt.device)
+    model.eval()
+    pin = config.pin_mem and rt.device.type == "cuda"
+    for images, labels in eval_batches(crops, rt.rank, rt.world_size, config.num_workers, pin):
+        with rt.autocast():
+            logits = model(normalize(images))
+        tally.add(logits.float(), labels.to(rt.device, non_blocking=True))
+    return tally.over(rt)
+
+
+def eval_crops(config: FinetuneConfig, start: PretrainedEncoder, source: Source) -> EvalCrops:
+    """Centre crops as the protocol wants them."""
+    size = height_width(start.input_size)
+    crop_pct = config.crop_pct or (0.875 if 96 <= max(size) <= 224 else 1.0)
+    return EvalCrops(source, size, start.shape["in_chans"], crop_pct)
+
+
+def check_classes(config: FinetuneConfig, data_path: str, train: Source | None, val: Source | None) -> list[str]:
+    """Names of the classes. ValueError if the splits, or --nb_classes, disagree."""
+    if train is not None and val is not None and len(train.classes) != len(val.classes):
+        raise ValueError(f"--data_path {data_path}: train has {len(train.classes)} classes, val {len(val.classes)}")
+    classes = (train or val).classes
+    if config.nb_classes not in (None, len(classes)):
+        raise ValueError(f"--nb_classes {config.nb_classes}, but {data_path} has {len(classes)} classes")
+    return classes
+
+
+class Normalize:
+    """uint8 [B, C, H, W] -> normalised float32 on the device."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], rt: Runtime) -> None:
+        self.rt = rt
+        self.mean, self.std = (255 * torch.tensor(v, device=rt.device).view(-1, 1, 1) for v in (mean, std))
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return (images.to(self.rt.device, non_blocking=True).float() - self.mean) / self.std
+
+
+class Accuracy:
+    """Counts of what was classified how; everything that is reported follows from them. Stays on the device."""
+
+    def __init__(self, num_classes: int, device: torch.device) -> None:
+        self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)  # [true, predicted]
+        self.in_top5 = torch.zeros((), dtype=torch.int64, device=device)
+
+    def add(self, scores: Tensor, labels: Tensor) -> None:
+        """scores: [B, K]. labels: [B]."""
+        classes = len(self.confusion)
+        top = scores.topk(min(5, classes), dim=1).indices
+        # Not bincount, which waits for a GPU: how long its result is depends on the data.
+        self.confusion.view(-1).index_add_(0, labels * classes + top[:, 0], torch.ones_like(labels))
+        self.in_top5 += (top == labels[:, None]).sum()
+
+    def over(self, rt: Runtime) -> Accuracy:
+        """Summed over the ranks."""
+        rt.sum(self.confusion)
+        rt.sum(self.in_top5)
+        return self
+
+    @property
+    def top1(self) -> float:
+        """Per cent."""
+        return 100 * self.confusion.diagonal().sum().item() / max(1, self.confusion.sum().item())
+
+    def result(self) -> dict[str, Any]:
+        """top1 and top5 in per cent (top5 from 5 classes on) and the number of images."""
+        count = self.confusion.sum().item()
+        top5 = {"top5": 100 * self.in_top5.item() / count} if len(self.confusion) >= 5 else {}
+        return {"top1": self.top1, **top5, "num_images": count}
+
+    def details(self, classes: Sequence[str]) -> dict[str, Any]:
+        """Accuracy per class in per cent (None: no images), and the confusion matrix: rows true, columns predicted."""
+        rows = self.confusion.tolist()
+        accuracy = {
+            c: 100 * row[i] / sum(row) if sum(row) else None
+            for i, (c, row) in enumerate(zip(classes, rows, strict=True))
+        }
+        return {"per_class_accuracy": accuracy, "confusion": rows}
+
+
+def write_result(
+    config: FinetuneConfig, start: PretrainedEncoder, rt: Runtime, result: Mapping[str, Any], began: float, flops: float
+) -> list[Path]:
+    """eval-<protocol>.json in the run folder of the checkpoint, and in --output_dir if given or if there is no such."""
+    record = {
+        "protocol": config.protocol,
+        **result,
+        "checkpoint": config.finetune or config.resume or config.like,
+        "origin": start.origin,
+        "cost": {"seconds": time.perf_counter() - began, "flops": flops},
+        "flags": to_dict(config),
+        "environment": run_folder.environment(device=rt.describe(), precision=rt.precision, devices=rt.world_size),
+    }
+    folders = [start.folder] if start.folder else []
+    if config.output_dir or not folders or not (config.is_probe or config.eval):
+        folders.append(output_folder(config, start))
+    paths = [folder / f"eval-{config.protocol}.json" for folder in dict.fromkeys(folders)]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        run_folder.write_json(path, record)
+    return paths
+
+
+def output_folder(config: FinetuneConfig, start: PretrainedEncoder) -> Path:
+    """Where a fine-tuning run lives."""
+    default = start.folder / "finetune" if start.folder else Path("./output_dir")
+    return Path(config.output_dir) if config.output_dir else default

@@ -1,0 +1,216 @@
+"""What fine-tuning and probes share: the encoder as a timm classifier, accuracy counted exactly, and the result file.
+
+B batch · C channels · K classes · L patches · D width.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.layers import resample_abs_pos_embed
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from .. import checkpoint, interop
+from ..engine import run_folder
+from ..model import NORM_EPS, MaskedAutoencoder, sincos_table
+from ..plan.config import PretrainConfig
+from ..plan.cost import encoder_flops_per_image
+from ..plan.shapes import SizePx, grid_of, height_width, model_shape
+from .config import FinetuneConfig
+
+log = logging.getLogger(__name__)
+
+HEAD_STD = 2e-5  # MAE, as in facebookresearch/mae's fine-tuning
+SHAPE_FLAGS = ("patch_size", "in_chans", "embed_dim", "depth", "num_heads")
+
+
+@dataclass(frozen=True)
+class PretrainedEncoder:
+    """Where a classifier starts: an encoder, and what its pretraining says about the data."""
+
+    shape: dict
+    """Arguments of `create_mae` that the encoder needs."""
+    state: dict[str, Tensor]
+    """`encoder.*` of `MaskedAutoencoder.state_dict()`."""
+    origin: str
+    """Where the weights come from, for people."""
+    input_size: SizePx
+    """Full size of what is classified; `shape["img_size"]` is what the encoder was made for."""
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    data_path: str
+    folder: Path | None = None
+    """Run folder of the checkpoint."""
+
+    @property
+    def num_patches(self) -> int:
+        return math.prod(grid_of(self.input_size, self.shape["patch_size"]))
+
+    @property
+    def flops_per_image(self) -> int:
+        """Forward FLOPs of the encoder on one image."""
+        with torch.device("meta"):
+            return encoder_flops_per_image(MaskedAutoencoder(**self.shape), self.num_patches)
+
+
+def load_encoder(config: FinetuneConfig) -> PretrainedEncoder:
+    """Weights, or from scratch the architecture, that a configuration starts from.
+
+    Raises FileNotFoundError, CheckpointError, or ValueError if flags contradict the checkpoint or don't fit together.
+    """
+    source = config.finetune or config.like
+    if source:
+        pretrained = checkpoint.read_pretrained(source, encoder_only=True, num_heads=config.num_heads)
+        shape = {k: v for k, v in pretrained.shape.items() if not k.startswith("decoder_") and k != "target_dim"}
+        _check_architecture(config, shape, pretrained.origin)
+    elif config.model:
+        given = {name: getattr(config, name) for name in SHAPE_FLAGS if getattr(config, name) is not None}
+        shape = {"in_chans": 3, "img_size": config.input_size or 224} | model_shape(config.model) | given
+    else:
+        raise ValueError("from scratch (without --finetune), --model or --like must say what to train")
+    if config.finetune:
+        state, origin = pretrained.state, pretrained.origin
+    else:  # as an encoder is before pretraining, so that only pretraining makes the difference
+        state, origin = interop.encoder_only(MaskedAutoencoder(**shape).state_dict()), "scratch"
+    record = training_record(source)
+    channels = PretrainConfig(in_chans=shape["in_chans"])
+    mean = tuple(config.mean or record.get("mean") or channels.pixel_mean)
+    std = tuple(config.std or record.get("std") or channels.pixel_std)
+    for name, value in (("mean", mean), ("std", std)):
+        if len(value) != shape["in_chans"]:
+            raise ValueError(f"--{name} has {len(value)} numbers for {shape['in_chans']} channels")
+    if min(std) <= 0:
+        raise ValueError(f"--std must be positive, got {min(std)}")
+    before = record.get("config", {})
+    data_path = config.data_path or before.get("data_path", "")
+    if not data_path:
+        raise ValueError("--data_path is needed: the checkpoint doesn't say what it was trained on")
+    kept_out = before.get("holdout", 0)  # the smaller of two holdouts lies in the larger
+    if config.finetune and before.get("data_path") == data_path and kept_out < config.holdout:
+        log.warning(
+            "--holdout %d: %s was pretrained with --holdout %d, on some of these", config.holdout, origin, kept_out
+        )
+    size = shape["img_size"] if config.input_size is None else config.input_size
+    grid_of(size, shape["patch_size"])  # refuses sizes that don't divide
+    folder = run_folder_of(config.finetune) if config.finetune else None
+    return PretrainedEncoder(shape, state, origin, size, mean, std, data_path, folder)
+
+
+def run_folder_of(source: str) -> Path | None:
+    """The run folder that a checkpoint lies in; None for a plain file, a foreign folder or a model name."""
+    path = Path(source)
+    folder = path if path.is_dir() else path.parent
+    held = (folder / run_folder.CONFIG).is_file() and path.exists()
+    return folder if held else None
+
+
+def training_record(source: str) -> Mapping[str, Any]:
+    """What a run's own checkpoint says beside its weights; empty for foreign ones."""
+    path = Path(source)
+    file = run_folder.checkpoint_of(path)
+    if file.suffix == ".safetensors":  # holds no record; the checkpoint beside it does
+        file = file.with_name(run_folder.CHECKPOINT)
+    if not source or not file.exists():
+        return {}
+    content = checkpoint.load(file)
+    return content if content.get("format") == checkpoint.FORMAT else {}
+
+
+def build_classifier(
+    start: PretrainedEncoder,
+    num_classes: int,
+    pooled: bool,
+    drop_path: float = 0.0,
+    head: Mapping[str, Tensor] | None = None,
+) -> VisionTransformer:
+    """A timm ViT with the start's encoder, strictly loaded, its position table adapted to the input size.
+
+    pooled: mean of the patch tokens, then a new `fc_norm`; else the class token after the encoder's norm. head: weights
+    of a fine-tuned `head` (and `fc_norm`); default: N(0, 2e-5) and zeros. num_classes 0: no head.
+    """
+    shape = start.shape
+    vit = VisionTransformer(
+        img_size=height_width(start.input_size),
+        patch_size=shape["patch_size"],
+        in_chans=shape["in_chans"],
+        num_classes=num_classes,
+        global_pool="avg" if pooled else "token",
+        embed_dim=shape["embed_dim"],
+        depth=shape["depth"],
+        num_heads=shape["num_heads"],
+        mlp_ratio=shape.get("mlp_ratio", 4.0),
+        drop_path_rate=drop_path,
+        norm_layer=partial(nn.LayerNorm, eps=NORM_EPS),
+    )
+    state = {key.removeprefix("encoder."): tensor for key, tensor in start.state.items()}
+    grids = (grid_of(size, shape["patch_size"]) for size in (shape["img_size"], start.input_size))
+    state["pos_embed"] = adapt_positions(state["pos_embed"], *grids)
+    if pooled:
+        del state["norm.weight"], state["norm.bias"]
+        state |= {key: tensor for key, tensor in vit.state_dict().items() if key.startswith("fc_norm.")}
+    if num_classes:
+        nn.init.trunc_normal_(vit.head.weight, std=HEAD_STD)
+        nn.init.zeros_(vit.head.bias)
+        state |= {f"head.{key}": tensor for key, tensor in vit.head.state_dict().items()}
+    vit.load_state_dict(state | dict(head or {}))
+    return vit
+
+
+def adapt_positions(table: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
+    """Position table [1, 1+L, D] for another grid. MAE's fixed table is evaluated there; a learned one is resampled."""
+    if old_grid == new_grid:
+        return table
+    width = table.shape[-1]
+    if width % 4 == 0:
+        fixed = sincos_table(width, old_grid, old_grid).to(table.device)
+        if (table[0, 1:].float() - fixed).abs().max() <= max(interop.TABLE_TOLERANCE, 2 * torch.finfo(table.dtype).eps):
+            moved = sincos_table(width, new_grid, old_grid)[None].to(table)
+            return torch.cat([table[:, :1], moved], dim=1)
+    return resample_abs_pos_embed(table, list(new_grid), list(old_grid), num_prefix_tokens=1)
+
+
+def _check_architecture(config: FinetuneConfig, shape: Mapping[str, Any], origin: str) -> None:
+    """ValueError that names both if flags ask for another architecture than the checkpoint's."""
+    wanted = model_shape(config.model) if config.model else {}
+    wanted |= {name: getattr(config, name) for name in SHAPE_FLAGS if getattr(config, name) is not None}
+    # A name alone says less than the shape of a run that changed its patch or depth: then give the flags, or no name.
+    if any(shape[name] != value for name, value in wanted.items()):
+        asked = ", ".join(f"{name} {value}" for name, value in wanted.items())
+        held = ", ".join(f"{name} {shape[name]}" for name in wanted)
+        raise ValueError(f"--model {config.model or ''} ({asked}) is another architecture than {origin} ({held})")
+
+
+def weights_of(model: VisionTransformer) -> dict[str, dict[str, Tensor]]:
+    """The encoder in our layout, so that a fine-tuned checkpoint can be probed or exported, and the head beside it."""
+    state = model.state_dict()
+    return {"model": interop.from_timm(state), "head": {k: v for k, v in state.items() if k.startswith("head.")}}
+
+
+def timm_state(weights: Mapping[str, Mapping[str, Tensor]], pooled: bool) -> dict[str, Tensor]:
+    """What :func:`weights_of` wrote -> state of the classifier."""
+    state = interop.to_timm(weights["model"]) | dict(weights["head"])
+    return {f"fc_{key}" if pooled and key.startswith("norm.") else key: tensor for key, tensor in state.items()}
+
+
+def fine_tuned_head(source: str) -> dict[str, Tensor]:
+    """`head.*` (and `fc_norm.*`) of a fine-tuned model of ours, facebookresearch/mae or timm."""
+    path = Path(source) / run_folder.CHECKPOINT if Path(source).is_dir() else Path(source)
+    content = checkpoint.load(path)
+    if content.get("format") == checkpoint.FORMAT:
+        state = timm_state(content, content["pooled"]) if "head" in content else {}
+    else:
+        state = content.get("model", content)
+    kept = {key: tensor for key, tensor in state.items() if key.startswith(("head.", "fc_norm."))}
+    if "head.weight" not in kept:
+        raise ValueError(
+            f"{source} has no classifier to --eval: fine-tune it, or judge its features with --linear_probe"
+        )
+    return kept

@@ -1,0 +1,359 @@
+"""Configuration of pretraining, and the flags that it shares with fine-tuning. Each flag says its range and its role.
+
+Flags that facebookresearch/mae has keep their name and meaning. Bases are given last first: that is the order in which
+dataclasses take over their fields.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, ClassVar, Protocol
+
+import tyro
+
+from .curriculum import StageRow, check_views
+from .flags import (
+    BATCH,
+    COMPUTE,
+    CURRICULUM,
+    DATA,
+    IMAGES,
+    LENGTH,
+    MODEL,
+    NOT_NEGATIVE,
+    PLANNED,
+    POSITIVE,
+    RUN,
+    SEED,
+    SHARE_BELOW_1,
+    TASK,
+    OneOf,
+    check,
+)
+from .schedules import ALLOCATIONS, LR_SCALINGS, SCHEDULES, SHARES_OF
+from .shapes import DECODERS, OPERATORS, TARGETS, SizePx, as_size
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CURRICULA = (*SCHEDULES, "custom")
+PRECISIONS = ("auto", "bf16", "fp32")
+
+
+# ── shared with fine-tuning ──
+
+
+@dataclass(frozen=True)
+class DataFlags:
+    group: ClassVar[str] = "data"
+
+    data_path: Annotated[str, IMAGES] = "photos"
+    """Folder of images (or with train/), of IDX files or of `mae_et prepare`; wds/…, a timm dataset name, or photos."""
+    holdout: Annotated[int, DATA, NOT_NEGATIVE] = 0
+    """Training images that are kept out, always the same ones, for main_finetune.py --holdout to choose settings by."""
+    mean: Annotated[tuple[float, ...] | None, DATA] = None
+    """Mean per channel in [0, 1]; default: ImageNet's for 3 channels, else 0.5."""
+    std: Annotated[tuple[float, ...] | None, DATA] = None
+    """Standard deviation per channel; default: ImageNet's for 3 channels, else 0.25."""
+    num_workers: Annotated[int | None, RUN, NOT_NEGATIVE] = None
+    """Loader processes per device; default: the cores there are, at most 10."""
+    pin_mem: Annotated[bool, RUN] = True
+    """Page-locked batches, for faster copies to a CUDA device."""
+    damaged_limit: Annotated[float, RUN, SHARE_BELOW_1] = 0.01
+    """Share of damaged images at which the run stops; below it they are skipped, counted and named."""
+
+
+@dataclass(frozen=True)
+class RunFlags:
+    group: ClassVar[str] = "run"
+
+    output_dir: Annotated[str, RUN] = "./output_dir"
+    """Run folder."""
+    log_dir: Annotated[str | None, RUN] = None
+    """TensorBoard folder; default: the run folder."""
+    resume: Annotated[str, RUN] = ""
+    """Go on from: auto (output_dir, if it holds a checkpoint), a run folder, or a checkpoint."""
+    overwrite: Annotated[bool, RUN] = False
+    """Replace the run that output_dir holds."""
+    start_epoch: Annotated[float, PLANNED] = 0
+    """Skip the first part of the schedule."""
+    seed: Annotated[int, SEED] = 0
+    """Data order, augmentation, masks and initial weights are functions of it."""
+    device: Annotated[str, RUN] = "auto"
+    """auto, cuda, cuda:N or cpu."""
+    precision: Annotated[str, COMPUTE, OneOf(PRECISIONS)] = "auto"
+    """auto (bf16 where the device is fast at it), bf16 or fp32."""
+    save_steps: Annotated[int, RUN, NOT_NEGATIVE] = 0
+    """Steps between checkpoints; 0: by time only."""
+    save_minutes: Annotated[float, RUN, POSITIVE] = 10
+    """Minutes between checkpoints."""
+    keep_checkpoints: Annotated[int, RUN, POSITIVE] = 2
+    """Checkpoints that are kept: checkpoint.pt, and before it checkpoint.prev1.pt and so on."""
+
+
+@dataclass(frozen=True)
+class LauncherFlags:
+    """As facebookresearch/mae has them; torchrun sets what is needed."""
+
+    group: ClassVar[str] = "launcher"
+
+    world_size: Annotated[int, RUN, POSITIVE] = 1
+    """Devices that `plan` plans for; in training torchrun decides."""
+    local_rank: Annotated[int, RUN] = -1
+    """Accepted; torchrun decides."""
+    dist_on_itp: Annotated[bool, RUN] = False
+    """Accepted; torchrun decides."""
+    dist_url: Annotated[str, RUN] = "env://"
+    """Where ranks meet."""
+    job_dir: Annotated[str, RUN] = ""
+    """As submitit_*.py: the run folder."""
+    nodes: Annotated[int | None, RUN] = None
+    """As submitit_*.py; launch with torchrun --nnodes instead."""
+    ngpus: Annotated[int | None, RUN] = None
+    """As submitit_*.py; launch with torchrun --nproc_per_node instead."""
+    use_volta32: Annotated[bool, RUN] = False
+    """As submitit_*.py; your launcher decides."""
+
+
+class LearningRateFlags(Protocol):
+    lr: float | None
+    blr: float | None
+
+
+def peak_lr(config: LearningRateFlags, total_batch: int) -> float:
+    """--lr, or --blr for this many images per step (MAE, Appendix A.1: linear scaling, base 256)."""
+    return config.blr * total_batch / 256 if config.lr is None else config.lr
+
+
+def check_shared(config: DataFlags | RunFlags | LauncherFlags) -> None:
+    """Range of every flag, and what pretraining and fine-tuning refuse alike."""
+    check(config)
+    if config.resume and config.overwrite:
+        raise ValueError("--resume goes on with a run and --overwrite replaces it; give one of them")
+    if config.job_dir:
+        object.__setattr__(config, "output_dir", config.job_dir)
+        object.__setattr__(config, "job_dir", "")  # or it would overrule --output_dir where this is a recipe
+
+
+def default_statistics(in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel where nothing says otherwise: ImageNet's, or of images around grey."""
+    return (IMAGENET_MEAN, IMAGENET_STD) if in_chans == 3 else ((0.5,) * in_chans, (0.25,) * in_chans)
+
+
+def check_statistics(mean: tuple[float, ...] | None, std: tuple[float, ...] | None, in_chans: int, of: str) -> None:
+    """ValueError unless there is a number per channel, and positive ones to divide by. of: whose channels they are."""
+    for name, value in (("mean", mean), ("std", std)):
+        if value is not None and len(value) != in_chans:
+            raise ValueError(f"--{name} has {len(value)} numbers for {of}")
+    if std is not None and min(std) <= 0:
+        raise ValueError(f"--std must be positive, got {min(std)}")
+
+
+# ── pretraining alone ──
+
+
+@dataclass(frozen=True)
+class RecipeFlags:
+    group: ClassVar[str] = "recipe"
+
+    recipe: Annotated[str, RUN] = ""
+    """Name of a shipped recipe, or a YAML file, that gives the defaults; flags override it."""
+
+
+@dataclass(frozen=True)
+class ModelFlags:
+    group: ClassVar[str] = "model"
+
+    model: Annotated[str, MODEL] = "mae_vit_large_patch16"
+    """mae_vit_{tiny,small,base,large}_patch16 or mae_vit_huge_patch14."""
+    input_size: Annotated[SizePx, MODEL] = 224
+    """Full size of the input in pixels: one number, or height and width."""
+    patch_size: Annotated[int | None, MODEL, POSITIVE] = None
+    """Side of a patch in pixels; default: the model's."""
+    in_chans: Annotated[int, MODEL, POSITIVE] = 3
+    """Channels of the images."""
+    embed_dim: Annotated[int | None, MODEL, POSITIVE] = None
+    """Encoder width; default: the model's."""
+    depth: Annotated[int | None, MODEL, POSITIVE] = None
+    """Encoder blocks; default: the model's."""
+    num_heads: Annotated[int | None, MODEL, POSITIVE] = None
+    """Encoder heads; default: the model's."""
+    decoder_embed_dim: Annotated[int, MODEL, POSITIVE] = 512
+    """Decoder width."""
+    decoder_depth: Annotated[int, MODEL, POSITIVE] = 8
+    """Decoder blocks."""
+    decoder_num_heads: Annotated[int, MODEL, POSITIVE] = 16
+    """Decoder heads."""
+    decoder: Annotated[str, TASK, OneOf(tuple(DECODERS))] = "self"
+    """self (MAE's), or cross: predicted patches attend to the visible ones only (CrossMAE), which is cheaper."""
+    own_positions: Annotated[bool, TASK] = False
+    """Number the patches of a small stage from zero, instead of in coordinates of the full grid."""
+
+
+@dataclass(frozen=True)
+class TaskFlags:
+    group: ClassVar[str] = "task"
+
+    mask_ratio: Annotated[float, TASK, SHARE_BELOW_1] = 0.75
+    """Share of the patches that is masked."""
+    predict_ratio: Annotated[float, TASK] = 1.0
+    """Share of the masked patches that is predicted."""
+    target: Annotated[str, TASK, OneOf(TARGETS)] = "pixel"
+    """What is predicted: pixel, or hog (MaskFeat)."""
+    norm_pix_loss: Annotated[bool, TASK] = False
+    """Normalise the target pixels of each patch by their mean and variance."""
+
+
+@dataclass(frozen=True)
+class CurriculumFlags:
+    group: ClassVar[str] = "curriculum"
+
+    curriculum: Annotated[str, CURRICULUM, OneOf(CURRICULA)] = "vanilla"
+    """vanilla, et (EfficientTrain), et_pp (EfficientTrain++), et_pp_192, or custom (the recipe's `stages`)."""
+    stages: Annotated[tuple[StageRow, ...], CURRICULUM, tyro.conf.Suppress] = ()
+    """Rows of a custom curriculum; written in a recipe."""
+    share_of: Annotated[str, CURRICULUM, OneOf(SHARES_OF)] = "compute"
+    """Unit of a custom stage's share: compute or epochs."""
+    allocation: Annotated[str, TASK, OneOf(ALLOCATIONS)] = "area"
+    """How a share of compute becomes passes: area (as published) or flops (exact)."""
+    lowfreq: Annotated[str, TASK, OneOf(tuple(OPERATORS))] = "fourier"
+    """How inputs become small: fourier (exact, on the device), lanczos, bilinear or scaled (in the loader)."""
+    crop_scale: Annotated[tuple[float, float], TASK] = (0.2, 1.0)
+    """Area range of the random resized crop."""
+    augment: Annotated[int, TASK] = 0
+    """RandAugment magnitude; 0 is off."""
+
+
+@dataclass(frozen=True)
+class OptimisationFlags:
+    group: ClassVar[str] = "optimisation"
+
+    batch_size: Annotated[int, BATCH, POSITIVE] = 64
+    """Images per device and full-size micro-batch; the total batch is batch_size × accum_iter × devices."""
+    accum_iter: Annotated[int | None, BATCH, POSITIVE] = None
+    """Micro-batches per step; default 1, or as many as total_batch_size needs."""
+    total_batch_size: Annotated[int | None, BATCH, POSITIVE] = None
+    """Images per optimiser step over all devices; micro-batches of batch_size are accumulated up to it."""
+    early_large_batch: Annotated[bool, TASK] = False
+    """Let the total batch of small stages grow until a step's work is that of full size, for many devices (ET++)."""
+    max_batch_size: Annotated[int | None, TASK, POSITIVE] = None
+    """Largest total batch of a stage under --early_large_batch; default: no limit."""
+    lr_scaling: Annotated[str, TASK, OneOf(tuple(LR_SCALINGS))] = "sqrt"
+    """How the learning rate follows a grown batch: sqrt, linear or none."""
+    epochs: Annotated[float, LENGTH, POSITIVE] = 400
+    """Epochs; for compute-shared curricula, equivalent epochs: the compute of so many at full size."""
+    lr: Annotated[float | None, TASK, NOT_NEGATIVE] = None
+    """Peak learning rate; default: blr × total batch / 256."""
+    blr: Annotated[float, TASK, NOT_NEGATIVE] = 1e-3
+    """Base learning rate, for a total batch of 256."""
+    min_lr: Annotated[float, TASK, NOT_NEGATIVE] = 0.0
+    """Learning rate at the end of the half-cosine."""
+    warmup_epochs: Annotated[float, LENGTH, NOT_NEGATIVE] = 40
+    """Warm-up: warmup_epochs / epochs of the compute."""
+    hold_epochs: Annotated[float, LENGTH, NOT_NEGATIVE] = 0
+    """After the warm-up, the peak is held for hold_epochs / epochs of the compute before the half-cosine begins."""
+    weight_decay: Annotated[float, TASK, NOT_NEGATIVE] = 0.05
+    """Weight decay of matrices."""
+    clip_grad: Annotated[float | None, TASK, POSITIVE] = None
+    """Largest norm of the gradient; default: no clipping."""
+
+
+@dataclass(frozen=True)
+class PretrainDataFlags(DataFlags):
+    group: ClassVar[str] = "data"
+
+    num_images: Annotated[int | None, RUN, POSITIVE] = None
+    """Images in the data set, for `plan` where the data are not; training counts them."""
+    replay: Annotated[bool, PLANNED] = False
+    """Show a decoded sample in 4 steps up to 96 px, in 2 up to 160 (at full size 224), as EfficientTrain++ does."""
+    replay_gib: Annotated[float, PLANNED, NOT_NEGATIVE] = 4.0
+    """Most memory of the replay buffer, in GiB over all devices."""
+    views_per_image: Annotated[int, PLANNED, POSITIVE] = 1
+    """Crops from one decoded image, in the same step: repeated augmentation."""
+    masks_per_image: Annotated[int, PLANNED, POSITIVE] = 1
+    """Masks on one crop, in the same step."""
+    cache_gib: Annotated[float, RUN, NOT_NEGATIVE] = 0.0
+    """Memory for encoded images, in GiB per device, read once before training; 0: none."""
+
+
+@dataclass(frozen=True)
+class PretrainRunFlags(RunFlags):
+    group: ClassVar[str] = "run"
+
+    branch: Annotated[str, RUN] = ""
+    """Begin where a run ended whose stages are this one's first: its folder or checkpoint. --resume comes first."""
+    compile: Annotated[bool, COMPUTE] = False
+    """torch.compile the transformer blocks; every stage is compiled before its clock starts."""
+    fsdp: Annotated[bool, COMPUTE] = False
+    """Share parameters, gradients and optimiser state out over ranks (FSDP2), for models too large for a device."""
+    activation_checkpointing: Annotated[bool, COMPUTE] = False
+    """Compute the activations inside each block again in the backward pass instead of keeping them."""
+    print_steps: Annotated[int, RUN, POSITIVE] = 20
+    """Steps between lines of the log and of metrics.jsonl."""
+    picture_steps: Annotated[int, RUN, NOT_NEGATIVE] = 0
+    """Steps between reconstruction pictures; 0: only one at the end."""
+    print_config: Annotated[bool, RUN] = False
+    """Print the configuration as a recipe and stop."""
+
+
+@dataclass(frozen=True)
+class PretrainConfig(
+    LauncherFlags,
+    PretrainRunFlags,
+    PretrainDataFlags,
+    OptimisationFlags,
+    CurriculumFlags,
+    TaskFlags,
+    ModelFlags,
+    RecipeFlags,
+):
+    """Pretrain a masked autoencoder, with vanilla MAE or with a low-frequency curriculum on the same engine.
+
+    With neither --recipe nor --data_path, recipe `demo` runs on photographs that ship with scikit-image. With
+    --data_path but no --recipe, the defaults are facebookresearch/mae's and the curriculum is vanilla. Shown
+    below are the defaults that the rest of the command line leads to.
+    """
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "input_size", as_size(self.input_size))
+        check_shared(self)
+        check_views("--", self.crop_scale, self.augment)
+        if self.in_chans not in (1, 3) and any((self.augment, *(stage.augment for stage in self.stages))):
+            raise ValueError(
+                f"--augment (RandAugment) is for 1 or 3 channels, not for --in_chans {self.in_chans}; set it to 0"
+            )
+        if (self.curriculum == "custom") != bool(self.stages):
+            if self.curriculum == "custom":
+                raise ValueError("--curriculum custom needs a recipe with `stages`")
+            # A recipe's own stages, overruled by the flag: `--recipe demo --curriculum vanilla` is vanilla MAE.
+            object.__setattr__(self, "stages", ())
+        if self.norm_pix_loss and self.target == "hog":
+            raise ValueError("--norm_pix_loss normalises pixels and contradicts --target hog; drop one of them")
+        if self.total_batch_size and self.accum_iter:
+            raise ValueError("--accum_iter contradicts total_batch_size, which sets it; give one of them")
+        if self.max_batch_size and not self.early_large_batch:
+            raise ValueError("--max_batch_size limits --early_large_batch; add it, or drop --max_batch_size")
+        check_statistics(self.mean, self.std, self.in_chans, f"--in_chans {self.in_chans}")
+        self._check_folders()
+        if self.branch and self.start_epoch:
+            raise ValueError("--branch begins where that run ended and contradicts --start_epoch; drop one of them")
+
+    def _check_folders(self) -> None:
+        if not self.data_path:
+            raise ValueError("--data_path is empty; give a folder, a timm dataset name, or photos")
+        data, out = Path(self.data_path).resolve(), Path(self.output_dir).resolve()
+        if data.is_dir() and (out == data or data in out.parents):
+            raise ValueError(f"--output_dir {self.output_dir} is inside --data_path: its pictures would become data")
+
+    @property
+    def pixel_mean(self) -> tuple[float, ...]:
+        """Mean per channel that images are normalised with."""
+        return self.mean or default_statistics(self.in_chans)[0]
+
+    @property
+    def pixel_std(self) -> tuple[float, ...]:
+        """Standard deviation per channel that images are normalised with."""
+        return self.std or default_statistics(self.in_chans)[1]
+
+    def total_batch(self, devices: int) -> int:
+        """Images per step over all devices, where a stage says nothing else."""
+        return self.total_batch_size or self.batch_size * (self.accum_iter or 1) * devices
