@@ -10,8 +10,9 @@ import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import timm
@@ -20,33 +21,24 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from . import interop
-from .engine import sharded, storage
+from .engine import run_folder, sharded
+from .engine.resume import FORMAT
 from .engine.storage import save, save_safetensors
 from .files import CheckpointError, make_folder, write
-from .plan.shapes import as_size, target_dim
+from .interop import METADATA_KEY
+from .plan.shapes import KNOWN_HEADS, ModelShape, choice, target_dim
 
-__all__ = [
-    "CheckpointError",
-    "Pretrained",
-    "load",
-    "load_newest",
-    "read_pretrained",
-    "save",
-    "save_safetensors",
-    "write_export",
-]
+__all__ = ["CheckpointError", "Pretrained", "load", "read_pretrained", "write_export"]
 
 log = logging.getLogger(__name__)
 
-FORMAT = "mae_et/1"
-"""Value of the key `format` in the checkpoints of this package."""
-METADATA_KEY = "mae_et"
-"""Where exports for timm (metadata, as JSON) and facebookresearch/mae (beside `model`) hold their shape."""
 EXPORT_FORMATS = ("timm", "facebook", "huggingface")
 ACCEPTED = (
     "a run folder, a checkpoint .pt, a .safetensors or .pth encoder of timm, a .pth of facebookresearch/mae, "
     "a folder of transformers' ViTMAE, or the name of a timm model"
 )
+
+load = sharded.load_full
 
 
 @dataclass(frozen=True)
@@ -55,8 +47,8 @@ class Pretrained:
 
     state: dict[str, Tensor]
     """As `MaskedAutoencoder.state_dict()`; without a decoder only `encoder.*`."""
-    shape: dict
-    """Arguments of `create_mae`: all that fix the weights, so that no name is needed."""
+    shape: ModelShape
+    """All that fixes the weights, so that no name is needed; of a decoder only if there is one."""
     has_decoder: bool
     """Whether `state` holds a decoder."""
     origin: str
@@ -65,19 +57,8 @@ class Pretrained:
     """Whether the decoder was trained on normalised pixels; None: not known."""
     target: str | None = None
     """"pixel" or "hog"; None: not known, or no decoder."""
-
-
-def load(path: str | Path) -> dict:
-    """Read a file of `torch.save` or a folder of shards, whole, without running code. Raises as `storage.load` does."""
-    path = Path(path)
-    if path.suffix == sharded.SUFFIX:
-        return sharded.whole(sharded.load(path), path)
-    return storage.load(path)
-
-
-def load_newest(path: Path) -> tuple[dict, Path]:
-    """As `storage.load_newest`, for `sharded.restore`: sharded tensors are still in the shards."""
-    return storage.load_newest(path, sharded.load if path.suffix == sharded.SUFFIX else storage.load)
+    record: Mapping[str, Any] = field(default_factory=dict)
+    """What the run's checkpoint says beside its weights (see `resume.identity`); empty for foreign weights."""
 
 
 def read_pretrained(source: str | Path, encoder_only: bool = False, num_heads: int | None = None) -> Pretrained:
@@ -89,23 +70,30 @@ def read_pretrained(source: str | Path, encoder_only: bool = False, num_heads: i
     """
     path = Path(source)
     if path.is_dir() and path.suffix != sharded.SUFFIX:
-        for name, read in (
-            ("checkpoint.dcp", _read_file),
-            ("checkpoint.pt", _read_file),
-            ("encoder.safetensors", _read_file),
-            ("config.json", lambda file, encoder_only, _: _read_huggingface(file.parent, encoder_only)),
-        ):
-            if (path / name).exists():
-                return read(path / name, encoder_only, num_heads)
-        raise FileNotFoundError(
-            f"{path}: holds neither checkpoint.pt or encoder.safetensors (a run folder) nor config.json (a folder of "
-            "transformers' ViTMAE)"
-        )
+        return _read_folder(path, encoder_only, num_heads)
     if path.exists():
-        return _read_file(path, encoder_only, num_heads)
+        pretrained = _read_file(path, encoder_only, num_heads)
+        beside = run_folder.run_of(path)
+        if path.suffix == ".safetensors" and beside and (checkpoint := run_folder.checkpoint_in(beside)):
+            return replace(pretrained, record=_record(load(checkpoint)))  # of the same run
+        return pretrained
     if timm.is_model(str(source)):
         return _download(str(source))
     raise FileNotFoundError(f"{source}: no such file or timm model; accepted are {ACCEPTED}")
+
+
+def _read_folder(folder: Path, encoder_only: bool, num_heads: int | None) -> Pretrained:
+    """A run folder, or one of transformers' ViTMAE."""
+    checkpoint = run_folder.checkpoint_in(folder)
+    for file in (checkpoint, folder / run_folder.ENCODER):
+        if file is not None and file.exists():
+            return _read_file(file, encoder_only, num_heads)
+    if (folder / "config.json").exists():
+        return _read_huggingface(folder, encoder_only)
+    raise FileNotFoundError(
+        f"{folder}: holds neither checkpoint.pt or encoder.safetensors (a run folder) nor config.json (a folder of "
+        "transformers' ViTMAE)"
+    )
 
 
 def write_export(
@@ -123,13 +111,14 @@ def write_export(
     Raises ValueError on an unknown format, weights that are no model of this package, or a decoder that the format
     can't hold; CheckpointError if the file can't be written.
     """
-    if format not in EXPORT_FORMATS:
-        raise ValueError(f"unknown export format {format!r}; choose from {', '.join(EXPORT_FORMATS)}")
+    choice("export format", format, EXPORT_FORMATS)
     if isinstance(source, Pretrained):
         norm_pix_loss = source.norm_pix_loss if norm_pix_loss is None else norm_pix_loss
         source = source.state
     state, out = interop.encoder_only(source) if encoder_only else dict(source), Path(out)
-    shape = _complete(shape, state)
+    shape = _complete(shape, state).to_dict()
+    if not interop.has_decoder(source):
+        shape = {key: value for key, value in shape.items() if not key.startswith("decoder") and key != "target_dim"}
     # Everything is converted before anything is written.
     if format == "timm":
         exported = interop.to_timm(state)
@@ -140,7 +129,7 @@ def write_export(
         make_folder(out.parent)
         save({"model": exported, METADATA_KEY: shape}, out)  # others read `model` alone
     else:
-        if not interop.has_decoder(state):
+        if encoder_only:
             shape = {key: value for key, value in shape.items() if not key.startswith("decoder")}
         config = interop.huggingface_config(shape, norm_pix_loss)
         exported = interop.to_huggingface(state, shape["img_size"])
@@ -163,14 +152,12 @@ def _read_file(path: Path, encoder_only: bool, num_heads: int | None) -> Pretrai
         raise ValueError(f"{path}: weights of transformers need the config.json beside them")
     args = vars(content["args"]) if isinstance(content.get("args"), argparse.Namespace) else {}
     stored_shape = json.loads(metadata[METADATA_KEY]) if METADATA_KEY in metadata else content.get(METADATA_KEY)
-    if stored_shape:
-        stored_shape["img_size"] = as_size(stored_shape["img_size"])
     state = _without_decoder(state) if encoder_only else state
-    with _naming(path):
+    with prefix_errors(path):
         ours = state if "encoder.cls_token" in state else interop.from_facebook(state)
-        shape = stored_shape or interop.infer_shape(ours, num_heads)
-    if not (stored_shape or num_heads or shape["embed_dim"] in interop.KNOWN_HEADS):
-        heads = shape["num_heads"]
+        shape = ModelShape(**(stored_shape or interop.infer_shape(ours, num_heads)))
+    if not (stored_shape or num_heads or shape.embed_dim in KNOWN_HEADS):
+        heads = shape.num_heads
         log.warning("%s doesn't say how many heads it has: taken to be %d, of 64 each; see --num_heads", path, heads)
     decoder = interop.has_decoder(ours)
     if stored_shape:
@@ -179,8 +166,8 @@ def _read_file(path: Path, encoder_only: bool, num_heads: int | None) -> Pretrai
         origin = f"facebookresearch/mae checkpoint {path}"
     else:
         origin = f"encoder of timm or facebookresearch/mae {path}"
-    pixels = target_dim("pixel", shape["patch_size"], shape["in_chans"])
-    target = "pixel" if decoder and shape["target_dim"] == pixels else None
+    pixels = target_dim("pixel", shape.patch_size, shape.in_chans)
+    target = "pixel" if decoder and shape.target_dim == pixels else None
     norm_pix_loss = args.get("norm_pix_loss") if decoder else None
     return Pretrained(ours, shape, decoder, origin, norm_pix_loss, target)
 
@@ -193,9 +180,17 @@ def _read_own(content: Mapping, path: Path, encoder_only: bool) -> Pretrained:
     decoder = interop.has_decoder(state)
     target = content["target"] if decoder else None
     norm_pix_loss = content["norm_pix_loss"] if decoder else None
-    with _naming(path):
+    with prefix_errors(path):
         shape = _complete(content["shape"], state)
-    return Pretrained(state, shape, decoder, f"mae_et checkpoint {path}", norm_pix_loss, target)
+    origin = f"mae_et checkpoint {path}"
+    return Pretrained(state, shape, decoder, origin, norm_pix_loss, target, _record(content))
+
+
+def _record(content: Mapping) -> dict[str, Any]:
+    """What a checkpoint of this package says beside its weights; nothing of another's."""
+    if content.get("format") != FORMAT:
+        return {}
+    return {name: value for name, value in content.items() if name not in ("model", "optimizer", "ema")}
 
 
 def _read_huggingface(folder: Path, encoder_only: bool) -> Pretrained:
@@ -203,12 +198,12 @@ def _read_huggingface(folder: Path, encoder_only: bool) -> Pretrained:
     weights = next((folder / n for n in ("model.safetensors", "pytorch_model.bin") if (folder / n).is_file()), None)
     if weights is None:
         raise FileNotFoundError(f"{folder}: holds config.json but neither model.safetensors nor pytorch_model.bin")
-    with _naming(folder / "config.json"):
+    with prefix_errors(folder / "config.json"):
         config = json.loads((folder / "config.json").read_text())
-        shape = interop.shape_from_huggingface_config(config)
+        shape = ModelShape(**interop.shape_from_huggingface_config(config))
     state = _load_safetensors(weights)[0] if weights.suffix == ".safetensors" else load(weights)
-    with _naming(weights):
-        ours = interop.from_huggingface(_without_decoder(state) if encoder_only else state, shape["img_size"])
+    with prefix_errors(weights):
+        ours = interop.from_huggingface(_without_decoder(state) if encoder_only else state, shape.img_size)
     decoder = interop.has_decoder(ours)
     norm_pix_loss = config.get("norm_pix_loss", False) if decoder else None
     origin = f"transformers ViTMAE folder {folder}"
@@ -225,7 +220,7 @@ def _download(name: str) -> Pretrained:
     plain = isinstance(model, VisionTransformer) and not model.no_embed_class
     if not plain or not isinstance(model.blocks[0].mlp.act, nn.GELU):
         raise ValueError(f"timm model {name}: not a plain ViT (class token with a position, GELU, nothing else)")
-    with _naming(f"timm model {name}"):
+    with prefix_errors(f"timm model {name}"):
         interop.from_timm(model.state_dict())
     try:
         weights = timm.create_model(name, pretrained=True, num_classes=0).state_dict()
@@ -234,13 +229,14 @@ def _download(name: str) -> Pretrained:
         raise CheckpointError(f"timm model {name}: its weights can't be had: {reason}") from error
     state = interop.from_timm(weights)
     heads, img_size = model.blocks[0].attn.num_heads, model.patch_embed.img_size
-    return Pretrained(state, interop.infer_shape(state, heads, img_size=img_size), False, f"timm model {name}")
+    shape = ModelShape(**interop.infer_shape(state, heads, img_size=img_size))
+    return Pretrained(state, shape, False, f"timm model {name}")
 
 
-def _complete(shape: Mapping, state: Mapping[str, Tensor]) -> dict:
+def _complete(shape: Mapping, state: Mapping[str, Tensor]) -> ModelShape:
     """A shape that leaves out what equals a default of `MaskedAutoencoder`, with what the weights say about it."""
-    told = interop.infer_shape(state, shape.get("num_heads"), shape.get("decoder_num_heads"), shape.get("img_size"))
-    return told | dict(shape)
+    heads = shape.get("num_heads"), shape.get("decoder_num_heads")
+    return ModelShape(**interop.infer_shape(state, *heads, shape.get("img_size")) | dict(shape))
 
 
 def _without_decoder(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -260,7 +256,7 @@ def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 @contextmanager
-def _naming(what: Path | str) -> Iterator[None]:
+def prefix_errors(what: Path | str) -> Iterator[None]:
     """Put the file before the message of a ValueError."""
     try:
         yield

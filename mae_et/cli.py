@@ -1,4 +1,7 @@
-"""Command lines: `main_pretrain.py`, `main_finetune.py` and `python -m mae_et COMMAND`."""
+"""Command lines: `main_pretrain.py`, `main_finetune.py` and `python -m mae_et COMMAND`.
+
+What a command needs is imported when it runs: --help, a wrong flag and a plan don't wait for torch.
+"""
 
 from __future__ import annotations
 
@@ -7,29 +10,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
-import torch
 import tyro
 
-from .checkpoint import read_pretrained, write_export
-from .compare.compare import CompareConfig, compare
-from .compare.report import notes, terminal_tables, write_report
 from .console import console, logging_to_console
-from .data.prepare import PrepareConfig, prepare
-from .engine.pretrain import pretrain
-from .evaluate.config import FinetuneConfig
-from .evaluate.finetune import finetune
-from .evaluate.probe import probe
-from .evaluate.reconstruct import ReconstructConfig, reconstruct
 from .files import CheckpointError
-from .plan.config import PretrainConfig
-from .plan.flags import parse, to_yaml
-from .plan.report import PlanConfig, plan_report, plan_summary, plan_table
-from .plan.scaling import scaling_table
-from .search.report import candidate_table, describe, write_found
-from .search.search import search
-from .search.space import SearchConfig
+from .plan.flags import RUN, WEIGHTS, check, parse, to_yaml
 
 #: Mistakes and mishaps that one line explains; anything else is a bug and shows its traceback.
 EXPLAINED = (ValueError, OSError, CheckpointError, FloatingPointError)
@@ -45,25 +32,39 @@ def main_finetune(argv: list[str] | None = None) -> None:
     _explain("main_finetune.py", lambda: _finetune(sys.argv[1:] if argv is None else argv))
 
 
-def _finetune(argv: list[str]) -> None:
-    config = parse(FinetuneConfig, argv, prog="main_finetune.py")
-    if config.linear_probe or config.knn:
-        probe(config)
-    else:
-        finetune(config)
-
-
 def _pretrain(argv: list[str]) -> None:
+    from .plan.config import PretrainConfig
+
     config = parse(PretrainConfig, argv, default_recipe="demo", prog="main_pretrain.py")
     if config.print_config:
         print(to_yaml(config), end="")
+        return
+    from .engine.pretrain import pretrain
+
+    pretrain(config)
+
+
+def _finetune(argv: list[str]) -> None:
+    from .evaluate.config import FinetuneConfig
+
+    config = parse(FinetuneConfig, argv, prog="main_finetune.py")
+    if config.is_probe:
+        from .evaluate.probe import probe
+
+        probe(config)
     else:
-        pretrain(config)
+        from .evaluate.finetune import finetune
+
+        finetune(config)
 
 
 def _plan(argv: list[str]) -> None:
+    from .plan.report import PlanConfig, plan_report, plan_summary, plan_table, scaling_table
+
     config = parse(PlanConfig, argv, default_recipe="demo", prog="mae_et plan")
-    report = plan_report(config)
+    from .data.sources import count_images
+
+    report = plan_report(config, count_images)
     if config.json:
         print(json.dumps(report, indent=1))
         return
@@ -75,7 +76,11 @@ def _plan(argv: list[str]) -> None:
 
 
 def _prepare(argv: list[str]) -> None:
+    from .data.config import PrepareConfig
+
     config = parse(PrepareConfig, argv, prog="mae_et prepare")
+    from .data.prepare import prepare
+
     with logging_to_console():
         total = prepare(config)
     before, after = (f"{total[name] / 1e6:,.1f} MB" for name in ("source_bytes", "bytes"))
@@ -88,7 +93,13 @@ def _prepare(argv: list[str]) -> None:
 
 
 def _reconstruct(argv: list[str]) -> None:
-    path = reconstruct(parse(ReconstructConfig, argv, prog="mae_et reconstruct"))
+    from .evaluate.config import ReconstructConfig
+
+    config = parse(ReconstructConfig, argv, prog="mae_et reconstruct")
+    from .evaluate.reconstruct import reconstruct
+
+    with logging_to_console():
+        path = reconstruct(config)
     console.print(f"{path}", highlight=False, soft_wrap=True)
 
 
@@ -96,18 +107,23 @@ def _reconstruct(argv: list[str]) -> None:
 class ExportConfig:
     """Write pretrained weights in the layout of another library."""
 
-    source: tyro.conf.Positional[str]
+    source: Annotated[str, WEIGHTS, tyro.conf.Positional]
     """A run folder, or anything else that --finetune reads."""
-    format: str = "timm"
+    format: Annotated[str, RUN] = "timm"
     """timm (a .safetensors file of the encoder), facebook (a .pth) or huggingface (a folder of ViTMAE)."""
-    out: str = ""
+    out: Annotated[str, RUN] = ""
     """File, or folder for huggingface; default: beside the run's checkpoint."""
-    encoder_only: bool = False
+    encoder_only: Annotated[bool, RUN] = False
     """Leave out the decoder."""
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 def _export(argv: list[str]) -> None:
     config = parse(ExportConfig, argv, prog="mae_et export")
+    from .checkpoint import read_pretrained, write_export
+
     pretrained = read_pretrained(config.source, encoder_only=config.encoder_only)
     names = {"timm": "timm.safetensors", "facebook": "facebook.pth", "huggingface": "huggingface"}
     source = Path(config.source)
@@ -118,7 +134,11 @@ def _export(argv: list[str]) -> None:
 
 
 def _compare(argv: list[str]) -> None:
+    from .compare.compare import CompareConfig, compare
+
     config = parse(CompareConfig, argv, prog="mae_et compare")
+    from .compare.report import notes, terminal_tables, write_report
+
     report = compare(config)
     paths = write_report(report, Path(config.out)) if config.out else []
     if config.json:
@@ -131,14 +151,19 @@ def _compare(argv: list[str]) -> None:
 
 
 def _search(argv: list[str]) -> None:
+    from .search.config import SearchConfig
+
     config = parse(SearchConfig, argv, default_recipe="demo", prog="mae_et search")
+    from .search.report import candidate_table, describe, write_search
+    from .search.search import search
+
     with logging_to_console():
-        found = search(config)
-    if found is None:
+        result = search(config)
+    if result is None:
         return
-    paths = write_found(found)
-    console.print(candidate_table(found))
-    for line in (f"found: {describe(found.schedule)}", *(f"written: {path}" for path in paths)):
+    paths = write_search(result)
+    console.print(candidate_table(result))
+    for line in (f"found: {describe(result.schedule)}", *(f"written: {path}" for path in paths)):
         console.print(line, highlight=False, soft_wrap=True)
 
 
@@ -171,12 +196,15 @@ def _explain(prog: str, run: Callable[[], None]) -> None:
     """Run; a mistake ends in one line on standard error and exit code 1."""
     try:
         run()
-    except torch.OutOfMemoryError:
-        fail("the device is out of memory: lower --batch_size and set --total_batch_size to keep the total", prog)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except EXPLAINED as error:
         fail(str(error), prog)
+    except RuntimeError as error:
+        torch = sys.modules.get("torch")
+        if torch is None or not isinstance(error, torch.OutOfMemoryError):
+            raise
+        fail("the device is out of memory: lower --batch_size and set --total_batch_size to keep the total", prog)
 
 
 def fail(message: str, prog: str) -> NoReturn:

@@ -6,6 +6,7 @@ The model returns predictions, never a loss. Source: MAE, arXiv 2111.06377.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -45,8 +46,8 @@ class MaskedAutoencoder(nn.Module):
     def __init__(self, **arguments: Any) -> None:
         super().__init__()
         self.shape = shape = ModelShape(**arguments)
-        for name, value in shape.items():
-            setattr(self, name, value)
+        for field in dataclasses.fields(shape):
+            setattr(self, field.name, getattr(shape, field.name))
         self.grid = self.shape.grid
 
         self.encoder = VisionTransformer(
@@ -72,9 +73,8 @@ class MaskedAutoencoder(nn.Module):
                 CrossBlock(*block, norm_layer=_norm) for _ in range(shape.decoder_depth)
             )
         else:
-            self.decoder_blocks = nn.Sequential(
-                *(Block(*block, qkv_bias=True, norm_layer=_norm) for _ in range(shape.decoder_depth))
-            )
+            blocks = (Block(*block, qkv_bias=True, norm_layer=_norm) for _ in range(shape.decoder_depth))
+            self.decoder_blocks = nn.Sequential(*blocks)
         self.decoder_norm = _norm(width)
         self.decoder_pred = nn.Linear(width, shape.target_dim)
         self._tables: dict[tuple, tuple[Tensor, Tensor]] = {}
@@ -245,9 +245,9 @@ def _norm(width: int, **kwargs) -> nn.LayerNorm:
 
 # ── cross-attention decoder ──
 #
-# CrossMAE, arXiv 2401.14391, Sec. 3.2: each masked patch is predicted from the visible ones alone. So the cost falls with
-# the number of predicted patches, and a prediction doesn't depend on which others are asked for. Here the queries read
-# the encoder's last layer; CrossMAE's weighted sum over all layers (Sec. 3.3) is left out.
+# CrossMAE, arXiv 2401.14391, Sec. 3.2: each masked patch is predicted from the visible ones alone. So the cost falls
+# with the number of predicted patches, and a prediction doesn't depend on which others are asked for. Here the queries
+# read the encoder's last layer; CrossMAE's weighted sum over all layers (Sec. 3.3) is left out.
 
 
 class CrossAttention(nn.Module):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -72,3 +74,37 @@ def peak_memory_bytes(device: torch.device) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak  # kilobytes on Linux
+
+
+class IdleTime:
+    """Seconds for which the device had nothing to do because a batch had not come.
+
+    On a CPU the host's wait is that. A GPU may be busy while the host waits, so there it is the time between two events
+    in the GPU's queue, which is known only later: reading it waits for the GPU, measuring doesn't.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu, self._seconds = device.type == "cuda", 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around what waits for a batch, with nothing of that batch's work queued yet."""
+        if self._on_gpu:
+            idle, busy = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            idle.record()  # comes to pass when all earlier work is done
+            yield
+            busy.record()
+            self._events.append((idle, busy))
+        else:
+            began = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - began
+
+    def read(self) -> float:
+        """Seconds since the last reading."""
+        if self._events:
+            self._events[-1][1].synchronize()
+        seconds = self._seconds + sum(idle.elapsed_time(busy) for idle, busy in self._events) / 1e3  # milliseconds
+        self._seconds, self._events = 0.0, []
+        return seconds

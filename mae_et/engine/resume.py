@@ -1,50 +1,35 @@
-"""Going on with a run: what a checkpoint says about the run it is of, and whether that is the run that is asked for."""
+"""Identity of a run: what its checkpoint says about it, and whether that is the run to resume or to branch from."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .. import checkpoint
 from ..data.pixels import CorruptImage, corrupt_image_errors
 from ..data.sources import Source
+from ..plan.build import shape_of
 from ..plan.config import PretrainConfig
 from ..plan.curriculum import Curriculum, Stage
-from ..plan.flags import to_dict
-from ..plan.report import model_kwargs
-from . import run_folder, storage
+from ..plan.flags import Role, names, to_dict
 
 log = logging.getLogger(__name__)
 
-#: Fields that may change when a run is resumed: they change neither data nor masks nor the mathematics of a step.
-#: Batch, replay and views are compared through the planned stages: other devices may share them out otherwise.
-FREE_ON_RESUME = frozenset(
-    """
-    recipe data_path num_images num_workers pin_mem damaged_limit cache_gib output_dir log_dir resume branch overwrite
-    start_epoch device precision compile fsdp activation_checkpointing print_config
-    print_steps save_steps save_minutes keep_checkpoints picture_steps
-    batch_size accum_iter total_batch_size replay replay_gib views_per_image masks_per_image
-    world_size local_rank dist_on_itp dist_url job_dir nodes ngpus use_volta32
-    """.split()
-)
-
-
-#: What a branch may have otherwise than the run it begins with: how long it is, and what comes later.
-SCHEDULE = frozenset("curriculum stages share_of epochs warmup_epochs hold_epochs".split())
+FORMAT = "mae_et/1"
+"""Value of the key `format` in the checkpoints of this package."""
 
 
 def identity(config: PretrainConfig, curriculum: Curriculum) -> dict[str, Any]:
     """What a checkpoint says about itself: enough to use its weights, and to refuse to resume another run."""
     return {
-        "format": checkpoint.FORMAT,
+        "format": FORMAT,
         "config": to_dict(config),
-        "shape": model_kwargs(config),
+        "shape": shape_of(config).to_dict(),
         "target": config.target,
         "norm_pix_loss": config.norm_pix_loss,
         "stages": [dataclasses.asdict(stage) for stage in curriculum.stages],
@@ -87,6 +72,15 @@ def check_images(flag: str, path: Path, state: Mapping[str, Any], images: Mappin
     log.warning("%s: %s", flag, what)
 
 
+def check_config(what: str, before: Mapping[str, Any], config: Any, fixed: Callable[[Role], bool]) -> None:
+    """ValueError that names the first flag with a fixed role whose value is not that of the checkpoint `what`."""
+    now, defaults = to_dict(config), {f.name: f.default for f in dataclasses.fields(config)}
+    for name in names(type(config), fixed):
+        was = before.get(name, defaults[name])  # a run from before there was this flag
+        if was != now[name]:
+            raise ValueError(f"{what} is of another configuration: {name} was {was}, is {now[name]}")
+
+
 def check_same_run(
     state: dict[str, Any], config: PretrainConfig, curriculum: Curriculum, images: Mapping[str, str], path: Path
 ) -> None:
@@ -94,7 +88,7 @@ def check_same_run(
 
     images: `fingerprint` of what --data_path holds.
     """
-    _check_beginning(f"--resume {path}", state, config, curriculum, FREE_ON_RESUME)
+    _check_beginning(f"--resume {path}", state, config, curriculum, lambda role: role.resume)
     check_images(f"--resume {config.resume}", path, state, images, config.data_path)
 
 
@@ -103,7 +97,7 @@ def check_branch(
 ) -> None:
     """ValueError if a checkpoint is not of a finished run whose stages are the first of the configuration's."""
     what = f"--branch {path}"
-    _check_beginning(what, state, config, curriculum, FREE_ON_RESUME | SCHEDULE)
+    _check_beginning(what, state, config, curriculum, lambda role: role.branch)
     check_images(f"--branch {config.branch}", path, state, images, config.data_path)
     done, stages = state["step"], len(state["stages"])
     if stages >= len(curriculum.stages):
@@ -113,45 +107,23 @@ def check_branch(
 
 
 def _check_beginning(
-    what: str, state: dict[str, Any], config: PretrainConfig, curriculum: Curriculum, free: frozenset[str]
+    what: str, state: dict[str, Any], config: PretrainConfig, curriculum: Curriculum, fixed: Callable[[Role], bool]
 ) -> None:
-    """ValueError that names the first difference, in what is not free to differ, to the run of a checkpoint."""
-    if state.get("format") != checkpoint.FORMAT or "optimizer" not in state:
+    """ValueError that names the first difference, in what must not differ, to the run of a checkpoint."""
+    if state.get("format") != FORMAT or "optimizer" not in state:
         raise ValueError(f"{what} is not a pretraining checkpoint of mae_et; to fine-tune it, use main_finetune.py")
-    mine, defaults = identity(config, curriculum), to_dict(PretrainConfig())
-    for name, ours in mine["config"].items():
-        theirs = state["config"].get(name, defaults[name])  # a run from before there was this choice
-        if name not in free and theirs != ours:
-            raise ValueError(f"{what} is of another configuration: {name} was {theirs}, is {ours}")
-    if state["num_images"] != mine["num_images"]:
-        was, now = state["num_images"], mine["num_images"]
+    check_config(what, state["config"], config, fixed)
+    if state["num_images"] != curriculum.num_images:
+        was, now = state["num_images"], curriculum.num_images
         raise ValueError(f"{what} was trained on {was} images, --data_path {config.data_path} has {now}")
-    for theirs, ours in zip(state["stages"], mine["stages"], strict=False):  # a branch has more
-        # Sizes written one way; what is newer than the checkpoint was as it is by default; micro-batches may change.
-        theirs = dataclasses.asdict(Stage(**theirs | {"micro_scale": ours["micro_scale"]}))
-        for name in ours:
-            if theirs[name] != ours[name]:
+    for before, stage in zip(state["stages"], curriculum.stages, strict=False):  # a branch has more
+        # Fields added since the checkpoint are what the plan says. Other devices may need other micro-batches.
+        planned = {name: getattr(stage, name) for name in ("micro_scale", "patches", "loader_px")}
+        was, now = dataclasses.asdict(Stage(**before | planned)), dataclasses.asdict(stage)
+        for name in now:
+            if was[name] != now[name]:
                 remedy = "; set --total_batch_size to keep the batch on another number of devices"
                 raise ValueError(
-                    f"{what}: stage of {ours['size_px']} px had {name} {theirs[name]}, now {ours[name]}"
+                    f"{what}: stage of {now['size_px']} px had {name} {was[name]}, now {now[name]}"
                     + (remedy if name == "batch_size" else "")
                 )
-
-
-def resume_path(config: PretrainConfig) -> Path | None:
-    """The checkpoint to go on from, or None to start."""
-    if not config.resume:
-        return None
-    if config.resume != "auto":
-        return find_checkpoint("--resume", config.resume)
-    path = run_folder.checkpoint_of(Path(config.output_dir))
-    return path if path.exists() or storage.kept(path) else None
-
-
-def find_checkpoint(flag: str, where: str) -> Path:
-    """The checkpoint of a run folder, or a checkpoint's own path."""
-    path = run_folder.checkpoint_of(Path(where))
-    if not (path.exists() or storage.kept(path)):
-        legal = "a run folder, a checkpoint or auto" if flag == "--resume" else "a run folder or a checkpoint"
-        raise FileNotFoundError(f"{flag} {where}: no checkpoint there; give {legal}")
-    return path

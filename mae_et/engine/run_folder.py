@@ -1,4 +1,4 @@
-"""What a run leaves behind. The folder is the only link between training and any claim about it."""
+"""Run folders: a run's files and where its checkpoint is. The only link between training and any claim. No torch."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from . import storage
+from .. import files
+from ..plan.cost import Ledger
 
 CHECKPOINT, CONFIG, ENVIRONMENT = "checkpoint.pt", "config.yaml", "environment.json"
 SHARDED = "checkpoint.dcp"
 METRICS, LEDGER, ENCODER, PICTURE = "metrics.jsonl", "ledger.json", "encoder.safetensors", "reconstruction.png"
+BEST = "best.pt"
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow")
 
 
@@ -28,7 +30,7 @@ def prepare(path: Path, keep: bool, overwrite: bool) -> None:
         raise OSError(f"--output_dir {path} cannot be made: {error.strerror}") from error
     if not os.access(path, os.W_OK):
         raise PermissionError(f"--output_dir {path} is not writable")
-    older = [old.name for name in (CHECKPOINT, SHARDED) for old in storage.kept(path / name)]
+    older = [old.name for name in (CHECKPOINT, SHARDED) for old in files.kept(path / name)]
     held = [name for name in (CHECKPOINT, SHARDED, METRICS, *older) if (path / name).exists()]
     if held and not (keep or overwrite):
         raise FileExistsError(
@@ -36,59 +38,61 @@ def prepare(path: Path, keep: bool, overwrite: bool) -> None:
             "--overwrite, or choose another folder"
         )
     if overwrite:
-        for old in (*older, CHECKPOINT, SHARDED, METRICS, LEDGER, ENCODER, PICTURE, *path.glob("eval-*.json")):
-            storage.remove(path / old)
+        for old in (*older, CHECKPOINT, SHARDED, METRICS, LEDGER, ENCODER, PICTURE, BEST, *path.glob("eval-*.json")):
+            files.remove(path / old)
         for old in (*path.glob("events.out.tfevents.*"), *path.glob("reconstruction-*.png")):
             old.unlink()
 
 
-def checkpoint_of(path: Path) -> Path:
-    """Where the newest checkpoint of a run folder is, if it holds one; a checkpoint's own path is returned as it is."""
-    if not path.is_dir() or path.suffix == Path(SHARDED).suffix:
-        return path
-    sharded = path / SHARDED  # newer than checkpoint.pt: see drop_shards
-    return sharded if sharded.exists() or storage.kept(sharded) else path / CHECKPOINT
+def checkpoint_in(path: Path) -> Path | None:
+    """The newest checkpoint of a run folder, or a checkpoint's own path; None if nothing is there.
+
+    The path may be missing while older ones are kept, see `files.load_newest`.
+    """
+    if path.is_dir() and path.suffix != Path(SHARDED).suffix:
+        # A sharded one is newer than checkpoint.pt, see drop_shards.
+        candidates = [path / SHARDED, path / CHECKPOINT]
+    else:
+        candidates = [path]
+    return next((file for file in candidates if file.exists() or files.kept(file)), None)
+
+
+def find_checkpoint(flag: str, where: str) -> Path:
+    """The checkpoint of a run folder, or a checkpoint's own path."""
+    if checkpoint := checkpoint_in(Path(where)):
+        return checkpoint
+    legal = "a run folder, a checkpoint or auto" if flag == "--resume" else "a run folder or a checkpoint"
+    raise FileNotFoundError(f"{flag} {where}: no checkpoint there; give {legal}")
+
+
+def resume_path(resume: str, folder: Path) -> Path | None:
+    """The checkpoint that --resume means for a run in `folder`; None to start."""
+    if resume == "auto":
+        return checkpoint_in(folder)
+    return find_checkpoint("--resume", resume) if resume else None
+
+
+def run_of(source: str | Path) -> Path | None:
+    """The run folder that a checkpoint lies in; None for a plain file, a foreign folder or a model name."""
+    path = Path(source)
+    folder = path if path.is_dir() and path.suffix != Path(SHARDED).suffix else path.parent
+    return folder if (folder / CONFIG).is_file() and path.exists() else None
+
+
+def read_ledger(folder: Path) -> Ledger:
+    return Ledger.from_state_dict(json.loads((folder / LEDGER).read_text()))
 
 
 def drop_shards(path: Path) -> None:
     """Remove the sharded checkpoints of a run folder, whose checkpoint.pt has just become the newest."""
-    for old in (*storage.kept(path / SHARDED)[::-1], path / SHARDED):
-        storage.remove(old)
+    for old in (*files.kept(path / SHARDED)[::-1], path / SHARDED):
+        files.remove(old)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write atomically: a reader, or a crash, never sees half a file. Raises CheckpointError."""
-    storage.write(path, lambda file: file.write(text.encode()))
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=1) + "\n")
-
-
-class Metrics:
-    """metrics.jsonl: one JSON object a line, appended. On resume, lines from `first_step` on are dropped."""
-
-    def __init__(self, path: Path, first_step: int = 0) -> None:
-        kept = [line for line in read_metrics(path) if line["step"] < first_step]
-        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = path.open("a", buffering=1)
-
-    def append(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl, in order; none if there is no such file."""
-    lines = []
-    for text in path.read_text().splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break  # the last line of a killed run may be half a line
-    return lines
+def delete_weights(folder: Path) -> None:
+    """Delete a run's weights and pictures; what it says of itself stays."""
+    for path in (*folder.glob("checkpoint*.pt"), *folder.glob("*.safetensors"), *folder.glob("*.png")):
+        path.unlink()
 
 
 def environment(**facts: Any) -> dict[str, Any]:
@@ -115,11 +119,11 @@ def _version(package: str) -> str | None:
 
 def _git_revision() -> str | None:
     """Revision of the code, with + if it has uncommitted changes; None outside a checkout or without git."""
-    rt = Path(__file__).parent
+    package = Path(__file__).parent
 
     def git(*arguments: str) -> str:
         return subprocess.run(
-            ["git", *arguments], cwd=rt, capture_output=True, text=True, check=True, timeout=10
+            ["git", *arguments], cwd=package, capture_output=True, text=True, check=True, timeout=10
         ).stdout.strip()
 
     try:

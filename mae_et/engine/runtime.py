@@ -1,4 +1,4 @@
-"""Device, precision and ranks, decided once; the loops have no branch for them."""
+"""Device, precision and ranks, decided once; the loops have no branch for them. Variables call a Runtime `rt`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import re
 import signal
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 #: How other launchers say that there are several processes; without torchrun's RANK each would think it is alone.
 OTHER_LAUNCHERS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE")
-#: What gloo, NCCL and the store say when a rank is gone; they have no type of error of their own for it.
+#: What gloo, NCCL and the store say when a rank is gone; (no dedicated exception type).
 LOST_RANK = re.compile(
     r"gloo|NCCL|Connection (was likely )?(closed|reset|refused)|Broken pipe|time(d )?out", re.IGNORECASE
 )
@@ -104,9 +104,9 @@ class Runtime:
             dist.all_reduce(tensor)
         return tensor
 
-    def any(self, rt: bool) -> bool:
-        """Whether it is so on any rank; all ranks ask together, and wait for each other."""
-        return self.sum(torch.tensor(float(rt), device=self.device)).item() > 0
+    def any(self, holds: bool) -> bool:
+        """Whether it holds on any rank; all ranks ask together, and wait for each other."""
+        return self.sum(torch.tensor(float(holds), device=self.device)).item() > 0
 
     def synchronize(self) -> None:
         """Wait for the device, so that a clock read next is honest."""
@@ -121,12 +121,12 @@ class Runtime:
         return values[0]
 
     def check_equal_on_ranks(self, **numbers: int | None) -> None:
-        """ValueError unless ranks that know a number have the same; one that differed would hang or spoil the rest."""
+        """ValueError unless all ranks that know a number have the same: a difference would hang or spoil the run."""
         if self.world_size == 1:
             return
-        most = torch.iinfo(torch.int64).max
-        low = torch.tensor([most if n is None else n for n in numbers.values()], device=self.device)
-        high = torch.tensor([-most if n is None else n for n in numbers.values()], device=self.device)
+        largest = torch.iinfo(torch.int64).max
+        low = torch.tensor([largest if n is None else n for n in numbers.values()], device=self.device)
+        high = torch.tensor([-largest if n is None else n for n in numbers.values()], device=self.device)
         dist.all_reduce(low, dist.ReduceOp.MIN)
         dist.all_reduce(high, dist.ReduceOp.MAX)
         for name, a, b in zip(numbers, low.tolist(), high.tolist(), strict=True):
@@ -150,44 +150,31 @@ class Runtime:
         if self.world_size > 1:
             dist.barrier()
 
+    def facts(self) -> dict[str, Any]:
+        """What environment.json says of it."""
+        return {"device": self.describe(), "precision": self.precision, "devices": self.world_size}
+
     def describe(self) -> str:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"{os.cpu_count()} cores"
         ranks = f", {self.world_size} ranks" if self.world_size > 1 else ""
         return f"{self.device.type} ({name}{ranks}), {self.precision}"
 
 
-class IdleTime:
-    """Seconds for which the device had nothing to do because a batch had not come.
+class Normalize:
+    """uint8 [B, C, H, W] -> normalised float32 on the device. mean, std: [C] each, in [0, 1]."""
 
-    On a CPU the host's wait is that. A GPU may be busy while the host waits, so there it is the time between two events
-    in the GPU's queue, which is known only later: reading it waits for the GPU, measuring doesn't.
-    """
+    def __init__(self, mean: Sequence[float], std: Sequence[float], rt: Runtime) -> None:
+        self.rt = rt
+        self.mean, self.std = (255 * torch.tensor(v).view(-1, 1, 1).to(rt.device) for v in (mean, std))
 
-    def __init__(self, device: torch.device) -> None:
-        self._on_gpu, self._seconds = device.type == "cuda", 0.0
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+    def __call__(self, images: Tensor) -> Tensor:
+        return (images.to(self.rt.device, non_blocking=True).float() - self.mean) / self.std
 
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Around what waits for a batch, with nothing of that batch's work queued yet."""
-        if self._on_gpu:
-            idle, busy = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            idle.record()  # comes to pass when all earlier work is done
-            yield
-            busy.record()
-            self._events.append((idle, busy))
-        else:
-            began = time.perf_counter()
-            yield
-            self._seconds += time.perf_counter() - began
 
-    def read(self) -> float:
-        """Seconds since the last reading."""
-        if self._events:
-            self._events[-1][1].synchronize()
-        seconds = self._seconds + sum(idle.elapsed_time(busy) for idle, busy in self._events) / 1e3  # milliseconds
-        self._seconds, self._events = 0.0, []
-        return seconds
+def check_launcher(world_size: int) -> None:
+    """ValueError for a --world_size without the processes that it speaks of."""
+    if world_size > 1 and "WORLD_SIZE" not in os.environ:
+        raise ValueError(f"--world_size {world_size}: start with torchrun --nproc_per_node={world_size}")
 
 
 @contextlib.contextmanager

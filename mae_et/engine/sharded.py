@@ -1,4 +1,4 @@
-"""Checkpoints in pieces: each rank writes the shards it holds, and any number of ranks, or one process, reads them.
+"""Sharded checkpoints: each rank writes the shards it holds, and any number of ranks, or one process, reads them.
 
 A folder `checkpoint.dcp` holds what `checkpoint.pt` would: `state.pt` with everything but the sharded tensors, in whose
 places stand tensors of the meta device, and shard-*.safetensors, written and read by torch.distributed.checkpoint.
@@ -9,7 +9,6 @@ safetensors need none. They have no checksums either, so `state.pt` lists the CR
 from __future__ import annotations
 
 import warnings
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +21,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ..files import CheckpointError, CorruptCheckpoint
+from .. import files
+from ..files import CheckpointError, CorruptCheckpoint, crc32
 from . import storage
 from .optim import allocate
 
@@ -37,19 +37,19 @@ def save(state: Mapping, folder: Path, keep: int = 1) -> None:
     """
     rank, temporary = dist.get_rank(), folder.with_name(f".{folder.name}.tmp")
     if rank == 0:
-        storage.remove(temporary)
+        files.remove(temporary)
     dist.barrier()
-    with _one_line(folder, "can't be written"):
+    with checkpoint_errors(folder, "can't be written"):
         dcp.save(_sharded(state), storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True))
-    mine = {file.name: _crc(file) for file in temporary.glob(f"shard-{rank + 1:05}-*.safetensors")}
+    mine = {file.name: crc32(file) for file in temporary.glob(f"shard-{rank + 1:05}-*.safetensors")}
     assert mine, "every rank holds a part of some matrix"
     checksums: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(checksums, mine)
     if rank == 0:
-        rest = _map(state, lambda _, value: _blank(value, "meta") if isinstance(value, DTensor) else value)
-        rest["shards"] = {name: crc for part in checksums for name, crc in part.items()}
-        storage.save(rest, temporary / STATE)
-        storage.replace_folder(temporary, folder, keep)
+        unsharded = _map(state, lambda _, value: _blank(value, "meta") if isinstance(value, DTensor) else value)
+        unsharded["shards"] = {name: crc for part in checksums for name, crc in part.items()}
+        storage.save(unsharded, temporary / STATE)
+        files.replace_folder(temporary, folder, keep)
 
 
 def load(folder: Path) -> dict:
@@ -61,17 +61,27 @@ def load(folder: Path) -> dict:
     checksums = state.pop("shards", None)
     if not isinstance(checksums, dict):
         raise CheckpointError(f"{folder / STATE}: not of a sharded checkpoint")
-    found = {file.name: file for file in folder.glob("*.safetensors")}
-    if wrong := sorted(map(str, found.keys() ^ checksums.keys())):
+    shards = {file.name: file for file in folder.glob("*.safetensors")}
+    if wrong := sorted(map(str, shards.keys() ^ checksums.keys())):
         raise CorruptCheckpoint(f"{folder}: damaged: too many or too few shards: {', '.join(wrong)}")
-    for name, file in found.items():
-        if _crc(file) != checksums[name]:
+    for name, file in shards.items():
+        if crc32(file) != checksums[name]:
             raise CorruptCheckpoint(f"{folder}: damaged: the checksum of {name} is wrong")
     return state
 
 
-def whole(state: Mapping, folder: Path) -> dict:
-    """What :func:`load` returned of a folder, with whole tensors on the CPU in place of those of the meta device."""
+def load_newest(path: Path) -> tuple[dict, Path]:
+    """As `files.load_newest`, for :func:`restore`: of a folder, sharded tensors are still in the shards."""
+    return files.load_newest(path, load if path.suffix == SUFFIX else storage.load)
+
+
+def load_full(path: Path) -> dict:
+    """A checkpoint file or folder with all its tensors, without running code. Raises as `storage.load` does."""
+    return _fill(load(path), path) if path.suffix == SUFFIX else storage.load(path)
+
+
+def _fill(state: Mapping, folder: Path) -> dict:
+    """What :func:`load` returned of a folder, with tensors on the CPU in place of those of the meta device."""
     tensors: dict[str, Tensor] = {}
 
     def fill(name: str, value: Any) -> Any:
@@ -85,7 +95,7 @@ def whole(state: Mapping, folder: Path) -> dict:
 
 
 def gather(state: Mapping, keep: bool) -> dict:
-    """Whole tensors on the CPU in place of sharded ones, None on ranks that don't `keep`. All ranks call it."""
+    """Full tensors on the CPU in place of sharded ones, None on ranks that don't `keep`. All ranks call it."""
 
     def full(_: str, value: Any) -> Any:
         if not isinstance(value, DTensor):
@@ -102,23 +112,23 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping, 
     A rank of a sharded model reads no more than its own part from a folder. All ranks call it together.
     """
     state = {name: state[name] for name in ("model", "optimizer")}
-    in_pieces = source.suffix == SUFFIX
+    from_shards = source.suffix == SUFFIX
     if _sharded(model.state_dict()):
         allocate(optimizer)
         live = _sharded({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
-        if in_pieces:
+        if from_shards:
             _read(live, source)
 
         def part(name: str, value: Any) -> Any:
             like = live.get(name)
-            if like is None or in_pieces:
+            if like is None or from_shards:
                 return value if like is None else like
             # Every rank takes its part of what all have read; none sends it to others.
             return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
         state = _map(state, part)
-    elif in_pieces:
-        state = whole(state, source)
+    elif from_shards:
+        state = _fill(state, source)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
 
@@ -126,16 +136,16 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping, 
 def _read(tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Fill tensors in place from the shards of a folder; sharded ones on all ranks together."""
     alone = not any(isinstance(tensor, DTensor) for tensor in tensors.values())
-    with _one_line(folder, "can't be read"), warnings.catch_warnings():
+    with checkpoint_errors(folder, "can't be read"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # `alone` is meant
         dcp.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone)
 
 
 def _sharded(state: Mapping) -> dict[str, DTensor]:
     """The sharded tensors in nested dicts, by the path of their keys."""
-    found: dict[str, DTensor] = {}
-    _map(state, lambda name, value: found.update({name: value}) if isinstance(value, DTensor) else None)
-    return found
+    tensors: dict[str, DTensor] = {}
+    _map(state, lambda name, value: tensors.update({name: value}) if isinstance(value, DTensor) else None)
+    return tensors
 
 
 def _map(tree: Any, change: Callable[[str, Any], Any], name: str = "") -> Any:
@@ -149,16 +159,8 @@ def _blank(tensor: Tensor, device: str) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
 
 
-def _crc(file: Path) -> int:
-    crc = 0
-    with open(file, "rb") as opened:
-        while block := opened.read(2**20):
-            crc = zlib.crc32(block, crc)
-    return crc
-
-
 @contextmanager
-def _one_line(folder: Path, what: str) -> Iterator[None]:
+def checkpoint_errors(folder: Path, what: str) -> Iterator[None]:
     """A failure on any rank as a CheckpointError; torch's own is no Exception and holds a traceback of every rank."""
     try:
         yield

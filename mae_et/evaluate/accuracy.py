@@ -1,4 +1,4 @@
-"""Accuracy, counted exactly, and the file that it goes to.
+"""Accuracy, counted exactly, and the result file that it goes to; the --eval command.
 
 B batch · C channels · K classes.
 """
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from ..data.labelled import EvalCrops, eval_batches, open_labelled
 from ..data.sources import Source
 from ..engine import run_folder
-from ..engine.runtime import Runtime
+from ..engine.runtime import Normalize, Runtime
+from ..files import write_json
 from ..plan.flags import to_dict
 from ..plan.shapes import height_width
 from .config import FinetuneConfig
@@ -34,19 +35,19 @@ def evaluate_only(config: FinetuneConfig, rt: Runtime, began: float) -> Path:
         raise ValueError("--eval needs a fine-tuned model: --finetune or --resume")
     config = dataclasses.replace(config, finetune=source, resume="")
     state = fine_tuned_head(source)
-    start = load_encoder(config)
-    val = open_labelled(start.data_path, "val", config.eval_images, config.seed, config.holdout)
-    classes = check_classes(config, start.data_path, None, val)
+    encoder = load_encoder(config)
+    val = open_labelled(encoder.data_path, "val", config.eval_images, config.seed, config.holdout)
+    classes = check_classes(config, encoder.data_path, None, val)
     rows = len(state["head.weight"])
     if rows != len(classes):
-        raise ValueError(f"{source} tells {rows} classes apart, --data_path {start.data_path} has {len(classes)}")
+        raise ValueError(f"{source} tells {rows} classes apart, --data_path {encoder.data_path} has {len(classes)}")
     pooled = "fc_norm.weight" in state
-    model = build_classifier(start, len(classes), pooled, head=state).to(rt.device)
-    crops, normalize = eval_crops(config, start, val), Normalize(start.mean, start.std, rt)
-    tally = evaluate(model, crops, normalize, config, len(classes))
-    result = tally.result() | {"num_classes": len(classes)} | (tally.details(classes) if config.report else {})
+    model = build_classifier(encoder, len(classes), pooled, head=state).to(rt.device)
+    crops, normalize = eval_crops(config, encoder, val), Normalize(encoder.mean, encoder.std, rt)
+    accuracy = evaluate(model, crops, normalize, config, len(classes))
+    result = accuracy.result() | {"num_classes": len(classes)} | (accuracy.details(classes) if config.report else {})
     log.info("%s: top-1 %.2f %% of %d images", source, result["top1"], result["num_images"])
-    paths = write_result(config, start, rt, result, began, start.flops_per_image * len(val)) if rt.is_main else []
+    paths = write_result(config, encoder, rt, result, began, encoder.flops_per_image * len(val)) if rt.is_main else []
     rt.barrier()
     return paths[0] if paths else Path(source)
 
@@ -57,21 +58,21 @@ def evaluate(
 ) -> Accuracy:
     """Classify all centre crops, shared out among the ranks, in evaluation mode."""
     rt = normalize.rt
-    tally = Accuracy(num_classes, rt.device)
+    accuracy = Accuracy(num_classes, rt.device)
     model.eval()
     pin = config.pin_mem and rt.device.type == "cuda"
     for images, labels in eval_batches(crops, rt.rank, rt.world_size, config.num_workers, pin):
         with rt.autocast():
             logits = model(normalize(images))
-        tally.add(logits.float(), labels.to(rt.device, non_blocking=True))
-    return tally.over(rt)
+        accuracy.add(logits.float(), labels.to(rt.device, non_blocking=True))
+    return accuracy.over(rt)
 
 
-def eval_crops(config: FinetuneConfig, start: PretrainedEncoder, source: Source) -> EvalCrops:
+def eval_crops(config: FinetuneConfig, encoder: PretrainedEncoder, source: Source) -> EvalCrops:
     """Centre crops as the protocol wants them."""
-    size = height_width(start.input_size)
+    size = height_width(encoder.input_size)
     crop_pct = config.crop_pct or (0.875 if 96 <= max(size) <= 224 else 1.0)
-    return EvalCrops(source, size, start.shape["in_chans"], crop_pct)
+    return EvalCrops(source, size, encoder.shape.in_chans, crop_pct)
 
 
 def check_classes(config: FinetuneConfig, data_path: str, train: Source | None, val: Source | None) -> list[str]:
@@ -82,17 +83,6 @@ def check_classes(config: FinetuneConfig, data_path: str, train: Source | None, 
     if config.nb_classes not in (None, len(classes)):
         raise ValueError(f"--nb_classes {config.nb_classes}, but {data_path} has {len(classes)} classes")
     return classes
-
-
-class Normalize:
-    """uint8 [B, C, H, W] -> normalised float32 on the device."""
-
-    def __init__(self, mean: Sequence[float], std: Sequence[float], rt: Runtime) -> None:
-        self.rt = rt
-        self.mean, self.std = (255 * torch.tensor(v, device=rt.device).view(-1, 1, 1) for v in (mean, std))
-
-    def __call__(self, images: Tensor) -> Tensor:
-        return (images.to(self.rt.device, non_blocking=True).float() - self.mean) / self.std
 
 
 class Accuracy:
@@ -138,29 +128,34 @@ class Accuracy:
 
 
 def write_result(
-    config: FinetuneConfig, start: PretrainedEncoder, rt: Runtime, result: Mapping[str, Any], began: float, flops: float
+    config: FinetuneConfig,
+    encoder: PretrainedEncoder,
+    rt: Runtime,
+    result: Mapping[str, Any],
+    began: float,
+    flops: float,
 ) -> list[Path]:
     """eval-<protocol>.json in the run folder of the checkpoint, and in --output_dir if given or if there is no such."""
     record = {
         "protocol": config.protocol,
         **result,
         "checkpoint": config.finetune or config.resume or config.like,
-        "origin": start.origin,
+        "origin": encoder.origin,
         "cost": {"seconds": time.perf_counter() - began, "flops": flops},
         "flags": to_dict(config),
         "environment": run_folder.environment(device=rt.describe(), precision=rt.precision, devices=rt.world_size),
     }
-    folders = [start.folder] if start.folder else []
+    folders = [encoder.folder] if encoder.folder else []
     if config.output_dir or not folders or not (config.is_probe or config.eval):
-        folders.append(output_folder(config, start))
+        folders.append(output_folder(config, encoder))
     paths = [folder / f"eval-{config.protocol}.json" for folder in dict.fromkeys(folders)]
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
-        run_folder.write_json(path, record)
+        write_json(path, record)
     return paths
 
 
-def output_folder(config: FinetuneConfig, start: PretrainedEncoder) -> Path:
+def output_folder(config: FinetuneConfig, encoder: PretrainedEncoder) -> Path:
     """Where a fine-tuning run lives."""
-    default = start.folder / "finetune" if start.folder else Path("./output_dir")
+    default = encoder.folder / "finetune" if encoder.folder else Path("./output_dir")
     return Path(config.output_dir) if config.output_dir else default

@@ -1,4 +1,4 @@
-"""What fine-tuning and probes share: the encoder as a timm classifier, accuracy counted exactly, and the result file.
+"""The encoder that is judged: its weights from anywhere, as a timm classifier, its position table fitted to the input.
 
 B batch · C channels · K classes · L patches · D width.
 """
@@ -6,12 +6,10 @@ B batch · C channels · K classes · L patches · D width.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from timm.layers import resample_abs_pos_embed
@@ -19,31 +17,31 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from .. import checkpoint, interop
-from ..engine import run_folder
+from ..engine.resume import FORMAT
+from ..engine.run_folder import find_checkpoint, run_of
 from ..model import NORM_EPS, MaskedAutoencoder, sincos_table
-from ..plan.config import PretrainConfig
+from ..plan.config import check_statistics, default_statistics
 from ..plan.cost import encoder_flops_per_image
-from ..plan.shapes import SizePx, grid_of, height_width, model_shape
+from ..plan.flags import MODEL, names
+from ..plan.shapes import ModelShape, SizePx, grid_of, height_width, model_shape, num_patches
 from .config import FinetuneConfig
 
 log = logging.getLogger(__name__)
 
 HEAD_STD = 2e-5  # MAE, as in facebookresearch/mae's fine-tuning
-SHAPE_FLAGS = ("patch_size", "in_chans", "embed_dim", "depth", "num_heads")
 
 
 @dataclass(frozen=True)
 class PretrainedEncoder:
-    """Where a classifier starts: an encoder, and what its pretraining says about the data."""
+    """An encoder, pretrained or from scratch, and what its pretraining says about the data."""
 
-    shape: dict
-    """Arguments of `create_mae` that the encoder needs."""
+    shape: ModelShape
     state: dict[str, Tensor]
     """`encoder.*` of `MaskedAutoencoder.state_dict()`."""
     origin: str
     """Where the weights come from, for people."""
     input_size: SizePx
-    """Full size of what is classified; `shape["img_size"]` is what the encoder was made for."""
+    """Full size of what is classified; `shape.img_size` is what the encoder was made for."""
     mean: tuple[float, ...]
     std: tuple[float, ...]
     data_path: str
@@ -52,13 +50,12 @@ class PretrainedEncoder:
 
     @property
     def num_patches(self) -> int:
-        return math.prod(grid_of(self.input_size, self.shape["patch_size"]))
+        return num_patches(self.input_size, self.shape.patch_size)
 
     @property
     def flops_per_image(self) -> int:
         """Forward FLOPs of the encoder on one image."""
-        with torch.device("meta"):
-            return encoder_flops_per_image(MaskedAutoencoder(**self.shape), self.num_patches)
+        return encoder_flops_per_image(self.shape, self.num_patches)
 
 
 def load_encoder(config: FinetuneConfig) -> PretrainedEncoder:
@@ -66,29 +63,25 @@ def load_encoder(config: FinetuneConfig) -> PretrainedEncoder:
 
     Raises FileNotFoundError, CheckpointError, or ValueError if flags contradict the checkpoint or don't fit together.
     """
-    source = config.finetune or config.like
+    source, record = config.finetune or config.like, {}
     if source:
         pretrained = checkpoint.read_pretrained(source, encoder_only=True, num_heads=config.num_heads)
-        shape = {k: v for k, v in pretrained.shape.items() if not k.startswith("decoder_") and k != "target_dim"}
+        shape, record = pretrained.shape, pretrained.record
         _check_architecture(config, shape, pretrained.origin)
     elif config.model:
-        given = {name: getattr(config, name) for name in SHAPE_FLAGS if getattr(config, name) is not None}
-        shape = {"in_chans": 3, "img_size": config.input_size or 224} | model_shape(config.model) | given
+        shape = ModelShape(
+            **{"img_size": config.input_size or 224} | model_shape(config.model) | _architecture_flags(config)
+        )
     else:
         raise ValueError("from scratch (without --finetune), --model or --like must say what to train")
     if config.finetune:
         state, origin = pretrained.state, pretrained.origin
     else:  # as an encoder is before pretraining, so that only pretraining makes the difference
         state, origin = interop.encoder_only(MaskedAutoencoder(**shape).state_dict()), "scratch"
-    record = training_record(source)
-    channels = PretrainConfig(in_chans=shape["in_chans"])
-    mean = tuple(config.mean or record.get("mean") or channels.pixel_mean)
-    std = tuple(config.std or record.get("std") or channels.pixel_std)
-    for name, value in (("mean", mean), ("std", std)):
-        if len(value) != shape["in_chans"]:
-            raise ValueError(f"--{name} has {len(value)} numbers for {shape['in_chans']} channels")
-    if min(std) <= 0:
-        raise ValueError(f"--std must be positive, got {min(std)}")
+    mean, std = default_statistics(shape.in_chans)
+    mean = tuple(config.mean or record.get("mean") or mean)
+    std = tuple(config.std or record.get("std") or std)
+    check_statistics(mean, std, shape.in_chans, f"{shape.in_chans} channels")
     before = record.get("config", {})
     data_path = config.data_path or before.get("data_path", "")
     if not data_path:
@@ -98,60 +91,40 @@ def load_encoder(config: FinetuneConfig) -> PretrainedEncoder:
         log.warning(
             "--holdout %d: %s was pretrained with --holdout %d, on some of these", config.holdout, origin, kept_out
         )
-    size = shape["img_size"] if config.input_size is None else config.input_size
-    grid_of(size, shape["patch_size"])  # refuses sizes that don't divide
-    folder = run_folder_of(config.finetune) if config.finetune else None
+    size = shape.img_size if config.input_size is None else config.input_size
+    grid_of(size, shape.patch_size)  # refuses sizes that don't divide
+    folder = run_of(config.finetune) if config.finetune else None
     return PretrainedEncoder(shape, state, origin, size, mean, std, data_path, folder)
 
 
-def run_folder_of(source: str) -> Path | None:
-    """The run folder that a checkpoint lies in; None for a plain file, a foreign folder or a model name."""
-    path = Path(source)
-    folder = path if path.is_dir() else path.parent
-    held = (folder / run_folder.CONFIG).is_file() and path.exists()
-    return folder if held else None
-
-
-def training_record(source: str) -> Mapping[str, Any]:
-    """What a run's own checkpoint says beside its weights; empty for foreign ones."""
-    path = Path(source)
-    file = run_folder.checkpoint_of(path)
-    if file.suffix == ".safetensors":  # holds no record; the checkpoint beside it does
-        file = file.with_name(run_folder.CHECKPOINT)
-    if not source or not file.exists():
-        return {}
-    content = checkpoint.load(file)
-    return content if content.get("format") == checkpoint.FORMAT else {}
-
-
 def build_classifier(
-    start: PretrainedEncoder,
+    encoder: PretrainedEncoder,
     num_classes: int,
     pooled: bool,
     drop_path: float = 0.0,
     head: Mapping[str, Tensor] | None = None,
 ) -> VisionTransformer:
-    """A timm ViT with the start's encoder, strictly loaded, its position table adapted to the input size.
+    """A timm ViT with the encoder, strictly loaded, its position table adapted to the input size.
 
     pooled: mean of the patch tokens, then a new `fc_norm`; else the class token after the encoder's norm. head: weights
     of a fine-tuned `head` (and `fc_norm`); default: N(0, 2e-5) and zeros. num_classes 0: no head.
     """
-    shape = start.shape
+    shape = encoder.shape
     vit = VisionTransformer(
-        img_size=height_width(start.input_size),
-        patch_size=shape["patch_size"],
-        in_chans=shape["in_chans"],
+        img_size=height_width(encoder.input_size),
+        patch_size=shape.patch_size,
+        in_chans=shape.in_chans,
         num_classes=num_classes,
         global_pool="avg" if pooled else "token",
-        embed_dim=shape["embed_dim"],
-        depth=shape["depth"],
-        num_heads=shape["num_heads"],
-        mlp_ratio=shape.get("mlp_ratio", 4.0),
+        embed_dim=shape.embed_dim,
+        depth=shape.depth,
+        num_heads=shape.num_heads,
+        mlp_ratio=shape.mlp_ratio,
         drop_path_rate=drop_path,
         norm_layer=partial(nn.LayerNorm, eps=NORM_EPS),
     )
-    state = {key.removeprefix("encoder."): tensor for key, tensor in start.state.items()}
-    grids = (grid_of(size, shape["patch_size"]) for size in (shape["img_size"], start.input_size))
+    state = {key.removeprefix("encoder."): tensor for key, tensor in encoder.state.items()}
+    grids = (grid_of(size, shape.patch_size) for size in (shape.img_size, encoder.input_size))
     state["pos_embed"] = adapt_positions(state["pos_embed"], *grids)
     if pooled:
         del state["norm.weight"], state["norm.bias"]
@@ -177,15 +150,21 @@ def adapt_positions(table: Tensor, old_grid: tuple[int, int], new_grid: tuple[in
     return resample_abs_pos_embed(table, list(new_grid), list(old_grid), num_prefix_tokens=1)
 
 
-def _check_architecture(config: FinetuneConfig, shape: Mapping[str, Any], origin: str) -> None:
+def _architecture_flags(config: FinetuneConfig) -> dict[str, int]:
+    """Arguments of the encoder that flags give."""
+    flags = names(type(config), lambda role: role is MODEL)
+    values = {name: getattr(config, name) for name in flags if name in ModelShape.__dataclass_fields__}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _check_architecture(config: FinetuneConfig, shape: ModelShape, origin: str) -> None:
     """ValueError that names both if flags ask for another architecture than the checkpoint's."""
-    wanted = model_shape(config.model) if config.model else {}
-    wanted |= {name: getattr(config, name) for name in SHAPE_FLAGS if getattr(config, name) is not None}
+    asked = (model_shape(config.model) if config.model else {}) | _architecture_flags(config)
     # A name alone says less than the shape of a run that changed its patch or depth: then give the flags, or no name.
-    if any(shape[name] != value for name, value in wanted.items()):
-        asked = ", ".join(f"{name} {value}" for name, value in wanted.items())
-        held = ", ".join(f"{name} {shape[name]}" for name in wanted)
-        raise ValueError(f"--model {config.model or ''} ({asked}) is another architecture than {origin} ({held})")
+    if any(shape[name] != value for name, value in asked.items()):
+        flags = ", ".join(f"{name} {value}" for name, value in asked.items())
+        held = ", ".join(f"{name} {shape[name]}" for name in asked)
+        raise ValueError(f"--model {config.model or ''} ({flags}) is another architecture than {origin} ({held})")
 
 
 def weights_of(model: VisionTransformer) -> dict[str, dict[str, Tensor]]:
@@ -202,15 +181,14 @@ def timm_state(weights: Mapping[str, Mapping[str, Tensor]], pooled: bool) -> dic
 
 def fine_tuned_head(source: str) -> dict[str, Tensor]:
     """`head.*` (and `fc_norm.*`) of a fine-tuned model of ours, facebookresearch/mae or timm."""
-    path = Path(source) / run_folder.CHECKPOINT if Path(source).is_dir() else Path(source)
-    content = checkpoint.load(path)
-    if content.get("format") == checkpoint.FORMAT:
+    content = checkpoint.load(find_checkpoint("--finetune", source))
+    if content.get("format") == FORMAT:
         state = timm_state(content, content["pooled"]) if "head" in content else {}
     else:
         state = content.get("model", content)
-    kept = {key: tensor for key, tensor in state.items() if key.startswith(("head.", "fc_norm."))}
-    if "head.weight" not in kept:
+    head = {key: tensor for key, tensor in state.items() if key.startswith(("head.", "fc_norm."))}
+    if "head.weight" not in head:
         raise ValueError(
             f"{source} has no classifier to --eval: fine-tune it, or judge its features with --linear_probe"
         )
-    return kept
+    return head

@@ -1,12 +1,13 @@
-"""Fine-tuning, or training from scratch: one visible loop, `train`. Source: MAE, arXiv 2111.06377, Table 9."""
+"""Fine-tuning, or training from scratch: one visible loop, `train`. Source: MAE, arXiv 2111.06377, Table 9.
+
+B batch · C channels · K classes.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import logging
-import math
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,117 +20,128 @@ from timm.optim import param_groups_layer_decay
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from .. import checkpoint
+from .. import files
 from ..console import logging_to_console
 from ..data.labelled import EvalCrops, TrainCrops, labelled_batches, open_labelled, seeded
-from ..data.loader import CorruptLog
-from ..data.sources import Source
-from ..data.stream import SampleStream, derive_seed, micro_batches
-from ..engine import run_folder, runtime, storage
-from ..engine.journal import Journal
-from ..engine.meters import IdleTime, peak_memory_bytes
-from ..engine.optim import guarded_step, learning_rate, set_learning_rate
-from ..engine.resume import check_images, fingerprint
-from ..engine.runtime import Runtime, Stop, stop_signals
+from ..data.loader import CorruptLog, spare_cores
+from ..data.sources import Source, is_jpeg_source
+from ..data.stream import SampleStream, derive_seed
+from ..engine import run_folder, runtime, sharded, storage
+from ..engine.logger import RunLogger, data_wait_hints, warn_of_launchers
+from ..engine.meters import peak_memory_bytes
+from ..engine.optim import learning_rate
+from ..engine.resume import FORMAT, check_config, check_images, fingerprint
+from ..engine.runtime import Normalize, Stop, stop_signals
+from ..engine.step import Cadence, Outcomes, Run, evaluation_time, take_step
 from ..plan.cost import Ledger
 from ..plan.curriculum import Curriculum, Stage
 from ..plan.flags import to_dict, to_yaml
 from ..plan.shapes import show_size
-from .accuracy import Normalize, check_classes, eval_crops, evaluate, evaluate_only, output_folder, write_result
-from .config import LAYER_DECAY, MICRO_BATCH, FinetuneConfig
+from .accuracy import check_classes, eval_crops, evaluate, evaluate_only, output_folder, write_result
+from .augmentation import augmentation, mixed, mixing
+from .config import LAYER_DECAY, FinetuneConfig
 from .encoder import PretrainedEncoder, build_classifier, load_encoder, timm_state, weights_of
-from .mixing import augmentation, mixed, mixing
 
 log = logging.getLogger(__name__)
 
-BEST = "best.pt"
 BETAS = (0.9, 0.999)  # MAE, Table 9
 LOOK_STEPS = 20
 """On a GPU, steps after which the host waits for it: to hear of a signal on another rank, or of a loss that is NaN."""
-#: Fields that may change when a run is resumed: they change neither data nor the mathematics of a step.
-FREE_ON_RESUME = frozenset(
-    "finetune data_path num_workers pin_mem damaged_limit output_dir log_dir resume overwrite start_epoch device "
-    "precision dist_eval eval_epochs save_steps save_minutes keep_checkpoints report eval eval_images crop_pct "
-    "batch_size accum_iter total_batch_size world_size local_rank dist_on_itp dist_url job_dir nodes ngpus "
-    "use_volta32".split()
-)
 
 
 @dataclass
-class Run:
-    """What the loop works on. `step`, `ledger`, `best`, the weights and their average move; the rest stays."""
+class FinetuneRun(Run):
+    """`best`, and the average of the weights, change too."""
 
     config: FinetuneConfig
-    rt: Runtime
-    start: PretrainedEncoder
-    folder: Path
-    plan: Curriculum
-    """One stage."""
-    classes: list[str]
     model: VisionTransformer
-    network: nn.Module
-    """The model, averaging gradients over ranks where there are several."""
-    optimizer: torch.optim.Optimizer
-    normalize: Normalize
+    encoder: PretrainedEncoder
+    """What it began with."""
+    folder: Path
+    classes: list[str]
     held_out: EvalCrops | None
     images: dict[str, str]
     """Fingerprint of the training data."""
-    ema: ModelEmaV3 | None = None
-    step: int = 0
     best: float = -1.0
     """Highest top-1 so far."""
-    ledger: Ledger = field(init=False)
-    idle: IdleTime = field(init=False)
+    ema: ModelEmaV3 | None = field(init=False)
+    unreported: tuple[float, float, float] | None = None
+    """Loss, gradient norm and learning rate of a report whose evaluation was not finished."""
 
     def __post_init__(self) -> None:
-        self.idle = IdleTime(self.rt.device)
-        self.ledger = Ledger.of(self.plan)
+        super().__post_init__()
+        config = self.config
+        self.normalize = Normalize(self.encoder.mean, self.encoder.std, self.rt)
+        self.ema = ModelEmaV3(self.model, decay=config.model_ema_decay) if config.model_ema else None
+        self.mix, self.mixes = (
+            mixing(config, len(self.classes)),
+            bool(config.mixup or config.cutmix or config.cutmix_minmax),
+        )
 
-    def save(self, name: str = run_folder.CHECKPOINT) -> None:
-        """Everything that a resumed run needs, or for the best only the weights, atomically."""
+    @property
+    def micro_size(self) -> int:
+        return self.config.micro_batch
+
+    @property
+    def steps_per_evaluation(self) -> int:
+        images = self.config.eval_epochs * self.curriculum.num_images
+        return max(1, round(images / self.curriculum.stages[0].batch_size))
+
+    def micro_loss(self, batch: tuple[Tensor, Tensor], stage: Stage, rows: range) -> Tensor:
+        images, labels = (tensor.to(self.rt.device, non_blocking=True) for tensor in batch)
+        with seeded(derive_seed(self.config.seed, "mix", self.step, rows.start)):
+            images, targets = mixed(self.mix, images, labels, self.mixes)
+        torch.manual_seed(derive_seed(self.config.seed, "drop", self.step, rows.start))
+        with self.rt.autocast():
+            logits = self.network(images)
+        return nn.functional.cross_entropy(logits.float(), targets)
+
+    def save(self, unreported: tuple[float, float, float] | None = None) -> None:
+        """Everything that a resumed run needs, atomically. unreported: see there, while its evaluation is still due."""
         if not self.rt.is_main:
             return
-        state = self.identity() | weights_of(self.model)
-        state |= {"step": self.step, "best": self.best, "ledger": self.ledger.state_dict()}
-        if self.ema:
-            state["ema"] = weights_of(self.ema.module)
-        if name == run_folder.CHECKPOINT:
-            state |= {"optimizer": self.optimizer.state_dict(), "precision": self.rt.precision}
-        keep = self.config.keep_checkpoints if name == run_folder.CHECKPOINT else 1
-        checkpoint.save(state, self.folder / name, keep)
+        state = self.identity() | self.weights() | {"unreported": unreported}
+        state |= {"optimizer": self.optimizer.state_dict(), "precision": self.rt.precision}
+        storage.save(state, self.folder / run_folder.CHECKPOINT, self.config.keep_checkpoints)
+
+    def save_best(self) -> None:
+        """Only the weights."""
+        if self.rt.is_main:
+            storage.save(self.identity() | self.weights(), self.folder / run_folder.BEST)
+
+    def weights(self) -> dict[str, Any]:
+        state = weights_of(self.model) | {"step": self.step, "best": self.best, "ledger": self.ledger.state_dict()}
+        return state | ({"ema": weights_of(self.ema.module)} if self.ema else {})
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint says about itself: enough to use its weights, and to refuse to resume another run."""
         return {
-            "format": checkpoint.FORMAT,
-            "config": to_dict(self.config) | {"data_path": self.start.data_path},
-            "shape": self.start.shape | {"img_size": self.start.input_size},
+            "format": FORMAT,
+            "config": to_dict(self.config) | {"data_path": self.encoder.data_path},
+            "shape": encoder_shape(self.encoder),
             "pooled": self.config.pooled,
             "classes": self.classes,
-            "num_images": self.plan.num_images,
+            "num_images": self.curriculum.num_images,
             "sampled_images": self.images,
-            "batch_size": self.plan.stages[0].batch_size,
-            "mean": list(self.start.mean),
-            "std": list(self.start.std),
+            "batch_size": self.curriculum.stages[0].batch_size,
+            "mean": list(self.encoder.mean),
+            "std": list(self.encoder.std),
         }
 
-    def resume(self, path: Path) -> Path:
-        """Go on from a checkpoint, or from the one before if it is damaged; returns the one that was whole.
+    def restore(self, path: Path) -> Path:
+        """Go on from a checkpoint, or from the one before if it is corrupt; returns the one that was intact.
 
         ValueError that names the first difference if it is of another run.
         """
-        state, whole = checkpoint.load_newest(path)
-        if state.get("format") != checkpoint.FORMAT or "head" not in state or "optimizer" not in state:
+        state, read_from = sharded.load_newest(path)
+        if state.get("format") != FORMAT or "head" not in state or "optimizer" not in state:
             raise ValueError(f"--resume {path} is not a fine-tuning checkpoint of mae_et that can go on")
+        check_config(f"--resume {path}", state["config"], self.config, lambda role: role.resume)
         mine = self.identity()
-        for name in mine["config"]:
-            theirs, ours = state["config"].get(name), mine["config"][name]
-            if name not in FREE_ON_RESUME and theirs != ours:
-                raise ValueError(f"--resume {path} is of another configuration: {name} was {theirs}, is {ours}")
-        for name in ("num_images", "batch_size", "classes"):
+        for name in ("shape", "num_images", "batch_size", "classes"):
             if state[name] != mine[name]:
                 raise ValueError(f"--resume {path}: {name} was {state[name]}, is {mine[name]}")
-        check_images(f"--resume {self.config.resume}", path, state, self.images, self.start.data_path)
+        check_images(f"--resume {self.config.resume}", path, state, self.images, self.encoder.data_path)
         self.model.load_state_dict(timm_state(state, self.config.pooled))
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema:
@@ -137,7 +149,14 @@ class Run:
         self.step, self.best, self.ledger = state["step"], state["best"], Ledger.from_state_dict(state["ledger"])
         if self.config.precision == "auto":
             self.rt = self.normalize.rt = dataclasses.replace(self.rt, precision=state["precision"])
-        return whole
+        self.unreported = state.get("unreported")
+        return read_from
+
+
+def encoder_shape(encoder: PretrainedEncoder) -> dict[str, Any]:
+    """Arguments of `create_mae` for the encoder alone, at the size of what is classified."""
+    values = dataclasses.replace(encoder.shape, img_size=encoder.input_size).to_dict()
+    return {name: value for name, value in values.items() if not name.startswith("decoder") and name != "target_dim"}
 
 
 def finetune(config: FinetuneConfig) -> Path:
@@ -145,6 +164,7 @@ def finetune(config: FinetuneConfig) -> Path:
 
     Raises ValueError, OSError or CheckpointError, with one line, for whatever the user can mend.
     """
+    runtime.check_launcher(config.world_size)
     with (
         runtime.start(config.device, config.precision, config.dist_url) as rt,
         logging_to_console(rt.is_main),
@@ -153,156 +173,210 @@ def finetune(config: FinetuneConfig) -> Path:
         began = time.perf_counter()
         if config.eval:
             return evaluate_only(config, rt, began)
-
-        # ── data, model, optimiser ──
-        start = load_encoder(config)
-        train_source = open_labelled(start.data_path, "train", config.train_images, config.seed, config.holdout)
-        val_source = _held_out(config, start)
-        classes = check_classes(config, start.data_path, train_source, val_source)
-        torch.manual_seed(derive_seed(config.seed, "head"))
-        model = build_classifier(start, len(classes), config.pooled, config.drop_path).to(rt.device)
-        optimizer = layer_decay_adamw(model, config)
-        batch = config.total_batch(len(train_source), rt.world_size)
-        steps = max(1, round(config.epochs * len(train_source) / batch))
-        stage = Stage(start.input_size, start.num_patches, 0, batch, steps, 3 * start.flops_per_image)
-        plan = Curriculum((stage,), len(train_source))
-        held_out = eval_crops(config, start, val_source) if val_source is not None else None
-        folder, normalize = output_folder(config, start), Normalize(start.mean, start.std, rt)
-        if start.folder is not None and folder.resolve() == start.folder.resolve():
-            raise ValueError(
-                f"--output_dir {folder} is the pretraining run itself; leave it out or choose another folder"
-            )
-        network = rt.parallel(model)
-        images = fingerprint(train_source)
-        run = Run(config, rt, start, folder, plan, classes, model, network, optimizer, normalize, held_out, images)
-        run.ema = ModelEmaV3(model, decay=config.model_ema_decay) if config.model_ema else None
-        run.step = round(steps * config.start_epoch / config.epochs)
-
-        # ── resume and run folder ──
-        resume = resume_path(config, folder)
-        whole = run.resume(resume) if resume else None
-        rt.barrier()  # before rank 0 moves what another one may still read
+        encoder = load_encoder(config)
+        source = open_labelled(encoder.data_path, "train", config.train_images, config.seed, config.holdout)
+        run = build(config, rt, encoder, source)
+        open_folder(run)
         if rt.is_main:
-            run_folder.prepare(folder, keep=bool(resume), overwrite=config.overwrite)
-            if resume and whole != resume and resume.parent.resolve() == folder.resolve():
-                os.replace(whole, resume)  # a damaged one must not take its place when the next is saved
-            if config.overwrite:
-                (folder / BEST).unlink(missing_ok=True)
-            run_folder.write_text(folder / run_folder.CONFIG, to_yaml(config))
-            facts = run_folder.environment(device=rt.describe(), precision=rt.precision, devices=rt.world_size)
-            run_folder.write_json(folder / run_folder.ENVIRONMENT, facts)
             log_plan(run)
-
-        # ── train ──
-        crops = TrainCrops(
-            train_source, stage.height_width, start.mean, start.std, augmentation(config, len(start.mean)), config.seed
-        )
-        batches = labelled_batches(
-            crops,
-            SampleStream(plan, config.seed, config.batch_size or MICRO_BATCH, run.step, rt.rank, rt.world_size),
-            CorruptLog(len(train_source), config.damaged_limit),
-            config.num_workers,
-            config.pin_mem and rt.device.type == "cuda",
-        )
-        with (
-            storage.disk_full_errors(folder),
-            contextlib.closing(batches),
-            Journal(folder, config.log_dir, plan, config.epochs, run.step, rt.is_main) as journal,
-        ):
-            result = train(run, batches, journal, stop)
-
-        # ── result ──
-        run.save()
-        if run.step < plan.total_steps:
-            log.info("stopped and saved after step %d of %d; go on with --resume auto", run.step, plan.total_steps)
-        paths = [folder]
-        if rt.is_main and result is not None:
-            flops = run.ledger.total.flops + start.flops_per_image * len(held_out)
-            facts = {"num_classes": len(classes), "train_images": len(train_source), "best_top1": run.best}
-            facts |= {"training": run.ledger.state_dict()["total"]}
-            paths = write_result(config, start, rt, result | facts, began, flops)
-            log.info("written: %s", ", ".join(map(str, paths)))
-        rt.barrier()
-        return paths[0]
+        batches = open_loader(run, source)
+        first_step = run.step - bool(run.unreported)
+        logger = RunLogger(run.folder, config.log_dir, run.curriculum, first_step, run.ledger, on=rt.is_main)
+        with files.disk_full_errors(run.folder), contextlib.closing(batches), logger:
+            result = train(run, batches, logger, stop)
+        return finish(run, source, result, began)
 
 
-def train(run: Run, batches: Iterator[tuple[Tensor, Tensor]], journal: Journal, stop: Stop) -> dict[str, Any] | None:
+def build(config: FinetuneConfig, rt: runtime.Runtime, encoder: PretrainedEncoder, source: Source) -> FinetuneRun:
+    """Model, optimiser and plan: one stage, at full size and without masks."""
+    held_out = open_held_out(config, encoder)
+    classes = check_classes(config, encoder.data_path, source, held_out)
+    torch.manual_seed(derive_seed(config.seed, "head"))
+    model = build_classifier(encoder, len(classes), config.pooled, config.drop_path).to(rt.device)
+    optimizer = layer_decay_adamw(model, config)
+    batch = config.total_batch(len(source), rt.world_size)
+    steps = max(1, round(config.epochs * len(source) / batch))
+    stage = Stage(encoder.input_size, encoder.num_patches, 0, batch, steps, 3 * encoder.flops_per_image)
+    curriculum = Curriculum((stage,), len(source))
+    folder = output_folder(config, encoder)
+    if encoder.folder is not None and folder.resolve() == encoder.folder.resolve():
+        raise ValueError(f"--output_dir {folder} is the pretraining run itself; leave it out or choose another folder")
+    return FinetuneRun(
+        config,
+        rt,
+        curriculum,
+        model,
+        rt.parallel(model),
+        optimizer,
+        Ledger.of(curriculum),
+        round(steps * config.start_epoch / config.epochs),
+        encoder,
+        folder,
+        classes,
+        eval_crops(config, encoder, held_out) if held_out is not None else None,
+        fingerprint(source),
+    )
+
+
+def open_held_out(config: FinetuneConfig, encoder: PretrainedEncoder) -> Source | None:
+    try:
+        return open_labelled(encoder.data_path, "val", config.eval_images, config.seed, config.holdout)
+    except FileNotFoundError as error:
+        log.warning("evaluation is skipped: %s", error)
+        return None
+
+
+def open_folder(run: FinetuneRun) -> None:
+    """Resume if asked to, and write what is known before a step is run."""
+    config, folder = run.config, run.folder
+    resume = run_folder.resume_path(config.resume, folder)
+    read_from = run.restore(resume) if resume else None
+    run.rt.barrier()  # before rank 0 moves what another one may still read
+    if run.rt.is_main:
+        run_folder.prepare(folder, keep=bool(resume), overwrite=config.overwrite)
+        if resume and read_from != resume and resume.parent.resolve() == folder.resolve():
+            files.promote(read_from, resume)  # otherwise the next save would keep the corrupt file and drop this one
+        files.write_text(folder / run_folder.CONFIG, to_yaml(config))
+        files.write_json(folder / run_folder.ENVIRONMENT, run_folder.environment(**run.rt.facts()))
+
+
+def open_loader(run: FinetuneRun, source: Source) -> Iterator[tuple[Tensor, Tensor]]:
+    config, encoder, rt = run.config, run.encoder, run.rt
+    policy = augmentation(config, len(encoder.mean))
+    size = run.curriculum.stages[0].height_width
+    return labelled_batches(
+        TrainCrops(source, size, encoder.mean, encoder.std, policy, config.seed),
+        SampleStream(run.curriculum, config.seed, run.micro_size, run.step, rt.rank, rt.world_size),
+        CorruptLog(len(source), config.damaged_limit),
+        config.num_workers,
+        config.pin_mem and rt.device.type == "cuda",
+    )
+
+
+def log_plan(run: FinetuneRun) -> None:
+    """Log what is going to run."""
+    config, encoder, stage = run.config, run.encoder, run.curriculum.stages[0]
+    log.info("%s on %s", encoder.origin, run.rt.describe())
+    log.info(
+        "%d × %d blocks, %s px, patch %d · %s images, %d classes in %s",
+        *(encoder.shape.embed_dim, encoder.shape.depth, show_size(encoder.input_size), encoder.shape.patch_size),
+        *(f"{run.curriculum.num_images:,}", len(run.classes), encoder.data_path),
+    )
+    log.info(
+        "total batch %d · %g epochs, %d steps · peak lr %.2e · layer decay %g · %s",
+        *(stage.batch_size, config.epochs, stage.steps, config.peak_lr(stage.batch_size)),
+        *(config.layer_decay or LAYER_DECAY, "mean of the patches" if config.pooled else "class token"),
+    )
+    warn_of_launchers(config)
+    if run.step:
+        log.info("going on after step %d of %d", run.step, stage.steps)
+
+
+def train(
+    run: FinetuneRun, batches: Iterator[tuple[Tensor, Tensor]], logger: RunLogger, stop: Stop
+) -> dict[str, Any] | None:
     """The loop, from `run.step` to the end; returns its result, or None if asked to stop before.
 
     A step is a function of (seed, step).
     """
-    config, plan, stage = run.config, run.plan, run.plan.stages[0]
-    every = max(1, round(config.eval_epochs * plan.num_images / stage.batch_size))  # steps between evaluations
+    config, curriculum, stage = run.config, run.curriculum, run.curriculum.stages[0]
     peak, warmup = config.peak_lr(stage.batch_size), config.warmup_epochs / config.epochs
-    outcomes, losses, saved_at = [], [], time.monotonic()  # outcomes wait on the device; losses since an evaluation
-    result = assess(run) if run.step == plan.total_steps else None  # a finished run that is resumed
-    while run.step < plan.total_steps:
+    cadence, outcomes = Cadence.of(run, LOOK_STEPS), Outcomes()
+    result = None
+    if run.unreported:  # killed while it evaluated
+        result = evaluate_run(run)
+        report(run, logger, *run.unreported, result)
+        run.save()
+    elif run.finished:
+        result = evaluate_run(run)
+    run.network.train()
+    while not run.finished:
         began = time.perf_counter()
-        lr = learning_rate(plan.position(run.step), peak=peak, floor=config.min_lr, warmup=warmup)
-        loss = accumulate_gradients(run, batches, stage)
-        # Over ranks: the sum of their shares of the loss, and of those that were asked to stop.
-        outcome = run.rt.sum(torch.stack([loss, torch.full_like(loss, stop.requested)]))
-        if config.clip_grad is not None:
-            nn.utils.clip_grad_norm_(run.model.parameters(), config.clip_grad)
-        set_learning_rate(run.optimizer, lr)
-        guarded_step(run.optimizer, outcome[0])
-        run.optimizer.zero_grad(set_to_none=True)
+        lr = learning_rate(curriculum.position(run.step), peak=peak, floor=config.min_lr, warmup=warmup)
+        outcomes.add(take_step(run, batches, stage, lr, stop.requested))
         if run.ema:
             run.ema.update(run.model)
         run.step += 1
-        outcomes.append(outcome)
 
-        due = run.step % every == 0 or run.step == plan.total_steps
-        save = due or (config.save_steps > 0 and run.step % config.save_steps == 0)
-        # Ranks stop at the same step only if they look at the same steps: clocks differ, so they are left out here.
-        agreed = save or run.rt.device.type == "cpu" or run.step % LOOK_STEPS == 0
-        agreed = agreed or (run.rt.world_size == 1 and stop.requested)
-        save = save or time.monotonic() - saved_at > 60 * config.save_minutes
+        evaluation = run.step % run.steps_per_evaluation == 0 or run.finished
+        due = cadence.after(run.step, save=evaluation, stopping=stop.requested)
         stopping, data_seconds = False, 0.0
-        if save or agreed:
-            values = torch.stack(outcomes).tolist()  # waits for the device
+        if due.look:
+            stopping = outcomes.look(run.step) and due.stop
             data_seconds = run.idle.read()  # of all steps since it was last asked
-            outcomes, latest = [], [loss for loss, _ in values]
-            _check_finite(latest, run.step)
-            losses += latest
-            stopping = agreed and values[-1][1] > 0
         seconds = time.perf_counter() - began
         run.ledger.add(0, stage, train_seconds=seconds - data_seconds, data_seconds=data_seconds)
-        if due:
-            result = assess(run)
-            journal.write(run.step - 1, sum(losses) / len(losses), lr, run.ledger, result)
-            losses = []
-        if due and result and result["top1"] > run.best:
-            run.best = result["top1"]
-            run.save(BEST)
-        if save:
+        if evaluation:
+            latest = (*outcomes.report(), lr)
+            run.save(unreported=latest)  # the evaluation may fail
+            result = evaluate_run(run)
+            report(run, logger, *latest, result)
+            run.network.train()
+        if due.save:
             run.save()
-            saved_at = time.monotonic()
-        if stopping and run.step < plan.total_steps:
+            cadence.saved()
+        if stopping and not run.finished:
             return None
     return result
 
 
-def accumulate_gradients(run: Run, batches: Iterator[tuple[Tensor, Tensor]], stage: Stage) -> Tensor:
-    """Forward and backward of this rank's rows of a step; returns its share of the loss."""
-    config, rt, loss = run.config, run.rt, torch.zeros((), device=run.rt.device)
-    mix, mixes = mixing(config, len(run.classes)), bool(config.mixup or config.cutmix or config.cutmix_minmax)
-    run.network.train()
-    pieces = micro_batches(stage.batch_size, config.batch_size or MICRO_BATCH, rt.rank, rt.world_size)
-    for piece in pieces:
-        with run.idle.waiting():
-            images, labels = next(batches)
-        images, labels = images.to(rt.device, non_blocking=True), labels.to(rt.device, non_blocking=True)
-        with seeded(derive_seed(config.seed, "mix", run.step, piece.start)):
-            images, targets = mixed(mix, images, labels, mixes)
-        torch.manual_seed(derive_seed(config.seed, "drop", run.step, piece.start))
-        with contextlib.nullcontext() if piece is pieces[-1] else rt.local_gradients(run.network):
-            with rt.autocast():
-                logits = run.network(images)
-            part = nn.functional.cross_entropy(logits.float(), targets) * (len(piece) / stage.batch_size)
-            (part * rt.world_size).backward()  # DDP takes the mean over ranks; the sum is meant
-        loss += part.detach()
-    return loss
+def evaluate_run(run: FinetuneRun) -> dict[str, Any] | None:
+    """Accuracy on the held-out images, of averaged weights too; None without such images. Saves the best weights."""
+    if run.held_out is None:
+        return None
+    config, classes = run.config, run.classes
+    with evaluation_time(run, 0):
+        accuracy = evaluate(run.model, run.held_out, run.normalize, config, len(classes))
+        result = accuracy.result()
+        if run.ema:
+            averaged = evaluate(run.ema.module, run.held_out, run.normalize, config, len(classes))
+            result |= {f"ema_{name}": value for name, value in averaged.result().items() if name != "num_images"}
+        if config.report:
+            result |= accuracy.details(classes)
+    run.ledger.stages[0].peak_memory_bytes = peak_memory_bytes(run.rt.device)
+    if result["top1"] > run.best:
+        run.best = result["top1"]
+        run.save_best()
+    return result
+
+
+def report(
+    run: FinetuneRun, logger: RunLogger, loss: float, norm: float, lr: float, result: dict[str, Any] | None
+) -> None:
+    """One record of metrics.jsonl and its line: mean loss since the last one, and accuracies if there are any."""
+    curriculum, total = run.curriculum, run.ledger.total
+    epoch = curriculum.images_before(run.step) / curriculum.num_images
+    accuracies = {name: value for name, value in (result or {}).items() if "top" in name}
+    rates = logger.rates(total)
+    record = {"step": run.step - 1, "epoch": epoch, "loss": loss, "grad_norm": norm, "lr": lr, **accuracies, **rates}
+    line = (
+        f"epoch {epoch:.1f} of {run.config.epochs:g} · step {run.step}/{curriculum.total_steps} · loss {loss:.4f} · "
+        f"lr {lr:.2e}{''.join(f' · {name} {value:.2f}' for name, value in accuracies.items())} · "
+        f"{rates['images_per_second']:.0f} img/s · data wait {rates['data_wait']:.0%}"
+    )
+    logger.report("finetune", record, line, total)
+
+
+def finish(run: FinetuneRun, source: Source, result: dict[str, Any] | None, began: float) -> Path:
+    """Save, and write the result if there is one; returns its path, else the run folder."""
+    config, encoder, rt, steps = run.config, run.encoder, run.rt, run.curriculum.total_steps
+    run.save()
+    if not run.finished:
+        log.info("stopped and saved after step %d of %d; go on with --resume auto", run.step, steps)
+    paths = [run.folder]
+    if rt.is_main:
+        where = dataclasses.replace(config, data_path=encoder.data_path)
+        cores = spare_cores(config.num_workers)
+        for line in data_wait_hints(where, run.curriculum, run.ledger, is_jpeg_source(source), cores):
+            log.warning(line)
+    if rt.is_main and result is not None and run.finished:
+        flops = run.ledger.total.flops + encoder.flops_per_image * len(run.held_out)
+        facts = {"num_classes": len(run.classes), "train_images": len(source), "best_top1": run.best}
+        facts |= {"training": run.ledger.state_dict()["total"]}
+        paths = write_result(config, encoder, rt, result | facts, began, flops)
+        log.info("written: %s", ", ".join(map(str, paths)))
+    rt.barrier()
+    return paths[0]
 
 
 def layer_decay_adamw(model: VisionTransformer, config: FinetuneConfig) -> torch.optim.AdamW:
@@ -317,71 +391,3 @@ def layer_decay_adamw(model: VisionTransformer, config: FinetuneConfig) -> torch
         layer_decay=LAYER_DECAY if config.layer_decay is None else config.layer_decay,
     )
     return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, fused=True)
-
-
-def assess(run: Run) -> dict[str, Any] | None:
-    """Accuracy on the held-out images, of the averaged weights too; None without such images."""
-    if run.held_out is None:
-        return None
-    began, config, classes = time.perf_counter(), run.config, run.classes
-    tally = evaluate(run.model, run.held_out, run.normalize, config, len(classes))
-    result = tally.result()
-    if run.ema:
-        averaged = evaluate(run.ema.module, run.held_out, run.normalize, config, len(classes))
-        result |= {f"ema_{name}": value for name, value in averaged.result().items() if name != "num_images"}
-    if config.report:
-        result |= tally.details(classes)
-    run.ledger.stages[0].eval_seconds += time.perf_counter() - began
-    run.ledger.stages[0].peak_memory_bytes = peak_memory_bytes(run.rt.device)
-    return result
-
-
-def resume_path(config: FinetuneConfig, folder: Path) -> Path | None:
-    """The checkpoint to go on from, or None to start."""
-    if not config.resume:
-        return None
-    path = folder if config.resume == "auto" else Path(config.resume)
-    if path.is_dir() or config.resume == "auto":
-        path = path / run_folder.CHECKPOINT
-    if path.exists() or storage.kept(path):
-        return path
-    if config.resume == "auto":
-        return None
-    raise FileNotFoundError(f"--resume {config.resume}: no checkpoint there; give a run folder, a checkpoint or auto")
-
-
-def log_plan(run: Run) -> None:
-    """What is going to run, in a few lines."""
-    config, start, stage = run.config, run.start, run.plan.stages[0]
-    log.info("%s on %s", start.origin, run.rt.describe())
-    log.info(
-        "%d × %d blocks, %s px, patch %d · %s images, %d classes in %s",
-        *(start.shape["embed_dim"], start.shape["depth"], show_size(start.input_size), start.shape["patch_size"]),
-        *(f"{run.plan.num_images:,}", len(run.classes), start.data_path),
-    )
-    log.info(
-        "total batch %d · %g epochs, %d steps · peak lr %.2e · layer decay %g · %s",
-        *(stage.batch_size, config.epochs, stage.steps, config.peak_lr(stage.batch_size)),
-        *(config.layer_decay or LAYER_DECAY, "mean of the patches" if config.pooled else "class token"),
-    )
-    if config.nodes or config.ngpus or config.use_volta32:
-        log.warning("--nodes, --ngpus and --use_volta32 are a launcher's: start with torchrun for more devices")
-    if run.step:
-        log.info("going on after step %d of %d", run.step, stage.steps)
-
-
-def _held_out(config: FinetuneConfig, start: PretrainedEncoder) -> Source | None:
-    try:
-        return open_labelled(start.data_path, "val", config.eval_images, config.seed, config.holdout)
-    except FileNotFoundError as error:
-        log.warning("evaluation is skipped: %s", error)
-        return None
-
-
-def _check_finite(losses: list[float], next_step: int) -> None:
-    for i, loss in enumerate(losses):
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"loss is {loss} at step {next_step - len(losses) + i}; the weights were not updated with it and the "
-                "last checkpoint is intact; try a lower --blr, or --clip_grad 1"
-            )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,106 +24,116 @@ from ..data.sources import Source
 from ..data.stream import SampleStream, derive_seed, micro_batches
 from ..engine import runtime
 from ..engine.optim import learning_rate, set_learning_rate
-from ..engine.runtime import Runtime
+from ..engine.runtime import Normalize, Runtime
 from ..plan.curriculum import Curriculum, Stage
 from ..plan.shapes import height_width
-from .accuracy import Accuracy, Normalize, check_classes, eval_crops, write_result
-from .config import MICRO_BATCH, FinetuneConfig
+from .accuracy import Accuracy, check_classes, eval_crops, write_result
+from .config import FinetuneConfig
 from .encoder import PretrainedEncoder, build_classifier, load_encoder
 
 log = logging.getLogger(__name__)
 
 FeatureLayer = tuple[int, str]
-"""Where features come from: block, counted from 1, and pooling, "cls" or "mean"."""
+"""Block, counted from 1, and pooling, "cls" or "mean"."""
 Features = dict[FeatureLayer, Tensor]
-"""[N, D] float32 per place."""
+"""[N, D] float32 per layer."""
 
 BN_EPS, HEAD_STD, MOMENTUM = 1e-6, 0.01, 0.9  # MAE, as in facebookresearch/mae's linear probe
 CHUNK = 65536
 """Rows per matrix product of the full-batch solver."""
 
 
-def probe(config: FinetuneConfig) -> dict[str, Any]:
-    """Run --knn or --linear_probe and write eval-<protocol>.json; returns what is in it.
+def probe(config: FinetuneConfig) -> dict[str, dict[str, Any]]:
+    """Run --knn, --linear_probe or both on the same features; write eval-<protocol>.json each.
 
-    Raises ValueError, OSError or CheckpointError, with one line, for whatever the user can mend.
+    Returns what is in them, by protocol. Raises ValueError, OSError or CheckpointError, with one line, for whatever the
+    user can mend.
     """
+    runtime.check_launcher(config.world_size)
     with runtime.start(config.device, config.precision, config.dist_url) as rt, logging_to_console(rt.is_main):
         began = time.perf_counter()
-        start = load_encoder(config)
-        sources = [open_labelled(start.data_path, s, n, config.seed, config.holdout) for s, n in _splits(config)]
-        classes = check_classes(config, start.data_path, *sources)
-        if config.knn and config.k > len(sources[0]):
-            raise ValueError(f"--k {config.k} neighbours, but there are {len(sources[0])} training images")
-        model = build_classifier(start, 0, pooled=False).to(rt.device).requires_grad_(False).eval()
-        places = _places(config, start)
-        log.info("%s of %s on %s", config.protocol, start.origin, rt.describe())
-
-        augmented = config.linear_probe and config.features == "augmented"
-        held_out = extract(model, eval_crops(config, start, sources[1]), places, start, config, rt)
-        if augmented:
-            scores, images_seen = _train_augmented(
-                config, start, rt, model, sources[0], places, len(classes), held_out[0]
-            )
-        else:
-            train = extract(model, eval_crops(config, start, sources[0]), places, start, config, rt)
-            scores, images_seen = _score(config, rt, train, held_out[0], len(classes)), len(sources[0])
-
-        tallies = {}
-        for place in places:
-            tallies[place] = Accuracy(len(classes), rt.device)
-            tallies[place].add(scores[place], held_out[1].to(rt.device))
-        headline = tallies[places[-1] if len(places) == 1 else _default_place(config, places)]
-        rows = [{"layer": layer, "pooling": pooling, **t.result()} for (layer, pooling), t in tallies.items()]
-        result = headline.result() | {"num_classes": len(classes), "train_images": len(sources[0]), "places": rows}
-        if config.report:
-            result |= headline.details(classes)
-        if rt.is_main:
-            for row in rows:
-                log.info("block %d, %s: top-1 %.2f %%", row["layer"], row["pooling"], row["top1"])
-            flops = start.flops_per_image * (images_seen + len(sources[1]))
-            for path in write_result(config, start, rt, result, began, flops):
-                log.info("written: %s", path)
+        encoder = load_encoder(config)
+        train, val = (open_labelled(encoder.data_path, s, n, config.seed, config.holdout) for s, n in _splits(config))
+        classes = check_classes(config, encoder.data_path, train, val)
+        if config.knn and config.k > len(train):
+            raise ValueError(f"--k {config.k} neighbours, but there are {len(train)} training images")
+        model = build_classifier(encoder, 0, pooled=False).to(rt.device).requires_grad_(False).eval()
+        layers = _layers(config, encoder)
+        held_out, labels = extract(model, eval_crops(config, encoder, val), layers, encoder, config, rt)
+        images, known, results = len(val), None, {}
+        for protocol in config.probes:
+            log.info("%s of %s on %s", protocol.protocol, encoder.origin, rt.describe())
+            if protocol.linear_probe and protocol.features == "augmented":
+                scores, seen = _train_augmented(protocol, encoder, rt, model, train, layers, len(classes), held_out)
+                images += seen
+            else:
+                if known is None:
+                    known = extract(model, eval_crops(config, encoder, train), layers, encoder, config, rt)
+                    images += len(train)
+                scores = _score(protocol, rt, known, held_out, len(classes))
+            result = _result(protocol, scores, labels, classes, len(train))
+            results[protocol.protocol] = result
+            if rt.is_main:
+                for row in result["places"]:
+                    log.info("block %d, %s: top-1 %.2f %%", row["layer"], row["pooling"], row["top1"])
+                # Of several protocols each states what it added; the first one pays for the features.
+                for path in write_result(protocol, encoder, rt, result, began, encoder.flops_per_image * images):
+                    log.info("written: %s", path)
+            began, images = time.perf_counter(), 0
         rt.barrier()
-        return result
+        return results
+
+
+def _result(
+    config: FinetuneConfig, scores: Features, labels: Tensor, classes: Sequence[str], train_images: int
+) -> dict[str, Any]:
+    """Accuracy at each layer; the headline is that of the default layer."""
+    accuracies = {}
+    for layer, values in scores.items():
+        accuracies[layer] = Accuracy(len(classes), values.device)
+        accuracies[layer].add(values, labels.to(values.device))
+    headline = accuracies[_headline(config, list(scores))]
+    rows = [{"layer": block, "pooling": pooling, **a.result()} for (block, pooling), a in accuracies.items()]
+    result = headline.result() | {"num_classes": len(classes), "train_images": train_images, "places": rows}
+    return result | (headline.details(classes) if config.report else {})
 
 
 @torch.no_grad()
 def extract(
     model: VisionTransformer,
     crops: EvalCrops,
-    places: list[FeatureLayer],
-    start: PretrainedEncoder,
+    layers: list[FeatureLayer],
+    encoder: PretrainedEncoder,
     config: FinetuneConfig,
     rt: Runtime,
 ) -> tuple[Features, Tensor]:
-    """Features of all centre crops at each place, and their labels [N], in order, on every rank.
+    """Features of all centre crops at each layer, and their labels [N], in order, on every rank.
 
-    In the host's memory: of a million images, one place's take gigabytes.
+    In the host's memory: of a million images, one layer's take gigabytes.
     """
-    normalize, parts, labels = Normalize(start.mean, start.std, rt), {place: [] for place in places}, []
+    normalize, parts, labels = Normalize(encoder.mean, encoder.std, rt), {layer: [] for layer in layers}, []
     pin = config.pin_mem and rt.device.type == "cuda"
-    for images, some in eval_batches(crops, rt.rank, rt.world_size, config.num_workers, pin):
-        for place, features in features_of(model, normalize(images), places, rt).items():
-            parts[place].append(features.cpu())
-        labels.append(some)
+    for images, batch_labels in eval_batches(crops, rt.rank, rt.world_size, config.num_workers, pin):
+        for layer, features in features_of(model, normalize(images), layers, rt).items():
+            parts[layer].append(features.cpu())
+        labels.append(batch_labels)
     first = len(crops) * rt.rank // rt.world_size
 
-    def whole(some: list[Tensor]) -> Tensor:  # [N, …] from every rank's rows
-        rows = torch.cat(some)
+    def gather(batches: list[Tensor]) -> Tensor:  # [N, …] from every rank's rows
+        rows = torch.cat(batches)
         if rt.world_size == 1:
             return rows
         everything = rows.new_zeros(len(crops), *rows.shape[1:])
         everything[first : first + len(rows)] = rows
         return rt.sum(everything.to(rt.device)).cpu()
 
-    return {place: whole(some) for place, some in parts.items()}, whole(labels)
+    return {layer: gather(batches) for layer, batches in parts.items()}, gather(labels)
 
 
 @torch.no_grad()
-def features_of(model: VisionTransformer, images: Tensor, places: list[FeatureLayer], rt: Runtime) -> Features:
+def features_of(model: VisionTransformer, images: Tensor, layers: list[FeatureLayer], rt: Runtime) -> Features:
     """Class token or mean patch token after the encoder's final norm, [B, D] float32, of the chosen blocks."""
-    blocks = sorted({layer for layer, _ in places})
+    blocks = sorted({layer for layer, _ in layers})
     with rt.autocast():
         tokens = model.forward_intermediates(
             images,
@@ -135,7 +145,7 @@ def features_of(model: VisionTransformer, images: Tensor, places: list[FeatureLa
         )  # per block ([B, L, D], [B, 1, D])
     by_block = dict(zip(blocks, tokens, strict=True))
     return {
-        (b, p): (by_block[b][1][:, 0] if p == "cls" else by_block[b][0].float().mean(dim=1)).float() for b, p in places
+        (b, p): (by_block[b][1][:, 0] if p == "cls" else by_block[b][0].float().mean(dim=1)).float() for b, p in layers
     }
 
 
@@ -145,10 +155,10 @@ def knn_scores(train: Tensor, labels: Tensor, queries: Tensor, num_classes: int,
     train: [N, D]. labels: [N]. queries: [Q, D].
     """
     train, votes = F.normalize(train, dim=1), []
-    for some in F.normalize(queries, dim=1).split(max(1, 2**28 // len(train))):  # at most 1 GiB of similarities
-        cosine, nearest = (some @ train.T).topk(k, dim=1)  # [q, k]
+    for chunk in F.normalize(queries, dim=1).split(max(1, 2**28 // len(train))):  # at most 1 GiB of similarities
+        cosine, nearest = (chunk @ train.T).topk(k, dim=1)  # [q, k]
         weights = (cosine / temperature).exp()
-        votes.append(weights.new_zeros(len(some), num_classes).scatter_add_(1, labels[nearest], weights))
+        votes.append(weights.new_zeros(len(chunk), num_classes).scatter_add_(1, labels[nearest], weights))
     return torch.cat(votes)
 
 
@@ -194,14 +204,14 @@ def solve_linear(features: Tensor, labels: Tensor, num_classes: int, l2: float, 
     return head.requires_grad_(False)
 
 
-def probe_heads(places: list[FeatureLayer], width: int, num_classes: int) -> dict[FeatureLayer, nn.Sequential]:
-    """The paper's head at each place: BatchNorm without affine, then a linear layer with N(0, 0.01) weights."""
+def probe_heads(layers: list[FeatureLayer], width: int, num_classes: int) -> dict[FeatureLayer, nn.Sequential]:
+    """The paper's head at each layer: BatchNorm without affine, then a linear layer with N(0, 0.01) weights."""
     heads = {}
-    for place in places:
+    for layer in layers:
         linear = nn.Linear(width, num_classes)
         nn.init.trunc_normal_(linear.weight, std=HEAD_STD)
         nn.init.zeros_(linear.bias)
-        heads[place] = nn.Sequential(nn.BatchNorm1d(width, affine=False, eps=BN_EPS), linear)
+        heads[layer] = nn.Sequential(nn.BatchNorm1d(width, affine=False, eps=BN_EPS), linear)
     return heads
 
 
@@ -218,26 +228,26 @@ def lars(heads: Mapping[FeatureLayer, nn.Module], weight_decay: float) -> Lars:
 def _score(
     config: FinetuneConfig, rt: Runtime, train: tuple[Features, Tensor], held_out: Features, num_classes: int
 ) -> Features:
-    """Scores [Q, K] of the held-out images at each place, by kNN or by a converged linear classifier."""
+    """Scores [Q, K] of the held-out images at each layer, by kNN or by a converged linear classifier."""
     features, scores = train[0], {}
     labels = train[1].to(rt.device)
-    for place in features:
-        known, queries = features[place].to(rt.device), held_out[place].to(rt.device)
+    for layer in features:
+        known, queries = features[layer].to(rt.device), held_out[layer].to(rt.device)
         if config.knn:
-            scores[place] = knn_scores(known, labels, queries, num_classes, config.k, config.temperature)
+            scores[layer] = knn_scores(known, labels, queries, num_classes, config.k, config.temperature)
         else:
             known, queries = standardize(known, queries)
-            scores[place] = solve_linear(known, labels, num_classes, config.l2)(queries.double())
+            scores[layer] = solve_linear(known, labels, num_classes, config.l2)(queries.double())
     return scores
 
 
 def _train_augmented(
     config: FinetuneConfig,
-    start: PretrainedEncoder,
+    encoder: PretrainedEncoder,
     rt: Runtime,
     model: VisionTransformer,
     source: Source,
-    places: list[FeatureLayer],
+    layers: list[FeatureLayer],
     num_classes: int,
     held_out: Features,
 ) -> tuple[Features, int]:
@@ -247,10 +257,10 @@ def _train_augmented(
     """
     batch = config.total_batch(len(source), rt.world_size)
     steps = max(1, round(config.epochs * len(source) / batch))
-    size = height_width(start.input_size)
-    plan = Curriculum((Stage(size, start.num_patches, 0, batch, steps, start.flops_per_image),), len(source))
-    crops = TrainCrops(source, size, start.mean, start.std, Augmentation(), config.seed)
-    micro = config.batch_size or MICRO_BATCH
+    size = height_width(encoder.input_size)
+    plan = Curriculum((Stage(size, encoder.num_patches, 0, batch, steps, encoder.flops_per_image),), len(source))
+    crops = TrainCrops(source, size, encoder.mean, encoder.std, Augmentation(), config.seed)
+    micro = config.micro_batch
     batches = labelled_batches(
         crops,
         SampleStream(plan, config.seed, micro, 0, rt.rank, rt.world_size),
@@ -259,17 +269,17 @@ def _train_augmented(
         config.pin_mem and rt.device.type == "cuda",
     )
     torch.manual_seed(derive_seed(config.seed, "head"))
-    heads = {place: head.to(rt.device) for place, head in probe_heads(places, model.embed_dim, num_classes).items()}
+    heads = {layer: head.to(rt.device) for layer, head in probe_heads(layers, model.embed_dim, num_classes).items()}
     optimizer, peak = lars(heads, config.weight_decay), config.peak_lr(batch)
     for step in range(steps):
-        parts, labels = {place: [] for place in places}, []
+        parts, labels = {layer: [] for layer in layers}, []
         for _ in micro_batches(batch, micro, rt.rank, rt.world_size):
-            images, some = next(batches)
-            for place, features in features_of(model, rt.to_device(images), places, rt).items():
-                parts[place].append(features)
-            labels.append(some.to(rt.device, non_blocking=True))
+            images, batch_labels = next(batches)
+            for layer, features in features_of(model, rt.to_device(images), layers, rt).items():
+                parts[layer].append(features)
+            labels.append(batch_labels.to(rt.device, non_blocking=True))
         target = torch.cat(labels)
-        loss = sum(F.cross_entropy(heads[p](torch.cat(parts[p])), target, reduction="sum") for p in places) / batch
+        loss = sum(F.cross_entropy(heads[p](torch.cat(parts[p])), target, reduction="sum") for p in layers) / batch
         optimizer.zero_grad()
         loss.backward()
         for parameter in (p for head in heads.values() for p in head.parameters()):
@@ -278,8 +288,8 @@ def _train_augmented(
         set_learning_rate(optimizer, learning_rate(step / steps, peak=peak, floor=config.min_lr, warmup=warmup))
         optimizer.step()
         if (step + 1) % max(1, steps // 20) == 0:
-            log.info("step %d/%d · loss %.4f", step + 1, steps, loss.item() / len(places) * rt.world_size)
-    scores = {place: head.eval()(held_out[place].to(rt.device)) for place, head in heads.items()}
+            log.info("step %d/%d · loss %.4f", step + 1, steps, loss.item() / len(layers) * rt.world_size)
+    scores = {layer: head.eval()(held_out[layer].to(rt.device)) for layer, head in heads.items()}
     return scores, plan.total_images
 
 
@@ -287,16 +297,16 @@ def _splits(config: FinetuneConfig) -> tuple[tuple[str, int | None], ...]:
     return ("train", config.train_images), ("val", config.eval_images)
 
 
-def _places(config: FinetuneConfig, start: PretrainedEncoder) -> list[FeatureLayer]:
+def _layers(config: FinetuneConfig, encoder: PretrainedEncoder) -> list[FeatureLayer]:
     """The last block with the configured pooling, or the --layers with both."""
-    depth = start.shape["depth"]
+    depth = encoder.shape.depth
     if not config.layers:
         return [(depth, "mean" if config.pooled else "cls")]
-    if wrong := [layer for layer in config.layers if not 1 <= layer <= depth]:
+    if wrong := [block for block in config.layers if not 1 <= block <= depth]:
         raise ValueError(f"--layers {wrong[0]}: this encoder has blocks 1 to {depth}")
-    return [(layer, pooling) for layer in sorted(set(config.layers)) for pooling in ("cls", "mean")]
+    return [(block, pooling) for block in sorted(set(config.layers)) for pooling in ("cls", "mean")]
 
 
-def _default_place(config: FinetuneConfig, places: list[FeatureLayer]) -> FeatureLayer:
-    """The one that counts as the result among several: the last block, not the best, which would be selection."""
-    return places[-1][0], "mean" if config.pooled else "cls"
+def _headline(config: FinetuneConfig, layers: list[FeatureLayer]) -> FeatureLayer:
+    """The layer that counts as the result: of several the last block, not the best, which would be selection."""
+    return layers[0] if len(layers) == 1 else (layers[-1][0], "mean" if config.pooled else "cls")

@@ -1,58 +1,28 @@
-"""`python -m mae_et reconstruct RUN`: draw what a trained masked autoencoder makes of images, see `picture`."""
+"""`python -m mae_et reconstruct RUN`: draw what a trained masked autoencoder makes of images, see `engine.picture`."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import torch
-import tyro
-from torch import Tensor
 
 from .. import checkpoint
-from ..data.decode import center_crop
-from ..data.pixels import CorruptImage
-from ..data.sources import Source, open_source
+from ..data.decode import center_crops
+from ..data.sources import held_out
 from ..engine import run_folder
 from ..engine.picture import draw_reconstruction
+from ..engine.runtime import Normalize, Runtime
 from ..model import MaskedAutoencoder
-from ..plan.config import PretrainConfig
+from ..plan.config import default_statistics
 from ..plan.curriculum import Stage, StageRow
 from ..plan.schedules import SCHEDULES, patch_counts, scale_size
-from ..plan.shapes import TARGETS, SizePx, height_width
+from ..plan.shapes import TARGETS, ModelShape, height_width
+from .config import ReconstructConfig
 
 log = logging.getLogger(__name__)
 
 FOREIGN_MASK_RATIO = 0.75  # MAE, Sec. 4.1
-
-
-@dataclass(frozen=True)
-class ReconstructConfig:
-    """Draw what a masked autoencoder reconstructs, at every size that it was trained at."""
-
-    run: Annotated[str, tyro.conf.Positional]
-    """Run folder, or any checkpoint that has a decoder."""
-    images: str = ""
-    """Images to draw, anything that --data_path takes; default: the run's own, held-out ones if there are any."""
-    out: str = ""
-    """PNG to write; default: reconstruction.png in the run folder, or beside the checkpoint."""
-    true_statistics: bool = False
-    """Undo normalised pixels with the hidden patches' own mean and std: a leak, shows more than the model knows."""
-    num_images: int = 6
-    """Images to draw, spread evenly over the data."""
-    norm_pix_loss: bool = False
-    """The decoder predicts normalised pixels; needed for checkpoints that don't say so themselves."""
-    seed: int = 0
-    """Of the masks."""
-
-    def __post_init__(self) -> None:
-        if self.num_images < 1:
-            raise ValueError(f"--num_images must be positive, got {self.num_images}")
-        if self.out and Path(self.out).suffix.lower() != ".png":
-            raise ValueError(f"--out must be a .png file, got {self.out}")
 
 
 def reconstruct(config: ReconstructConfig) -> Path:
@@ -68,6 +38,37 @@ def reconstruct(config: ReconstructConfig) -> Path:
     if not run.exists():
         raise FileNotFoundError(f"{run}: no such run folder or checkpoint")
     pretrained = checkpoint.read_pretrained(run)
+    normalized = _check_decoder(config, pretrained)
+    model = MaskedAutoencoder(**pretrained.shape)
+    model.load_state_dict(pretrained.state)
+    record = pretrained.record
+    mean, std = default_statistics(model.in_chans)
+    mean, std = record.get("mean", mean), record.get("std", std)
+    draw_reconstruction(
+        model,
+        Normalize(mean, std, Runtime(torch.device("cpu"), "fp32"))(_read_images(config, pretrained)),
+        [Stage(**stage) for stage in record["stages"]] if record else _foreign_stages(pretrained.shape),
+        target=pretrained.target,
+        normalized=normalized,
+        mean=mean,
+        std=std,
+        path=_path(config),
+        seed=config.seed,
+        statistics="true" if config.true_statistics else "visible",
+        title=f"{run.resolve().name} after {record['step']} steps" if record else run.resolve().name,
+        max_images=config.num_images,
+    )
+    return _path(config)
+
+
+def _path(config: ReconstructConfig) -> Path:
+    run = Path(config.run)
+    return Path(config.out) if config.out else (run if run.is_dir() else run.parent) / run_folder.PICTURE
+
+
+def _check_decoder(config: ReconstructConfig, pretrained: checkpoint.Pretrained) -> bool:
+    """Whether the decoder predicts normalised pixels. ValueError if there is nothing to draw."""
+    run = config.run
     if not pretrained.has_decoder:
         raise ValueError(
             f"{run}: has no decoder, so it can't reconstruct; checkpoint.pt of a run folder has one, and so have full "
@@ -83,74 +84,34 @@ def reconstruct(config: ReconstructConfig) -> Path:
             f"--true_statistics: the decoder of {run} doesn't predict normalised pixels, so there is nothing to undo "
             "(if it does, say so with --norm_pix_loss)"
         )
-    model = MaskedAutoencoder(**pretrained.shape)
-    model.load_state_dict(pretrained.state)
-    record = _training_record(run)
-    data_path = config.images or record.get("config", {}).get("data_path")
-    if not data_path:
-        raise ValueError(f"--images is needed: {run} doesn't say what it was trained on")
-    defaults = PretrainConfig(in_chans=model.in_chans)
-    mean, std = record.get("mean", defaults.pixel_mean), record.get("std", defaults.pixel_std)
-    images = _read_images(_open(data_path), config.num_images, model.img_size, model.in_chans)  # [B, C, H, W]
-    channels_last = (images.float() / 255).movedim(1, -1)
-    out = Path(config.out) if config.out else (run if run.is_dir() else run.parent) / run_folder.PICTURE
-    draw_reconstruction(
-        model,
-        ((channels_last - torch.tensor(mean)) / torch.tensor(std)).movedim(-1, 1),
-        [Stage(**stage) for stage in record["stages"]] if record else _foreign_stages(model),
-        target=pretrained.target,
-        normalized=normalized,
-        mean=mean,
-        std=std,
-        path=out,
-        seed=config.seed,
-        statistics="true" if config.true_statistics else "visible",
-        title=f"{run.resolve().name} after {record['step']} steps" if record else run.resolve().name,
-        max_images=config.num_images,
-    )
-    return out
+    return normalized
 
 
-def _training_record(run: Path) -> Mapping:
-    """What a run's own checkpoint says beside its weights; empty for foreign ones."""
-    file = run_folder.checkpoint_of(run)
-    if not file.exists() or file.suffix == ".safetensors":
-        return {}
-    content = checkpoint.load(file)
-    return content if content.get("format") == checkpoint.FORMAT else {}
-
-
-def _foreign_stages(model: MaskedAutoencoder) -> list[Stage]:
+def _foreign_stages(shape: ModelShape) -> list[Stage]:
     """The sizes of ET++, scaled to the model's, for checkpoints that were trained elsewhere."""
     stages = []
     for size, _ in SCHEDULES["et_pp"][1]:
-        row = StageRow(scale_size(size, model.img_size, model.patch_size), 1.0)
-        counts = patch_counts(row, model.patch_size, FOREIGN_MASK_RATIO, 1.0)
+        row = StageRow(scale_size(size, shape.img_size, shape.patch_size), 1.0)
+        counts = patch_counts(row, shape.patch_size, FOREIGN_MASK_RATIO, 1.0)
         stages.append(Stage(row.size_px, *counts, batch_size=1))
     return stages
 
 
-def _open(data_path: str) -> Source:
-    """Held-out images where there are any."""
+def _read_images(config: ReconstructConfig, pretrained: checkpoint.Pretrained) -> torch.Tensor:
+    """Centre crops, uint8 [B, C, H, W], of --images or of the run's own images: held-out ones, if there are any."""
+    trained_on = pretrained.record.get("config", {})
+    data_path = config.images or trained_on.get("data_path")
+    if not data_path:
+        raise ValueError(f"--images is needed: {config.run} doesn't say what it was trained on")
+    holdout = 0 if config.images else trained_on.get("holdout", 0)
+    shape = pretrained.shape
     try:
-        try:
-            return open_source(data_path, "val")
-        except FileNotFoundError:
-            return open_source(data_path, "train")
+        source = held_out(data_path, holdout)
     except (FileNotFoundError, ValueError) as error:
-        # Here the same paths are called --images.
-        raise ValueError(str(error).replace("--data_path", "--images")) from error
-
-
-def _read_images(source: Source, num_images: int, size_px: SizePx, in_chans: int) -> Tensor:
-    """Up to `num_images` centre crops, evenly spread over the source, of those that can be read: uint8 [B, C, H, W]."""
-    count = min(num_images, len(source))
-    crops = []
-    for index in (i * len(source) // count for i in range(count)):
-        try:
-            crops.append(center_crop(source.read(index)[0], height_width(size_px), in_chans))
-        except (CorruptImage, OSError) as error:
-            log.warning("skipped %s: %s", source.name(index), error)
-    if not crops:
-        raise ValueError(f"--images: none of {count} images could be read, the last of them {source.name(index)}")
-    return torch.stack(crops)
+        raise ValueError(str(error).replace("--data_path", "--images")) from error  # here called --images
+    images, skipped = center_crops(source, config.num_images, height_width(shape.img_size), shape.in_chans)
+    for line in skipped:
+        log.warning("skipped %s", line)
+    if not len(images):
+        raise ValueError(f"--images: none of {len(skipped)} images could be read, the last of them {skipped[-1]}")
+    return images

@@ -124,11 +124,12 @@ def model_shape(name: str) -> dict[str, int]:
     return dict(SIZES[short.split("_")[2]])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ModelShape(Mapping):
-    """The arguments of `create_mae`: all that fixes the weights and the cost of a model. Also reads as a mapping.
+    """The arguments of `create_mae`: all that fixes the weights and the cost of a model.
 
-    Raises ValueError for what can't be built.
+    Also the mapping of :meth:`to_dict`, so that `create_mae(**shape)` builds it; it equals such a mapping. Raises
+    ValueError for what can't be built.
     """
 
     img_size: SizePx = 224
@@ -155,7 +156,7 @@ class ModelShape(Mapping):
         grid_of(self.img_size, self.patch_size)
         choice("decoder", self.decoder, DECODERS)
         for prefix in ("", "decoder_"):
-            width, heads = self[f"{prefix}embed_dim"], self[f"{prefix}num_heads"]
+            width, heads = getattr(self, f"{prefix}embed_dim"), getattr(self, f"{prefix}num_heads")
             if width % heads or width % 4:
                 raise ValueError(
                     f"{prefix}embed_dim {width} must be divisible by {prefix}num_heads {heads}, and by 4 for the 2-D "
@@ -188,27 +189,28 @@ class ModelShape(Mapping):
             + _linear_parameters(self.decoder_embed_dim, self.target_dim)
         )
 
-    def to_dict(self, decoder: bool = True) -> dict[str, Any]:
-        """Plain values for files. MAE's own ways are left out, as are the decoder's arguments without `decoder`."""
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for files; own ways of this package are left out where MAE's are taken."""
         values = dataclasses.asdict(self)
-        for name, own in (("own_positions", False), ("decoder", "self")):
-            if values[name] == own:
+        for name, maes in (("own_positions", False), ("decoder", "self")):
+            if values[name] == maes:
                 del values[name]
-        if not decoder:
-            values = {k: v for k, v in values.items() if not k.startswith("decoder") and k != "target_dim"}
         return values
 
-    # A mapping of its fields, so that `create_mae(**shape)` builds it.
     def __getitem__(self, name: str) -> Any:
-        if name not in self.__dataclass_fields__:
-            raise KeyError(name)
-        return getattr(self, name)
+        return self.to_dict()[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.__dataclass_fields__)
+        return iter(self.to_dict())
 
     def __len__(self) -> int:
-        return len(self.__dataclass_fields__)
+        return len(self.to_dict())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Mapping) and self.to_dict() == ModelShape(**other).to_dict()
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.to_dict().items()))
 
 
 def _linear_parameters(inputs: int, outputs: int) -> int:

@@ -1,0 +1,199 @@
+"""What a person sees of a run: metrics.jsonl, TensorBoard, a line per report, and what the run cost at its end."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch.utils.tensorboard import SummaryWriter
+
+from ..console import console
+from ..data.sources import is_prepared
+from ..files import append_json_line, read_json_lines, write_json_lines
+from ..plan.config import DataFlags, LauncherFlags, PretrainConfig
+from ..plan.cost import Ledger, StageCost
+from ..plan.curriculum import Curriculum
+from ..plan.shapes import show_size
+from .run_folder import METRICS
+from .step import Run
+
+log = logging.getLogger(__name__)
+
+MAX_DATA_WAIT = 0.1
+"""Print data-wait hints above this share of a stage's time."""
+
+
+class RunLogger:
+    """Reports a run on the console, in metrics.jsonl and on TensorBoard. Off on all ranks but one.
+
+    On a terminal a progress bar holds the latest line; elsewhere lines are printed below each other.
+    """
+
+    def __init__(
+        self, folder: Path, log_dir: str | None, curriculum: Curriculum, first_step: int, ledger: Ledger, on: bool
+    ) -> None:
+        self.curriculum, self.on, self.live, self.last = curriculum, on, on and console.is_terminal, ledger.total
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:.0f}% of the compute, ETA"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not self.live,
+        )
+        self.task = self.bar.add_task("starting", total=curriculum.total_flops)
+        if on:
+            self.metrics = folder / METRICS
+            kept = [record for record in read_json_lines(self.metrics) if record["step"] < first_step]
+            write_json_lines(self.metrics, kept)
+            self.board = SummaryWriter(log_dir or str(folder), purge_step=first_step)
+
+    def __enter__(self) -> RunLogger:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.stop()
+        if self.on:
+            self.board.close()
+
+    def rates(self, total: StageCost) -> dict[str, float]:
+        """Images and seconds so far, and images per second and share of waiting for data since this was last called."""
+        images, seconds = total.images - self.last.images, total.seconds - self.last.seconds
+        data_seconds, self.last = total.data_seconds - self.last.data_seconds, total
+        return {
+            "images": total.images,
+            "images_per_second": images / seconds if seconds else 0.0,
+            "data_wait": data_seconds / seconds if seconds else 0.0,
+            "seconds": total.seconds,
+        }
+
+    def report(self, prefix: str, record: Mapping[str, Any], line: str, total: StageCost) -> None:
+        """Write a record, whose "step" was the latest, and show its line. Numbers go to TensorBoard as prefix/name."""
+        if not self.on:
+            return
+        append_json_line(self.metrics, record)
+        for name, value in record.items():
+            if isinstance(value, int | float) and name != "step":
+                self.board.add_scalar(f"{prefix}/{name}", value, record["step"])
+        if self.live:
+            self.bar.update(self.task, completed=total.flops, description=line)
+        else:
+            left = (self.curriculum.total_flops / total.flops - 1) * total.seconds
+            console.print(f"{line} · ETA {left:,.0f} s", highlight=False, soft_wrap=True)
+
+
+def log_plan(run: Run, vanilla: Curriculum) -> None:
+    """Log what is going to run, and what it is going to cost."""
+    config, rt, curriculum = run.config, run.rt, run.curriculum
+    parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
+    log.info("%s on %s", config.model, rt.describe())
+    log.info("%.1f M parameters · %s images in %s", parameters, f"{curriculum.num_images:,}", config.data_path)
+    batch = vanilla.stages[0].batch_size
+    log.info(
+        "total batch %d = %d device(s) × %d micro-batch(es) of at most %d · peak lr %.2e",
+        *(batch, rt.world_size, len(run.micro_batches(vanilla.stages[0])), config.batch_size, run.peak_lr),
+    )
+    warn_of_launchers(config)
+    if config.fsdp and rt.world_size == 1:
+        log.warning("--fsdp: one rank has nothing to share out; start with torchrun for more")
+    for i, stage in enumerate(curriculum.stages):
+        log.info(
+            "stage %d: %s px, %d of %d patches visible, %d predicted, %s steps, %.1f passes, %.0f%% of the compute",
+            *(i + 1, show_size(stage.size_px), stage.num_visible, stage.patches, stage.num_predicted),
+            *(f"{stage.steps:,}", curriculum.passes(stage), 100 * stage.flops / curriculum.total_flops),
+        )
+        if stage.replay > 1:
+            log.info(
+                "stage %d: each decoded sample in %d steps, from a replay buffer of %.2f GiB over all devices",
+                *(i + 1, stage.replay, stage.replay_bytes / 2**30),
+            )
+    ratio = curriculum.total_images * vanilla.stages[0].flops_per_image / curriculum.total_flops
+    log.info("%.2e training FLOPs; vanilla MAE needs %.2f× that for the same images", curriculum.total_flops, ratio)
+    if config.warmup_epochs >= config.epochs:
+        what = "rate never reaches its peak"
+        log.warning("--warmup_epochs %g of --epochs %g: the learning %s", config.warmup_epochs, config.epochs, what)
+    if abs(curriculum.remainder_images) > 0.1 * curriculum.total_images:
+        log.warning("whole steps are %+.0f images off what was asked for", -curriculum.remainder_images)
+    if run.step:
+        log.info("going on after step %d of %d", run.step, curriculum.total_steps)
+
+
+def warn_of_launchers(config: LauncherFlags) -> None:
+    if config.nodes or config.ngpus or config.use_volta32:
+        log.warning("--nodes, --ngpus and --use_volta32 are a launcher's: start with torchrun for more devices")
+
+
+def data_wait_hints(
+    config: DataFlags, curriculum: Curriculum, ledger: Ledger, is_jpeg: bool, spare_cores: int
+) -> list[str]:
+    """A line for every stage that waited for data too long, with what would help.
+
+    config: of pretraining or of fine-tuning, which has less to choose from.
+    """
+    lines = []
+    for i, (stage, cost) in enumerate(zip(curriculum.stages, ledger.stages, strict=True)):
+        if cost.data_wait <= MAX_DATA_WAIT:
+            continue
+        pretraining = isinstance(config, PretrainConfig)
+        small = pretraining and stage.size_px != config.input_size
+        choices = {
+            f"more --num_workers ({spare_cores} cores are left)": spare_cores > 0,
+            "--lowfreq scaled (decodes JPEGs smaller)": small and is_jpeg and config.lowfreq != "scaled",
+            "--replay": small and stage.replay == 1,
+            "--views_per_image 2": pretraining and stage.views_per_image == 1,
+            "python -m mae_et prepare (smaller files)": is_jpeg and not is_prepared(config.data_path),
+        }
+        fitting = [remedy for remedy, fits in choices.items() if fits]
+        lines.append(
+            f"stage {i + 1}, {show_size(stage.size_px)} px, waited for data {cost.data_wait:.0%} of its time; what "
+            f"helps: {', '.join(fitting) or 'more cores'}"
+        )
+    return lines
+
+
+def ledger_table(ledger: Ledger, curriculum: Curriculum, vanilla_flops_per_image: float) -> Table:
+    """What a run has cost, stage by stage, next to vanilla MAE's FLOPs for the same number of images."""
+    heads = (
+        "size",
+        "steps",
+        "images",
+        "decoded",
+        "images/s",
+        "seconds",
+        "data wait",
+        "FLOPs",
+        "share",
+        "vanilla FLOPs",
+        "ratio",
+    )
+    table = Table(title="Cost, and vanilla MAE's for the same images", title_justify="left")
+    for head in heads:
+        table.add_column(head, justify="right")
+    total = ledger.total
+
+    def row(name: str, cost: StageCost) -> tuple[str, ...]:
+        vanilla = cost.images * vanilla_flops_per_image
+        return (
+            name,
+            f"{cost.steps:,}",
+            f"{cost.images:,}",
+            f"{cost.decoded_images:,}",
+            f"{cost.images / cost.seconds if cost.seconds else 0:,.0f}",
+            f"{cost.seconds:,.1f}",
+            f"{cost.data_wait:.0%}",
+            f"{cost.flops:.2e}",
+            f"{cost.flops / total.flops if total.flops else 0:.0%}",
+            f"{vanilla:.2e}",
+            f"{vanilla / cost.flops if cost.flops else 0:.2f}×",
+        )
+
+    for stage, cost in zip(curriculum.stages, ledger.stages, strict=True):
+        table.add_row(*row(show_size(stage.size_px), cost))
+    table.add_section()
+    table.add_row(*row("total", total))
+    return table
