@@ -16,20 +16,19 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
 
-from ..engine.resume import FREE_ON_RESUME
-from ..plan.flags import to_dict
-from ..plan.shapes import as_size, grid_of, show_size
-from .runs import RunRecord, expand, incomparable, read_run, shape_field
+from ..plan.config import PretrainConfig
+from ..plan.flags import RUN, names, to_dict
+from ..plan.shapes import as_size, num_patches, show_size
+from .runs import RunRecord, expand, flag_value, incomparable, read_run
 
 AXES = ("flops", "seconds")
-LENGTH_FIELDS = ("epochs", "warmup_epochs")
-#: Not part of what an arm is: where and how it ran. Batches are compared as the ledger has them.
-NOT_OF_AN_ARM = FREE_ON_RESUME | {"seed"}
+#: Arms that differ in nothing else are one family.
+LENGTHS = frozenset(names(PretrainConfig, lambda role: role.arm and not role.family))
 RESAMPLES = 2000
 LOSS_POINTS = 100
 """Points per run that a report keeps of a loss curve."""
@@ -39,17 +38,17 @@ LOSS_POINTS = 100
 class CompareConfig:
     """Compare what runs cost and gave: `compare RUN… [--baseline RUN…] [--out DIR] [--json]`."""
 
-    runs: tyro.conf.Positional[tuple[str, ...]]
+    runs: Annotated[tuple[str, ...], RUN, tyro.conf.Positional]
     """Run folders, or folders that hold run folders."""
-    baseline: tuple[str, ...] = ()
+    baseline: Annotated[tuple[str, ...], RUN] = ()
     """Runs to compare with, of one or several lengths; default: the runs with --curriculum vanilla."""
-    out: str = ""
+    out: Annotated[str, RUN] = ""
     """Folder for report.html, report.md, report.json and the pictures; default: only the table."""
-    json: bool = False
+    json: Annotated[bool, RUN] = False
     """Print the report as JSON instead of the table."""
-    force: bool = False
+    force: Annotated[bool, RUN] = False
     """Compare what differs in data, model or evaluation all the same; the report says so."""
-    title: str = "Cost and quality"
+    title: Annotated[str, RUN] = "Cost and quality"
     """Title of the report."""
 
 
@@ -115,10 +114,16 @@ def compare(config: CompareConfig) -> dict[str, Any]:
 
 
 def arm_fields(run: RunRecord) -> dict[str, Any]:
-    """What makes a run's arm: its configuration, with batches as they were."""
-    fields = {k: _plain(v) for k, v in to_dict(run.config).items() if k not in NOT_OF_AN_ARM}
-    accounts = run.ledger.stages if run.ledger else []
-    fields["batch"] = "/".join(dict.fromkeys(f"{a.images / a.steps:g}" for a in accounts if a.steps))
+    """What makes a run's arm: every flag with such a role, and what came of flags that leave it to the machine."""
+    plain = to_dict(run.config)
+    fields = {flag: plain[flag] for flag in names(PretrainConfig, lambda role: role.arm)}
+    fields |= {flag: flag_value(run, flag) for flag in fields if plain[flag] is None or flag == "data_path"}
+    fields["computed_in"] = run.environment.get("precision")
+    batches = [f"{c.images / c.steps:g}" for c in (run.ledger.stages if run.ledger else []) if c.steps]
+    fields["batch"] = "/".join(dict.fromkeys(batches))
+    # The learning rate is that of the total batch, which stages that state their own need not have.
+    total = f"{run.config.total_batch(run.environment.get('devices') or run.config.world_size):g}"
+    fields["total_batch"] = None if total in batches[-1:] else total
     return fields
 
 
@@ -128,21 +133,28 @@ def group(runs: Sequence[RunRecord]) -> list[Arm]:
     for run in runs:
         key = "from scratch" if run.ledger is None else json.dumps(arm_fields(run), sort_keys=True)
         by_key.setdefault(key, []).append(run)
-    groups = sorted(by_key.values(), key=lambda some: some[0].cost("flops"))
-    differing = _differing([arm_fields(some[0]) for some in groups if some[0].ledger])
-    stems = [{re.sub(r"[-_]?(seed|s)?[-_]?\d+$", "", run.folder.resolve().name) for run in some} for some in groups]
-    names = [next(iter(stem)) if len(stem) == 1 else "" for stem in stems]
-    named = all(names) and len(set(names)) == len(names)
+    groups = sorted(by_key.values(), key=lambda repeats: repeats[0].cost("flops"))
+    differing = _differing([arm_fields(repeats[0]) for repeats in groups if repeats[0].ledger])
+    stems = [
+        {re.sub(r"[-_]?(seed|s)?[-_]?\d+$", "", run.folder.resolve().name) for run in repeats} for repeats in groups
+    ]
+    stem_names = [next(iter(stem)) if len(stem) == 1 else "" for stem in stems]
+    named = all(stem_names) and len(set(stem_names)) == len(stem_names)
     arms = []
-    for some, stem in zip(groups, names, strict=True):
-        if some[0].ledger is None:
-            arms.append(Arm("from scratch", "from scratch", _by_seed(some)))
+    for repeats, stem in zip(groups, stem_names, strict=True):
+        if repeats[0].ledger is None:
+            arms.append(Arm("from scratch", "from scratch", _by_seed(repeats)))
             continue
-        fields = arm_fields(some[0])
+        fields = arm_fields(repeats[0])
         name = stem if named else _label(fields, differing)
-        family = _label(fields, [field for field in differing if field not in LENGTH_FIELDS])
-        arms.append(Arm(name, family, _by_seed(some)))
+        family = _label(fields, [field for field in differing if field not in LENGTHS])
+        arms.append(Arm(name, family, _by_seed(repeats)))
     return arms
+
+
+def _stem(name: str) -> str:
+    """A folder's name without its seed: vanilla-seed0 is vanilla."""
+    return re.sub(r"[-_]?(seed|s)?[-_]?\d+$", "", name)
 
 
 def _by_seed(runs: list[RunRecord]) -> tuple[RunRecord, ...]:
@@ -172,10 +184,6 @@ def _label(fields: Mapping[str, Any], differing: Iterable[str]) -> str:
                 str(value) if bare else f"{field} {value:g}" if isinstance(value, float) else f"{field} {value}"
             )
     return " · ".join(words)
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _baseline_arms(arms: Sequence[Arm], named: set[Path]) -> list[Arm]:
@@ -265,11 +273,11 @@ def stage_reports(arm: Arm, baseline: Sequence[Arm]) -> list[dict[str, Any]]:
         seconds = statistics.fmean(a.seconds for a in accounts)
         speedup_flops = flops_per_image / (first.flops / first.images)
         speedup_seconds = seconds_per_image / (seconds / first.images) if seconds else None
-        patch = shape_field(arm.runs[0], "patch_size")
+        patch = flag_value(arm.runs[0], "patch_size")
         rows.append(
             {
                 "size_px": show_size(as_size(first.size_px)),
-                "patches": math.prod(grid_of(first.size_px, patch)),
+                "patches": num_patches(first.size_px, patch),
                 "steps": first.steps,
                 "images": first.images,
                 "visible_patches": first.visible_patches,
@@ -381,13 +389,13 @@ def _means(curve: Sequence[Point]) -> tuple[list[float], list[float]]:
 
 def _resample(values: Sequence[float], curve: Sequence[Point]) -> Iterable[tuple[float, Sequence[float]]]:
     """Bootstrap over seeds: means of the arm, and of every arm of the baseline. Empty if any of them has one seed."""
-    groups = [*(some for _, some in curve), values]
-    sizes = [len(some) for some in groups]
+    groups = [*(seeds for _, seeds in curve), values]
+    sizes = [len(seeds) for seeds in groups]
     if min(sizes) < 2:
         return []
     picks = np.random.default_rng(0).integers(0, np.tile(np.repeat(sizes, sizes), (RESAMPLES, 1)))
     parts = np.split(picks, np.cumsum(sizes)[:-1], axis=1)
-    means = [np.asarray(some)[part].mean(axis=1).tolist() for some, part in zip(groups, parts, strict=True)]
+    means = [np.asarray(seeds)[part].mean(axis=1).tolist() for seeds, part in zip(groups, parts, strict=True)]
     return zip(means[-1], zip(*means[:-1], strict=True), strict=True)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import matplotlib
 from rich.table import Table
 
-from ..engine import run_folder
+from ..files import write_json, write_text
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -34,9 +34,9 @@ def write_report(report: Mapping[str, Any], out: Path) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     figures = draw_figures(report)
     paths = [out / "report.json", out / "report.md", out / "report.html"]
-    run_folder.write_json(paths[0], report)
-    run_folder.write_text(paths[1], markdown(report, figures))
-    run_folder.write_text(paths[2], html_page(report, figures))
+    write_json(paths[0], report)
+    write_text(paths[1], markdown(report, figures))
+    write_text(paths[2], html_page(report, figures))
     for name, (figure, _) in figures.items():
         path = out / f"{name}.png"
         figure.savefig(path, dpi=110, metadata={"Software": None})

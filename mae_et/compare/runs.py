@@ -1,4 +1,4 @@
-"""Run folders as they are read for a comparison, and whether they can be compared at all."""
+"""Run folders, read back for a comparison, and whether they can be compared at all. No torch."""
 
 from __future__ import annotations
 
@@ -12,25 +12,12 @@ from typing import Any
 import yaml
 
 from ..engine import run_folder
+from ..evaluate.config import FinetuneConfig
+from ..files import read_json_lines
 from ..plan.config import PretrainConfig
 from ..plan.cost import Ledger, StageCost
-from ..plan.flags import from_dict
+from ..plan.flags import from_dict, names
 from ..plan.shapes import model_shape
-
-#: What makes two runs incomparable: other data, or another model.
-DATA_FIELDS = ("data_path", "holdout", "mean", "std")
-MODEL_FIELDS = tuple(
-    "model input_size patch_size in_chans embed_dim depth num_heads decoder_embed_dim decoder_depth "
-    "decoder_num_heads".split()
-)
-#: Flags of an evaluation that may differ between runs.
-FREE_IN_EVALUATION = frozenset(
-    """
-    finetune like seed output_dir log_dir resume overwrite num_workers pin_mem damaged_limit device dist_eval data_path
-    eval_epochs save_steps save_minutes report world_size local_rank dist_on_itp dist_url job_dir nodes ngpus
-    use_volta32
-    """.split()
-)
 
 
 @dataclass(frozen=True)
@@ -62,18 +49,18 @@ class RunRecord:
 
 def expand(paths: Sequence[str], flag: str) -> list[Path]:
     """Run folders among `paths`; a folder without a config.yaml stands for the run folders in it."""
-    found: list[Path] = []
+    folders: list[Path] = []
     for path in map(Path, paths):
         if not path.is_dir():
             raise FileNotFoundError(f"{flag} {path}: no such folder; give run folders")
         if (path / run_folder.CONFIG).exists():
-            found.append(path)
+            folders.append(path)
             continue
         inside = sorted(p.parent for p in path.glob(f"*/{run_folder.CONFIG}"))
         if not inside:
             raise FileNotFoundError(f"{flag} {path} holds no {run_folder.CONFIG}, nor do the folders in it: not a run")
-        found += inside
-    return list({path.resolve(): path for path in found}.values())
+        folders += inside
+    return list({path.resolve(): path for path in folders}.values())
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -81,11 +68,11 @@ def read_run(folder: Path) -> RunRecord:
     values = _read(folder / run_folder.CONFIG, yaml.safe_load)
     environment = _read(folder / run_folder.ENVIRONMENT, json.loads)
     paths = sorted(folder.glob("eval-*.json"))
-    found = {path: _read(path, json.loads) for path in paths}
-    for path, result in found.items():
+    results = {path: _read(path, json.loads) for path in paths}
+    for path, result in results.items():
         if not isinstance(result, dict) or not {"protocol", "top1", "num_images", "flags"} <= result.keys():
             raise ValueError(f"{path} is not a result of main_finetune.py")
-    evaluations = {path.stem.removeprefix("eval-"): result for path, result in found.items()}
+    evaluations = {path.stem.removeprefix("eval-"): result for path, result in results.items()}
     if "like" in values:
         if not values["like"]:
             raise ValueError(f"{folder} is a fine-tuning run; give the pretraining run it started from")
@@ -94,7 +81,7 @@ def read_run(folder: Path) -> RunRecord:
     if not (folder / run_folder.LEDGER).exists():
         raise FileNotFoundError(f"{folder} has no {run_folder.LEDGER} yet: the run has not saved anything")
     ledger = Ledger.from_state_dict(_read(folder / run_folder.LEDGER, json.loads))
-    metrics = run_folder.read_metrics(folder / run_folder.METRICS)
+    metrics = read_json_lines(folder / run_folder.METRICS)
     return RunRecord(folder, config.seed, config, ledger, environment, metrics, evaluations)
 
 
@@ -106,42 +93,48 @@ def _read(path: Path, parse: Callable[[str], Any]) -> Any:
 
 
 def incomparable(runs: Sequence[RunRecord]) -> list[str]:
-    """Sentences that say which fields differ although they must not."""
-    found = []
+    """Sentences that say which flags differ although they must not, see `Role.match` and `Role.judged`."""
     pretrained = [run for run in runs if run.ledger]
     if not pretrained:
         raise ValueError("none of these runs has been pretrained; give pretraining runs")
-    for run in pretrained[1:]:
-        first = pretrained[0]
-        for field in (*DATA_FIELDS, *MODEL_FIELDS):
-            ours, theirs = shape_field(first, field), shape_field(run, field)
-            if ours != theirs:
-                found.append(f"{field} is {ours} in {first.folder} and {theirs} in {run.folder}")
-        images = [r.environment.get("num_images") for r in (first, run)]
-        if None not in images and images[0] != images[1]:
-            found.append(f"the data set has {images[0]} images in {first.folder} and {images[1]} in {run.folder}")
+    sentences = [line for run in pretrained[1:] for line in _other_data_or_model(pretrained[0], run)]
     for protocol in sorted({p for run in runs for p in run.evaluations}):
-        with_it = [run for run in runs if protocol in run.evaluations]
-        first = with_it[0].evaluations[protocol]
-        for run in with_it[1:]:
-            result = run.evaluations[protocol]
-            names = sorted((first["flags"].keys() & result["flags"].keys()) - FREE_IN_EVALUATION)
-            pairs = [(f"--{n}", first["flags"][n], result["flags"][n]) for n in names]
-            pairs.append(("num_images", first["num_images"], result["num_images"]))
-            data = [_evaluated_on(r, protocol) for r in (with_it[0], run)]
-            pairs += [("--data_path", *data)] if None not in data else []
-            found += [
-                f"evaluation {protocol}: {name} is {a} in {with_it[0].folder} and {b} in {run.folder}"
-                for name, a, b in pairs
-                if a != b
-            ]
-    found += [
+        judged = [run for run in runs if protocol in run.evaluations]
+        sentences += [line for run in judged[1:] for line in _other_evaluation(judged[0], run, protocol)]
+    sentences += [
         f"{run.folder} has stopped at {run.metrics[-1]['p'] if run.metrics else 0:.0%} of its compute; finish it with "
         "--resume auto"
         for run in runs
         if not run.finished
     ]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(sentences))
+
+
+def _other_data_or_model(first: RunRecord, run: RunRecord) -> list[str]:
+    sentences = []
+    for flag in names(PretrainConfig, lambda role: role.match):
+        values = flag_value(first, flag), flag_value(run, flag)
+        if values[0] != values[1]:
+            sentences.append(f"{flag} is {values[0]} in {first.folder} and {values[1]} in {run.folder}")
+    images = [r.environment.get("num_images") for r in (first, run)]
+    if None not in images and images[0] != images[1]:
+        sentences.append(f"the data set has {images[0]} images in {first.folder} and {images[1]} in {run.folder}")
+    return sentences
+
+
+def _other_evaluation(first: RunRecord, run: RunRecord, protocol: str) -> list[str]:
+    results = first.evaluations[protocol], run.evaluations[protocol]
+    flags = [result["flags"] for result in results]
+    judged = [f for f in names(FinetuneConfig, lambda role: role.judged) if f in flags[0] and f in flags[1]]
+    values = [(f"--{flag}", flags[0][flag], flags[1][flag]) for flag in judged]
+    values.append(("num_images", *(result["num_images"] for result in results)))
+    data = [_evaluated_on(r, protocol) for r in (first, run)]
+    values += [("--data_path", *data)] if None not in data else []
+    return [
+        f"evaluation {protocol}: {name} is {a} in {first.folder} and {b} in {run.folder}"
+        for name, a, b in values
+        if a != b
+    ]
 
 
 def _evaluated_on(run: RunRecord, protocol: str) -> str | None:
@@ -149,9 +142,9 @@ def _evaluated_on(run: RunRecord, protocol: str) -> str | None:
     return run.evaluations[protocol]["flags"].get("data_path") or (run.config.data_path if run.ledger else None)
 
 
-def shape_field(run: RunRecord, field: str) -> Any:
-    """A field of the configuration, or what the model's name says where it is left open."""
-    value = getattr(run.config, field)
-    if value is None and field in ("patch_size", "embed_dim", "depth", "num_heads"):
-        value = model_shape(run.config.model)[field]
-    return str(value).rstrip("/") if field == "data_path" else value
+def flag_value(run: RunRecord, name: str) -> Any:
+    """A flag's value in a pretraining run, or what the model's name says where it is left open."""
+    value = getattr(run.config, name)
+    if value is None:
+        value = model_shape(run.config.model).get(name)
+    return str(value).rstrip("/") if name == "data_path" else value
