@@ -40,7 +40,7 @@ from synthetic import LEARNING_RATE, Spread, loader_output, peak_memory, reset_p
 from torch import Tensor, nn
 
 from mae_et.engine import runtime
-from mae_et.engine.pretrain import Run, take_step
+from mae_et.engine.step import Run, take_step
 from mae_et.interop import huggingface_config
 from mae_et.plan.config import PretrainConfig
 from mae_et.plan.curriculum import Stage

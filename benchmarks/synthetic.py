@@ -13,8 +13,9 @@ from torch import Tensor
 
 from mae_et.data.stream import micro_batches
 from mae_et.engine.optim import adamw
-from mae_et.engine.pretrain import Run, take_step, trained_network
+from mae_et.engine.pretrain import trained_network
 from mae_et.engine.runtime import Runtime
+from mae_et.engine.step import Run, take_step
 from mae_et.model import MaskedAutoencoder
 from mae_et.plan.build import build_curriculum
 from mae_et.plan.config import PretrainConfig

@@ -28,7 +28,8 @@ from ..data.sources import open_source
 from ..data.stream import mask_noise
 from ..engine import run_folder, runtime
 from ..engine.optim import adamw
-from ..engine.pretrain import Run, pretrain, take_step
+from ..engine.step import Run, take_step
+from ..engine.pretrain import pretrain
 from ..engine.runtime import Runtime
 from ..evaluate.config import FinetuneConfig
 from ..evaluate.probe import probe
