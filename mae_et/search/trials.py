@@ -28,9 +28,9 @@ from ..data.sources import open_source
 from ..data.stream import mask_noise
 from ..engine import run_folder, runtime
 from ..engine.optim import adamw
-from ..engine.step import Run, take_step
 from ..engine.pretrain import pretrain
 from ..engine.runtime import Runtime
+from ..engine.step import Run, take_step
 from ..evaluate.config import FinetuneConfig
 from ..evaluate.probe import probe
 from ..model import MaskedAutoencoder
