@@ -11,7 +11,6 @@ import os
 import pickle
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,10 +27,10 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from mae_et import checkpoint
 from mae_et.checkpoint import read_pretrained
-from mae_et.engine import run_folder, sharded, storage
-from mae_et.engine.pretrain import check_shards, pretrain
+from mae_et.engine import pretrain as pretraining
+from mae_et.engine import run_folder, sharded, step, storage
+from mae_et.engine.pretrain import PretrainRun, check_micro_batches, pretrain
 from mae_et.engine.runtime import Runtime
-from mae_et.engine.step import Run
 from mae_et.evaluate.config import ReconstructConfig
 from mae_et.evaluate.reconstruct import reconstruct
 from mae_et.model import create_mae
@@ -62,9 +61,8 @@ def is_first() -> bool:
     return os.environ["RANK"] == "0"
 
 
-def replaced(name: str, by: Callable) -> None:
-    """Put by(original) in the place of a function of mae_et.engine.pretrain, in this process."""
-    module = sys.modules["mae_et.engine.pretrain"]
+def replaced(module, name: str, by: Callable) -> None:
+    """Put by(original) in the place of a module's function, in this process."""
     setattr(module, name, by(getattr(module, name)))
 
 
@@ -79,7 +77,7 @@ def train(config: PretrainConfig, stop: int | None = None) -> None:
 
         return step
 
-    replaced("take_step", stopping)
+    replaced(pretraining, "take_step", stopping)
     pretrain(config)
 
 
@@ -251,7 +249,7 @@ def _count_reductions_then_break_a_gradient(config: PretrainConfig) -> None:
 
         return watched
 
-    replaced("accumulate_gradients", watching)
+    replaced(step, "accumulate_gradients", watching)
     with pytest.raises(FloatingPointError, match="norm inf at step 3"):
         pretrain(config)
     model, optimizer = runs[0].model, runs[0].optimizer
@@ -311,15 +309,15 @@ def test_blocks_compile_for_every_stage(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_uneven_micro_batches_are_refused_before_they_hang(photos: Path, tmp_path: Path) -> None:
-    def run(total: int, ranks: int, **changes) -> Run:
+    def run(total: int, ranks: int, **changes) -> PretrainRun:
         config = tiny(photos, tmp_path, **HUGE | SHARDED | {"total_batch_size": total} | changes)
         rt = Runtime(torch.device("cpu"), "fp32", 0, ranks)
-        return Run(config, rt, build_curriculum(config, 20, ranks), None, None, None, 1e-3, None, 0)
+        return PretrainRun(config, rt, build_curriculum(config, 20, ranks), None, None, None, None, 0)
 
-    check_shards(run(6, 4))
-    check_shards(run(5, 2, fsdp=False))
+    check_micro_batches(run(6, 4))
+    check_micro_batches(run(5, 2, fsdp=False))
     with pytest.raises(ValueError, match=r"5 images of 28 px are 1 .* and 2 on another; .* multiple of the 2 ranks"):
-        check_shards(run(5, 2))
+        check_micro_batches(run(5, 2))
 
 
 # ── files from strangers, and from a bad disk ──
@@ -382,12 +380,12 @@ def test_a_damaged_folder_falls_back_to_the_one_before(
         shutil.copy(shard, folder / "shard-00009-model-00001-of-00001.safetensors")
     else:
         (folder / sharded.STATE).unlink()
-    state, found = checkpoint.load_newest(run_folder.checkpoint_of(copied))
+    state, found = sharded.load_newest(run_folder.checkpoint_in(copied))
     assert (state["step"], found.name) == (STOP - 1, "checkpoint.prev1.dcp")
     assert "going on from the one before" in caplog.text
     shutil.rmtree(folder)  # as a kill between two renamings leaves it
     assert run_folder.checkpoint_of(copied).name == "checkpoint.dcp"
-    assert checkpoint.load_newest(run_folder.checkpoint_of(copied))[0]["step"] == STOP - 1
+    assert sharded.load_newest(run_folder.checkpoint_in(copied))[0]["step"] == STOP - 1
 
 
 def test_a_run_goes_on_from_the_folder_before_a_damaged_one(

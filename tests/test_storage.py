@@ -64,7 +64,7 @@ def test_death_at_any_moment_of_a_save_leaves_a_whole_newest_one(tmp_path, keep,
             save(numbered(newest + 1), path, keep)
             os._exit(0)
         died = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-        found, file = load_newest(path)
+        found, file = load_newest(path, load)
         assert found["step"] in (newest, newest + 1), (fatal, found["step"])
         if links:
             assert file == path, "checkpoint.pt is never missing"
@@ -168,20 +168,20 @@ def test_a_damaged_newest_falls_back_and_says_so(tmp_path, caplog):
     path = tmp_path / "checkpoint.pt"
     for number in (1, 2, 3):
         save(numbered(number), path, keep=3)
-    assert load_newest(path)[1] == path and not caplog.records
+    assert load_newest(path, load)[1] == path and not caplog.records
     path.write_bytes(path.read_bytes()[:-100])
     with caplog.at_level(logging.WARNING):
-        content, file = load_newest(path)
+        content, file = load_newest(path, load)
     assert content["step"] == 2 and file == tmp_path / "checkpoint.prev1.pt"
     (record,) = caplog.records
     assert "cut short" in record.getMessage() and str(file) in record.getMessage()
     file.write_bytes(b"")
-    assert load_newest(path)[0]["step"] == 1
+    assert load_newest(path, load)[0]["step"] == 1
     path.unlink()
-    assert load_newest(path)[0]["step"] == 1
+    assert load_newest(path, load)[0]["step"] == 1
     kept(path)[1].write_bytes(b"PK\3\4 no more than this")
     with pytest.raises(FileNotFoundError, match=r"checkpoint\.pt: no such file"):
-        load_newest(path)
+        load_newest(path, load)
 
 
 def test_what_is_no_damage_is_not_passed_over(tmp_path):
@@ -191,10 +191,10 @@ def test_what_is_no_damage_is_not_passed_over(tmp_path):
     save(numbered(2), path, keep=2)
     torch.save([1, 2], path)
     with pytest.raises(CheckpointError, match="holds a list"):
-        load_newest(path)
+        load_newest(path, load)
     torch.save({"model": Path("x")}, path)
     with pytest.raises(CheckpointError, match="could run code"):
-        load_newest(path)
+        load_newest(path, load)
 
 
 def test_compressed_records_are_refused_before_they_grow(tmp_path):

@@ -172,6 +172,7 @@ def pretrain(config: PretrainConfig) -> Path:
             run.restore(state, resume or branch, "--resume" if resume else "--branch", read_from)
         del state
         check_ranks(run, len(source))
+        check_micro_batches(run)
 
         # The first batch before anything on disk is replaced.
         loader = open_loader(run, source)
@@ -217,13 +218,17 @@ def first_step(config: PretrainConfig, curriculum: Curriculum) -> int:
 
 
 def check_ranks(run: PretrainRun, num_images: int) -> None:
-    """ValueError unless all ranks see the same data and step, and can take the same micro-batches."""
+    """ValueError unless all ranks see the same data and step."""
     run.rt.check_equal_on_ranks(step=run.step, images=num_images, steps=run.curriculum.total_steps)
     # Compare the digests that rank 0 has; an image that one rank could not read is not a mismatch.
     digests = {i: int(run.images[i], 16) if i in run.images else None for i in run.rt.from_main(list(run.images))}
     run.rt.check_equal_on_ranks(**{f"image {i}": digest for i, digest in digests.items()})
+
+
+def check_micro_batches(run: PretrainRun) -> None:
+    """ValueError unless ranks of a sharded model have as many micro-batches: they gather its blocks for each."""
     ranks = range(run.rt.world_size if run.is_sharded else 0)
-    for stage in run.curriculum.stages:  # ranks of a sharded model gather its blocks for each micro-batch together
+    for stage in run.curriculum.stages:
         counts = sorted({len(run.micro_batches(stage, rank)) for rank in ranks})
         if len(counts) > 1:
             raise ValueError(

@@ -116,7 +116,7 @@ class Cadence:
     """Whether something holds on any rank; all ranks ask together."""
     collective_saves: bool = False
     """Saving takes all ranks (a sharded model)."""
-    clock: Callable[[], float] = time.monotonic
+    clock: Callable[[], float] = field(default_factory=lambda: time.monotonic)
     saved_at: float = field(init=False)
 
     def __post_init__(self) -> None:
