@@ -37,12 +37,11 @@ from typing import Any
 import tyro
 import yaml
 
-from mae_et.data.sources import open_source
+from mae_et.data.sources import count_images, open_source
 from mae_et.evaluate.config import FinetuneConfig
 from mae_et.plan.build import build_curriculum
 from mae_et.plan.config import PretrainConfig
 from mae_et.plan.flags import from_dict, from_recipe, parse, to_dict, to_yaml
-from mae_et.plan.report import count_images
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ("config.yaml", "environment.json", "ledger.json", "metrics.jsonl")

@@ -28,9 +28,10 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
+from mae_et.data.config import PrepareConfig
 from mae_et.data.decode import train_crop, train_crops
 from mae_et.data.photos import CLASSES, _photograph
-from mae_et.data.prepare import Encoder, PrepareConfig
+from mae_et.data.prepare import Encoder
 from mae_et.plan.config import IMAGENET_MEAN, IMAGENET_STD
 
 FULL_PX = 224

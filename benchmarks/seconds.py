@@ -25,11 +25,11 @@ from rich.console import Console
 from rich.table import Table
 from synthetic import Spread, Stopwatch, synthetic_run
 
+from mae_et.data.sources import count_images
 from mae_et.engine import runtime
 from mae_et.plan.build import as_vanilla, build_curriculum
 from mae_et.plan.config import PretrainConfig
 from mae_et.plan.flags import parse
-from mae_et.plan.report import count_images
 from mae_et.plan.shapes import show_size
 
 #: Recipe -> flags that make it fit a laptop: what is accumulated over, not what a micro-batch holds.

@@ -27,7 +27,7 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +40,11 @@ from synthetic import LEARNING_RATE, Spread, loader_output, peak_memory, reset_p
 from torch import Tensor, nn
 
 from mae_et.engine import runtime
-from mae_et.engine.pretrain import Run, take_step
+from mae_et.engine.pretrain import PretrainRun
+from mae_et.engine.step import take_step
 from mae_et.interop import huggingface_config
 from mae_et.plan.config import PretrainConfig
 from mae_et.plan.curriculum import Stage
-from mae_et.plan.report import model_kwargs
 from mae_et.plan.shapes import show_size
 
 OURS, THEIRS, THEIRS_HERE = "mae_et", "transformers ViTMAE", "ViTMAE, our process"
@@ -83,7 +83,7 @@ class StepConfig:
 class Contestant:
     """One model in one precision at one size. A step takes uint8 images to new weights."""
 
-    run: Run
+    run: PretrainRun
     stage: Stage
     theirs: nn.Module | None = None
 
@@ -114,7 +114,7 @@ class Contestant:
 
     def _their_step(self, images: Tensor) -> None:
         prepared = self.run.prepare(images, self.stage)
-        noise = torch.rand(len(images), self.run.patches(self.stage), device=prepared.device)
+        noise = torch.rand(len(images), self.stage.patches, device=prepared.device)
         with self.run.rt.autocast():
             loss = self.theirs(prepared, noise=noise).loss
         loss.backward()
@@ -202,7 +202,7 @@ def measure(options: StepConfig, model: str) -> list[dict[str, Any]]:
 
 
 def measure_stage(
-    options: StepConfig, model: str, index: int, runs: dict[str, Run], best: dict[str, float]
+    options: StepConfig, model: str, index: int, runs: dict[str, PretrainRun], best: dict[str, float]
 ) -> list[dict[str, Any]]:
     """Rows of one size: a round takes one step of each contestant."""
     with contextlib.ExitStack() as stack:
@@ -223,10 +223,10 @@ def measure_stage(
         return [row(model, runs[one.precision], index, one, everyone, best[one.precision]) for one in everyone]
 
 
-def vit_mae(run: Run, stage: Stage) -> nn.Module:
+def vit_mae(run: PretrainRun, stage: Stage) -> nn.Module:
     """transformers' ViTMAE of the same shape, for inputs of the stage's size."""
-    shape = model_kwargs(run.config) | {"img_size": stage.size_px}
-    patches = run.patches(stage)
+    shape = replace(run.model.shape, img_size=stage.size_px)
+    patches = stage.patches
     ratio = 1 - (stage.num_visible + 0.5) / patches  # theirs keeps int(L · (1 − ratio))
     config = huggingface_config(shape, norm_pix_loss=True, mask_ratio=ratio)
     assert int(patches * (1 - ratio)) == stage.num_visible and stage.num_predicted == patches - stage.num_visible
@@ -248,7 +248,7 @@ def best_matmul(rt: runtime.Runtime) -> float:
     return best
 
 
-def row(model: str, run: Run, index: int, mine: Times, everyone: list[Times], best: float) -> dict[str, Any]:
+def row(model: str, run: PretrainRun, index: int, mine: Times, everyone: list[Times], best: float) -> dict[str, Any]:
     """What was measured of one contestant, and how much faster it is than ViTMAE in the same precision."""
     stage = run.curriculum.stages[index]
     rate = Spread.of([stage.batch_size / seconds for seconds in mine.seconds])
@@ -263,7 +263,7 @@ def row(model: str, run: Run, index: int, mine: Times, everyone: list[Times], be
         "precision": mine.precision,
         "device": run.rt.describe(),
         "size_px": stage.size_px,
-        "patches": run.patches(stage),
+        "patches": stage.patches,
         "batch_size": stage.batch_size,
         "images_per_second": vars(rate),
         "speedup_over_transformers": speedup_over(THEIRS),

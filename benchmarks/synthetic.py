@@ -11,51 +11,42 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mae_et.data.stream import micro_batches
-from mae_et.engine.optim import adamw
-from mae_et.engine.pretrain import Run, take_step, trained_network
+from mae_et.engine.pretrain import PretrainRun
 from mae_et.engine.runtime import Runtime
-from mae_et.model import MaskedAutoencoder
-from mae_et.plan.build import build_curriculum
+from mae_et.engine.step import take_step
 from mae_et.plan.config import PretrainConfig
-from mae_et.plan.cost import Ledger
 from mae_et.plan.curriculum import Stage
-from mae_et.plan.report import model_kwargs
+from mae_et.plan.shapes import height_width
 
 LEARNING_RATE = 1e-5
 
 
-def synthetic_run(config: PretrainConfig, rt: Runtime, num_images: int) -> Run:
+def synthetic_run(config: PretrainConfig, rt: Runtime, num_images: int) -> PretrainRun:
     """Everything `train` works on but data and a folder: real stages, model, optimiser."""
-    curriculum = build_curriculum(config, num_images, rt.world_size)
-    torch.manual_seed(0)
-    model = MaskedAutoencoder(**model_kwargs(config)).to(rt.device)
-    network = trained_network(model, config, rt)
-    optimizer = adamw(model, config.weight_decay)
-    return Run(config, rt, curriculum, model, network, optimizer, LEARNING_RATE, Ledger.of(curriculum), step=0)
+    return PretrainRun.create(config, rt, num_images)
 
 
-def loader_output(run: Run, stage: Stage) -> list[Tensor]:
+def loader_output(run: PretrainRun, stage: Stage) -> list[Tensor]:
     """Micro-batches of one step as the loader delivers them: uint8, at full size if the device does the crop."""
-    pieces = micro_batches(stage.batch_size, stage.micro_size(run.config.batch_size), 0, 1)
+    micro_batches = run.micro_batches(stage)
     generator = torch.Generator().manual_seed(0)
-    shape = (max(map(len, pieces)), run.config.in_chans, *run.loader_px(stage))
+    shape = (max(map(len, micro_batches)), run.config.in_chans, *height_width(stage.loader_px))
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
     images = images.pin_memory() if run.rt.device.type == "cuda" else images
-    return [images[: len(piece)] for piece in pieces]
+    return [images[: len(rows)] for rows in micro_batches]
 
 
 @dataclass
 class Stopwatch:
     """Times one kind of step: forward, backward and update, from uint8 images to new weights."""
 
-    run: Run
+    run: PretrainRun
     stage: Stage
     batches: list[Tensor]
     seconds: list[float]
 
     @classmethod
-    def of(cls, run: Run, stage: Stage) -> Stopwatch:
+    def of(cls, run: PretrainRun, stage: Stage) -> Stopwatch:
         watch = cls(run, stage, loader_output(run, stage), [])
         watch.step()  # warms its shapes
         watch.seconds.clear()

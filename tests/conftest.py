@@ -1,9 +1,80 @@
-"""The longest tests come first: begun last, one would keep a core waiting for it alone."""
+"""Fixtures that several test modules share. The longest tests come first: begun last, one would keep a core waiting."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
 import pytest
+import torch
+import yaml
+from PIL import Image
+from tiny import SHAPE, tiny
+
+from mae_et.engine import storage
+from mae_et.engine.pretrain import pretrain
+from mae_et.engine.resume import FORMAT
+from mae_et.model import MaskedAutoencoder
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As `whole` and the scripts of these tests run: only then are results the same bit for bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 small smooth images, flat and unlabelled."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for i in range(20):
+        small = Image.fromarray(rng.integers(0, 256, (2, 3, 3), dtype=np.uint8))
+        small.resize((60, 48), Image.Resampling.BICUBIC).save(folder / f"{i:02}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def whole(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run, on one thread as the scripts of these tests run."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    folder = pretrain(tiny(photos, tmp_path_factory.mktemp("whole") / "run"))
+    torch.set_num_threads(threads)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes that differ in colour: 8 training and 4 held-out pictures of each."""
+    root, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for split, count in (("train", 8), ("val", 4)):
+        for label, name in enumerate(("red", "green", "blue")):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 90, (20, 28, 3), dtype=np.uint8)
+                pixels[..., label] += 150
+                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture
+def run(tmp_path: Path, pictures: Path) -> Path:
+    """What pretraining leaves behind."""
+    torch.manual_seed(0)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    facts = {"target": "pixel", "norm_pix_loss": False, "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]}
+    facts |= {"format": FORMAT, "config": {"data_path": str(pictures)}}
+    shape = SHAPE | {"target_dim": 192}
+    storage.save(facts | {"model": MaskedAutoencoder(**shape).state_dict(), "shape": shape}, folder / "checkpoint.pt")
+    (folder / "config.yaml").write_text(yaml.safe_dump(facts["config"]))
+    return folder

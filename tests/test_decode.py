@@ -16,8 +16,10 @@ from PIL import Image
 from torchvision.transforms import RandomResizedCrop, v2
 
 from mae_et.data import decode, pixels
-from mae_et.data.decode import CorruptImage, center_crop, to_image, train_crop, train_crops
+from mae_et.data.decode import center_crop, center_crops, train_crop, train_crops
+from mae_et.data.labelled import EvalCrops
 from mae_et.data.photos import _photograph
+from mae_et.data.pixels import CorruptImage, to_image
 from mae_et.data.views import draw_view
 from mae_et.plan.shapes import OPERATORS
 
@@ -315,7 +317,7 @@ SEEDS = st.integers(0, 2**63 - 1)
 
 
 @FEW
-@given(SEEDS, st.sampled_from(OPERATORS), st.sampled_from([0, 9]))
+@given(SEEDS, st.sampled_from(list(OPERATORS)), st.sampled_from([0, 9]))
 def test_the_seed_decides_everything(seed, operator, augment):
     item = FORMATS["rgb jpeg"]
     first = crop(item, operator=operator, seed=seed, augment=augment)
@@ -592,6 +594,41 @@ def test_center_crop_covers_any_shape(height, width, out_height, out_width, crop
     out = center_crop(np.full((height, width, in_chans), 77, np.uint8), (out_height, out_width), in_chans, crop_pct)
     assert out.shape == (in_chans, out_height, out_width)
     assert (out == 77).all()  # nothing outside the picture was padded in
+
+
+class Pictures:
+    """An unlabelled source in which every third image can't be read."""
+
+    classes = labels = None
+
+    def __len__(self) -> int:
+        return 10
+
+    def read(self, index: int) -> tuple[np.ndarray | bytes, None]:
+        if index == 3:
+            raise OSError("gone")
+        return (b"broken" if index % 3 == 0 else np.full((20, 30, 3), index, np.uint8)), None
+
+    def name(self, index: int) -> str:
+        return f"picture {index}"
+
+
+def test_center_crops_are_spread_evenly_and_name_what_is_left_out():
+    crops, skipped = center_crops(Pictures(), 5, (8, 12), 3)  # numbers 0, 2, 4, 6, 8
+    assert crops.dtype == torch.uint8 and crops.shape == (3, 3, 8, 12)
+    assert crops[:, 0, 0, 0].tolist() == [2, 4, 8]
+    assert [text.partition(":")[0] for text in skipped] == ["picture 0", "picture 6"]
+    everything, skipped = center_crops(Pictures(), 99, (8, 12), 3)
+    assert everything[:, 0, 0, 0].tolist() == [1, 2, 4, 5, 7, 8] and "picture 3: gone" in skipped
+    nothing, skipped = center_crops(Pictures(), 1, (8, 12), 3)
+    assert nothing.shape == (0, 3, 8, 12) and len(skipped) == 1
+
+
+def test_crops_of_an_unlabelled_source_have_label_minus_one():
+    crops = EvalCrops(Pictures(), (8, 8), 3, 1.0)
+    assert [crops[index][1] for index in (1, 2)] == [-1, -1]
+    with pytest.raises(ValueError, match="--data_path: picture 0"):
+        crops[0]
 
 
 def test_center_crop_refuses_an_impossible_share(photo):

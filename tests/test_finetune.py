@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
 from ranks import on_ranks
+from tiny import QUICK, SHAPE
 
 from mae_et import checkpoint
 from mae_et.data.labelled import Augmentation, TrainCrops, eval_batches, labelled_batches, seeded
@@ -22,66 +21,15 @@ from mae_et.data.loader import CorruptLog
 from mae_et.data.sources import open_source
 from mae_et.data.stream import Sample
 from mae_et.evaluate import finetune as finetune_module
+from mae_et.evaluate.augmentation import augmentation, mixed, mixing
 from mae_et.evaluate.config import FinetuneConfig
 from mae_et.evaluate.encoder import adapt_positions, build_classifier, load_encoder
 from mae_et.evaluate.finetune import finetune, layer_decay_adamw
-from mae_et.evaluate.mixing import augmentation, mixed, mixing
 from mae_et.model import MaskedAutoencoder, sincos_table
 from mae_et.plan.flags import parse
 
-ROOT = Path(__file__).parent.parent
-SHAPE = {
-    "img_size": 16,
-    "patch_size": 8,
-    "in_chans": 3,
-    "embed_dim": 16,
-    "depth": 3,
-    "num_heads": 2,
-    "decoder_embed_dim": 16,
-    "decoder_depth": 1,
-    "decoder_num_heads": 2,
-}
+pytestmark = pytest.mark.usefixtures("one_thread")  # these tensors are too small to share out
 PLAIN = {"mixup": 0, "cutmix": 0, "reprob": 0, "aa": "none", "drop_path": 0}
-QUICK = {"device": "cpu", "precision": "fp32", "num_workers": 0, "batch_size": 6, "epochs": 2, "lr": 1e-3}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """These tensors are too small to share out."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three classes that differ in colour: 8 training and 4 held-out pictures of each."""
-    root, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
-    for split, count in (("train", 8), ("val", 4)):
-        for label, name in enumerate(("red", "green", "blue")):
-            (root / split / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = rng.integers(0, 90, (20, 28, 3), dtype=np.uint8)
-                pixels[..., label] += 150
-                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
-    return root
-
-
-@pytest.fixture
-def run(tmp_path: Path, pictures: Path) -> Path:
-    """What pretraining leaves behind."""
-    torch.manual_seed(0)
-    folder = tmp_path / "run"
-    folder.mkdir()
-    facts = {"target": "pixel", "norm_pix_loss": False, "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]}
-    facts |= {"format": checkpoint.FORMAT, "config": {"data_path": str(pictures)}}
-    shape = SHAPE | {"target_dim": 192}
-    checkpoint.save(
-        facts | {"model": MaskedAutoencoder(**shape).state_dict(), "shape": shape}, folder / "checkpoint.pt"
-    )
-    (folder / "config.yaml").write_text(yaml.safe_dump(facts["config"]))
-    return folder
 
 
 @pytest.mark.parametrize("pooled", [True, False])

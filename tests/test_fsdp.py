@@ -23,16 +23,17 @@ import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
 from ranks import on_ranks
-from test_pretrain import TINY, _assert_close, assert_same, photos, tiny, weights  # noqa: F401
-from test_security import Malicious
+from tiny import TINY, Malicious, assert_close, assert_same, tiny, weights
 from torch.distributed.tensor.debug import CommDebugMode
 
 from mae_et import checkpoint
 from mae_et.checkpoint import read_pretrained
 from mae_et.engine import run_folder, sharded, storage
-from mae_et.engine.pretrain import Run, check_shards, pretrain
+from mae_et.engine.pretrain import check_shards, pretrain
 from mae_et.engine.runtime import Runtime
-from mae_et.evaluate.reconstruct import ReconstructConfig, reconstruct
+from mae_et.engine.step import Run
+from mae_et.evaluate.config import ReconstructConfig
+from mae_et.evaluate.reconstruct import reconstruct
 from mae_et.model import create_mae
 from mae_et.plan.build import build_curriculum
 from mae_et.plan.config import PretrainConfig
@@ -86,7 +87,7 @@ def train(config: PretrainConfig, stop: int | None = None) -> None:
 
 
 @pytest.fixture(scope="module")
-def one_process(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def one_process(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run of one process: neither sharded nor recomputing."""
     folder = tmp_path_factory.mktemp("one") / "run"
     on_ranks(1, folder.parent / "log", train, tiny(photos, folder, **HUGE))
@@ -94,7 +95,7 @@ def one_process(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def two_ranks(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def two_ranks(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted sharded run."""
     folder = tmp_path_factory.mktemp("two") / "run"
     on_ranks(2, folder.parent / "log", train, tiny(photos, folder, **HUGE, **SHARDED))
@@ -102,7 +103,7 @@ def two_ranks(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  
 
 
 @pytest.fixture(scope="module")
-def stopped(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def stopped(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, stopped by a signal to one rank; the step before was saved, too."""
     folder = tmp_path_factory.mktemp("stopped") / "run"
     config = tiny(photos, folder, **HUGE, **SHARDED, save_steps=STOP - 1)
@@ -110,7 +111,7 @@ def stopped(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # 
     return folder
 
 
-def gone_on(stopped: Path, folder: Path, photos: Path, ranks: int, **changes) -> Path:  # noqa: F811
+def gone_on(stopped: Path, folder: Path, photos: Path, ranks: int, **changes) -> Path:
     """A copy of a stopped run, resumed to its end."""
     shutil.copytree(stopped, folder)
     config = tiny(photos, folder, **HUGE | SHARDED | changes, resume="auto")
@@ -122,7 +123,7 @@ def gone_on(stopped: Path, folder: Path, photos: Path, ranks: int, **changes) ->
 
 
 def test_sharded_ranks_equal_one_process(one_process: Path, two_ranks: Path) -> None:
-    _assert_close(two_ranks, one_process)
+    assert_close(two_ranks, one_process)
     one, two = (checkpoint.load(folder / "checkpoint.pt")["optimizer"]["state"] for folder in (one_process, two_ranks))
     for index in one:
         for name in one[index]:
@@ -133,7 +134,7 @@ def test_sharded_ranks_equal_one_process(one_process: Path, two_ranks: Path) -> 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_resumes_on_any_number_of_ranks(
-    photos: Path,  # noqa: F811
+    photos: Path,
     tmp_path: Path,
     stopped: Path,
     two_ranks: Path,
@@ -148,15 +149,15 @@ def test_resumes_on_any_number_of_ranks(
             "\n"
         )
     else:
-        _assert_close(folder, two_ranks)
+        assert_close(folder, two_ranks)
 
 
-def test_a_run_that_was_not_sharded_goes_on_sharded(photos: Path, tmp_path: Path, one_process: Path) -> None:  # noqa: F811
+def test_a_run_that_was_not_sharded_goes_on_sharded(photos: Path, tmp_path: Path, one_process: Path) -> None:
     config = tiny(photos, tmp_path / "stopped", **HUGE)
     on_ranks(1, tmp_path / "log", train, config, STOP)
     assert checkpoint.load(tmp_path / "stopped" / "checkpoint.pt")["step"] == STOP
     folder = gone_on(tmp_path / "stopped", tmp_path / "run", photos, 2)
-    _assert_close(folder, one_process)
+    assert_close(folder, one_process)
 
 
 # ── what a run leaves behind ──
@@ -183,7 +184,7 @@ def test_a_stopped_run_can_be_used_as_any_other(stopped: Path, tmp_path: Path) -
     assert reconstruct(ReconstructConfig(str(stopped), out=str(tmp_path / "picture.png"))).stat().st_size > 0
 
 
-def test_clocks_of_ranks_may_differ(photos: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_clocks_of_ranks_may_differ(photos: Path, tmp_path: Path) -> None:
     """The second rank's clock runs a million times too fast, and `--save_minutes` has passed there after every step."""
     config = tiny(photos, tmp_path / "run", **HUGE, **SHARDED, keep_checkpoints=3)
     on_ranks(2, tmp_path / "log", _train_with_a_fast_clock, config)
@@ -203,7 +204,7 @@ def _train_with_a_fast_clock(config: PretrainConfig) -> None:
     train(config, STOP)
 
 
-def test_a_full_disk_on_one_rank_keeps_the_last_checkpoint(photos: Path, stopped: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_full_disk_on_one_rank_keeps_the_last_checkpoint(photos: Path, stopped: Path, tmp_path: Path) -> None:
     shutil.copytree(stopped, tmp_path / "run")
     config = tiny(photos, tmp_path / "run", **HUGE, **SHARDED, resume="auto", save_steps=1)
     on_ranks(2, tmp_path / "log", _fill_the_disk, config)
@@ -223,7 +224,7 @@ def _fill_the_disk(config: PretrainConfig) -> None:
 # ── the step ──
 
 
-def test_gradients_are_reduced_once_and_must_be_finite(photos: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_gradients_are_reduced_once_and_must_be_finite(photos: Path, tmp_path: Path) -> None:
     """A rank holds half of everything, its gradients are reduced in the last of two micro-batches, and one that is
     infinite on one rank never reaches the weights of any, nor the disk."""
     config = tiny(photos, tmp_path / "run", **HUGE, **SHARDED, save_steps=1)
@@ -309,7 +310,7 @@ def test_blocks_compile_for_every_stage(monkeypatch: pytest.MonkeyPatch) -> None
 # ── mistakes ──
 
 
-def test_uneven_micro_batches_are_refused_before_they_hang(photos: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_uneven_micro_batches_are_refused_before_they_hang(photos: Path, tmp_path: Path) -> None:
     def run(total: int, ranks: int, **changes) -> Run:
         config = tiny(photos, tmp_path, **HUGE | SHARDED | {"total_batch_size": total} | changes)
         rt = Runtime(torch.device("cpu"), "fp32", 0, ranks)
@@ -390,16 +391,16 @@ def test_a_damaged_folder_falls_back_to_the_one_before(
 
 
 def test_a_run_goes_on_from_the_folder_before_a_damaged_one(
-    photos: Path,  # noqa: F811
+    photos: Path,
     copied: Path,
     two_ranks: Path,
 ) -> None:
     min((copied / "checkpoint.dcp").glob("*.safetensors")).unlink()
     pretrain(tiny(photos, copied, **HUGE | SHARDED, resume="auto"))
-    _assert_close(copied, two_ranks)
+    assert_close(copied, two_ranks)
 
 
-def test_a_folder_of_shards_counts_as_a_run(photos: Path, copied: Path) -> None:  # noqa: F811
+def test_a_folder_of_shards_counts_as_a_run(photos: Path, copied: Path) -> None:
     config = tiny(photos, copied, **HUGE)
     (copied / "metrics.jsonl").unlink()
     with pytest.raises(FileExistsError, match=r"already holds a run \(checkpoint.dcp\)"):

@@ -16,7 +16,8 @@ from mae_et import checkpoint
 from mae_et.data.sources import open_source
 from mae_et.engine import picture
 from mae_et.engine.picture import draw_reconstruction, hog_strokes, predicted_pixels
-from mae_et.evaluate.reconstruct import ReconstructConfig, reconstruct
+from mae_et.evaluate.config import ReconstructConfig
+from mae_et.evaluate.reconstruct import reconstruct
 from mae_et.model import MaskedAutoencoder, Output
 from mae_et.plan.curriculum import Stage
 from mae_et.plan.shapes import target_dim

@@ -20,12 +20,12 @@ import pytest
 import torch
 from PIL import Image
 
-from mae_et.data.cache import CachedSource
-from mae_et.data.decode import to_image
+from mae_et.data.config import PrepareConfig
 from mae_et.data.loader import CorruptLog, TrainImages, train_batches
-from mae_et.data.prepare import PrepareConfig, prepare
+from mae_et.data.pixels import to_image
+from mae_et.data.prepare import prepare
 from mae_et.data.shards import INDEX, ShardSource
-from mae_et.data.sources import open_source
+from mae_et.data.sources import CachedSource, open_source
 from mae_et.data.stream import SampleStream
 from mae_et.plan.curriculum import Curriculum, Stage
 

@@ -16,101 +16,24 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import yaml
 from PIL import Image
 from ranks import on_ranks
+from tiny import ROOT, TINY, assert_close, assert_same, recipe_file, script, tiny, weights
 
 from mae_et import checkpoint
 from mae_et.data.sources import Source, open_source
+from mae_et.engine import step
 from mae_et.engine.pretrain import pretrain
 from mae_et.engine.resume import check_images, fingerprint
-from mae_et.evaluate.reconstruct import ReconstructConfig, reconstruct
+from mae_et.evaluate.config import ReconstructConfig
+from mae_et.evaluate.reconstruct import reconstruct
 from mae_et.plan.config import PretrainConfig
 from mae_et.plan.flags import from_dict
 
-ROOT = Path(__file__).parent.parent
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
-TINY = {
-    "model": "mae_vit_tiny_patch16",
-    "input_size": 32,
-    "patch_size": 8,
-    "embed_dim": 24,
-    "depth": 2,
-    "num_heads": 2,
-    "decoder_embed_dim": 16,
-    "decoder_depth": 1,
-    "decoder_num_heads": 2,
-    "curriculum": "custom",
-    "stages": [{"size_px": 16, "share": 0.5, "crop_scale": [0.5, 1.0]}, {"size_px": 32, "share": 0.5}],
-    "epochs": 2,
-    "warmup_epochs": 0.5,
-    "batch_size": 6,
-    "num_workers": 0,
-    "precision": "fp32",
-    "lr": 1e-3,
-    "device": "cpu",
-    "print_steps": 3,
-}
-
-
-@pytest.fixture(scope="session")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """20 small smooth images, flat and unlabelled."""
-    folder = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for i in range(20):
-        small = Image.fromarray(rng.integers(0, 256, (2, 3, 3), dtype=np.uint8))
-        small.resize((60, 48), Image.Resampling.BICUBIC).save(folder / f"{i:02}.png")
-    return folder
-
-
-def tiny(photos: Path, out: Path, **changes) -> PretrainConfig:
-    return from_dict(PretrainConfig, TINY | {"data_path": str(photos), "output_dir": str(out)} | changes, "test")
-
-
-def script(*flags: str, program: tuple[str, ...] = (), env: dict[str, str] | None = None, **kwargs) -> subprocess.Popen:
-    command = [*(program or (sys.executable,)), str(ROOT / "main_pretrain.py"), *flags]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | (env or {})
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, **kwargs
-    )
-
-
-def recipe_file(config: dict, path: Path) -> Path:
-    path.write_text(yaml.safe_dump(config))
-    return path
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return checkpoint.load(folder / "checkpoint.pt")["model"]
-
-
-def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert a.keys() == b.keys()
-    for key in a:
-        assert torch.equal(a[key], b[key]), key
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """As `whole` and the scripts of these tests run: only then are results the same bit for bit."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="session")
-def whole(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An uninterrupted run, on one thread as the scripts of these tests run."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    folder = pretrain(tiny(photos, tmp_path_factory.mktemp("whole") / "run"))
-    torch.set_num_threads(threads)
-    return folder
 
 
 def test_run_folder(whole: Path) -> None:
@@ -276,7 +199,7 @@ def test_many_ranks_equal_one(photos: Path, tmp_path: Path, whole: Path, ranks: 
     config = tiny(photos, tmp_path / "run", total_batch_size=6, batch_size=2)
     on_ranks(ranks, tmp_path / "log", pretrain, config)
     assert f"{ranks} ranks" in (tmp_path / "log" / "rank0.txt").read_text()
-    _assert_close(tmp_path / "run", whole)
+    assert_close(tmp_path / "run", whole)
 
 
 @pytest.fixture
@@ -340,7 +263,7 @@ def test_two_hosts_train_as_one_and_stop_when_one_dies(
     processes = launch()
     outputs = [process.communicate(timeout=180)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
-    _assert_close(tmp_path / "run", whole, same_lines=False)
+    assert_close(tmp_path / "run", whole, same_lines=False)
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the ranks in /proc")
@@ -356,23 +279,7 @@ def test_a_rank_that_dies_is_restarted_and_the_run_goes_on(photos: Path, tmp_pat
     os.kill(int(ranks[-1]), signal.SIGKILL)
     output, _ = process.communicate(timeout=180)
     assert process.returncode == 0, output
-    _assert_close(tmp_path / "run", whole, same_lines=False)
-
-
-def _assert_close(folder: Path, whole: Path, same_lines: bool = True) -> None:
-    """Weights, losses, gradients and counts of a run on several ranks are those of one process, up to rounding."""
-    one, two = weights(whole), weights(folder)
-    for key in one:
-        if not key.endswith("qkv.bias"):  # its key part has no gradient but rounding noise, which Adam scales up
-            torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=2e-5, msg=key)
-    records = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (whole, folder)]
-    for name, tolerance in (
-        (("loss", 1e-5), ("grad_norm", 1e-3)) if same_lines else ()
-    ):  # Adam would hide a gradient that is off by a factor
-        theirs, ours = ([record[name] for record in run] for run in records)
-        assert ours == pytest.approx(theirs, rel=tolerance), name
-    ledgers = [json.loads((f / "ledger.json").read_text())["total"] for f in (whole, folder)]
-    assert ledgers[0]["images"] == ledgers[1]["images"] and ledgers[0]["flops"] == ledgers[1]["flops"]
+    assert_close(tmp_path / "run", whole, same_lines=False)
 
 
 @pytest.mark.parametrize(
@@ -427,7 +334,7 @@ def test_non_finite_gradient_never_reaches_the_weights(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A finite loss with an infinite gradient at a step that saves: the saved weights stay finite."""
-    module = sys.modules["mae_et.engine.pretrain"]
+    module = step
     original = module.accumulate_gradients
 
     seen = []

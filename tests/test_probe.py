@@ -11,7 +11,7 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import NearestNeighbors
-from test_finetune import QUICK, SHAPE, one_thread, pictures, run  # noqa: F401
+from tiny import QUICK, SHAPE
 from torch import nn
 
 from mae_et import checkpoint
@@ -23,7 +23,8 @@ from mae_et.evaluate.encoder import build_classifier, load_encoder
 from mae_et.evaluate.probe import features_of, knn_scores, lars, probe, probe_heads, solve_linear, standardize
 from mae_et.model import MaskedAutoencoder
 
-HERE = Runtime(torch.device("cpu"), "fp32")
+pytestmark = pytest.mark.usefixtures("one_thread")
+CPU = Runtime(torch.device("cpu"), "fp32")
 
 
 @pytest.fixture(scope="module")
@@ -70,21 +71,21 @@ def test_standardizing_is_batchnorm_without_affine(digits) -> None:
     torch.testing.assert_close(standardize(features)[0], norm(features))
 
 
-def test_features_are_those_of_the_unmasked_encoder(run: Path) -> None:  # noqa: F811
+def test_features_are_those_of_the_unmasked_encoder(run: Path) -> None:
     start = load_encoder(FinetuneConfig(finetune=str(run), knn=True))
     model = build_classifier(start, 0, pooled=False).eval()
     images = torch.randn(2, 3, 16, 16)
     autoencoder = MaskedAutoencoder(**SHAPE | {"target_dim": 192})
     autoencoder.load_state_dict(checkpoint.load(run / "checkpoint.pt")["model"])
     tokens = autoencoder.encode(images)
-    found = features_of(model, images, [(1, "cls"), (3, "cls"), (3, "mean")], HERE)
+    found = features_of(model, images, [(1, "cls"), (3, "cls"), (3, "mean")], CPU)
     torch.testing.assert_close(found[3, "cls"], tokens[:, 0])
     torch.testing.assert_close(found[3, "mean"], tokens[:, 1:].mean(1))
     assert not torch.allclose(found[1, "cls"], found[3, "cls"])
 
 
 @pytest.mark.parametrize("features", ["cached", "augmented"])
-def test_the_backbone_is_in_evaluation_mode_and_its_bytes_stay(run: Path, monkeypatch, features: str) -> None:  # noqa: F811
+def test_the_backbone_is_in_evaluation_mode_and_its_bytes_stay(run: Path, monkeypatch, features: str) -> None:
     backbones = []
 
     def build(*arguments, **keywords):
@@ -129,7 +130,7 @@ def test_lars_adapts_matrices_and_leaves_biases_alone() -> None:
         {"linear_probe": True, "features": "augmented", "epochs": 25, "lr": 5.0, "batch_size": 24},
     ],
 )
-def test_a_probe_finds_the_colours_at_several_layers_in_one_pass(run: Path, protocol: dict) -> None:  # noqa: F811
+def test_a_probe_finds_the_colours_at_several_layers_in_one_pass(run: Path, protocol: dict) -> None:
     config = FinetuneConfig(**QUICK | {"finetune": str(run), "layers": (1, 3), "report": True} | protocol)
     probe(config)
     result = json.loads((run / f"eval-{config.protocol}.json").read_text())
@@ -162,12 +163,12 @@ def test_accuracy_counts_every_image_once() -> None:
         ({"resume": "auto"}, "--knn takes minutes and can't --resume"),
     ],
 )
-def test_mistakes_are_explained_in_one_line(run: Path, changes: dict, message: str) -> None:  # noqa: F811
+def test_mistakes_are_explained_in_one_line(run: Path, changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         probe(FinetuneConfig(**QUICK | {"finetune": str(run), "knn": True} | changes))
 
 
-def test_a_probe_needs_held_out_images(run: Path, pictures: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_probe_needs_held_out_images(run: Path, pictures: Path, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data/train").symlink_to(pictures / "train")
     with pytest.raises(FileNotFoundError, match="has no held-out images"):

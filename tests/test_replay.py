@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mae_et.engine.logger import data_wait_hints
 from PIL import Image
 
 from mae_et import checkpoint
+from mae_et.engine.logger import data_wait_hints
 from mae_et.engine.pretrain import pretrain
 from mae_et.plan.build import build_curriculum
 from mae_et.plan.config import PretrainConfig

@@ -10,12 +10,11 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mae_et.plan.scaling import Cluster, scaling_report
 
 from mae_et.data.stream import SampleStream, micro_batches
 from mae_et.plan.curriculum import Curriculum, Stage, StageRow
 from mae_et.plan.flags import from_recipe
-from mae_et.plan.report import PlanConfig, plan_report
+from mae_et.plan.report import Cluster, PlanConfig, plan_report, scaling_report
 from mae_et.plan.schedules import LR_SCALINGS, plan_stages
 
 ROWS = (StageRow(96, 0.2), StageRow(160, 0.4), StageRow(224, 0.4))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import pickle
 import struct
 import tarfile
@@ -18,20 +17,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from tiny import Malicious
 
 from mae_et.data.pixels import MAX_PIXELS, CorruptImage, to_image
 from mae_et.data.sources import open_source
 from mae_et.evaluate.config import FinetuneConfig
 from mae_et.plan.config import PretrainConfig
 from mae_et.plan.flags import from_recipe
-
-
-class Malicious:
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.marker),)
 
 
 def png(size: tuple[int, int] = (8, 8)) -> bytes:

@@ -8,6 +8,8 @@ import os
 import pickle
 import shutil
 import struct
+import subprocess
+import sys
 import tarfile
 
 import numpy as np
@@ -18,7 +20,9 @@ from PIL import Image
 from torchvision.datasets import FashionMNIST
 
 from mae_et.data import photos, to_image
-from mae_et.data.sources import EXTENSIONS, FolderSource, open_source, subset
+from mae_et.data.folders import EXTENSIONS, FolderSource
+from mae_et.data.sources import count_images, open_held_out, open_source, subset
+from mae_et.plan.config import PretrainConfig
 
 
 def write_image(path, value=0):
@@ -261,6 +265,37 @@ def test_a_file_is_no_folder(tmp_path):
     with pytest.raises(ValueError, match="is a file") as error:
         open_source(write_image(tmp_path / "1.png"))
     one_line(error)
+
+
+def test_images_to_look_at_are_held_out_ones_where_there_are_any(labelled, tmp_path_factory):
+    flat = tmp_path_factory.mktemp("flat")
+    for i in range(4):
+        write_image(flat / f"{i}.png")
+    assert names(open_held_out(labelled)) == names(open_source(labelled, "val"))
+    assert len(open_held_out(labelled, holdout=5)) == 5  # the run's own held-out images come before val/
+    assert len(open_held_out(flat)) == 4
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        open_held_out(flat / "nowhere")
+
+
+def test_images_are_counted_or_taken_from_the_flag(labelled):
+    assert count_images(PretrainConfig(data_path=str(labelled), holdout=2, num_images=50)) == 7
+    gone = str(labelled / "nowhere")
+    assert count_images(PretrainConfig(data_path=gone, holdout=2, num_images=50)) == 48
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        count_images(PretrainConfig(data_path=gone))
+
+
+def test_counting_images_loads_no_torch():
+    """`plan` counts images, and begins in a fraction of the seconds that torch takes to load."""
+    modules = "config datasets folders photos shards sources webdataset".split()
+    code = (
+        f"import sys, {', '.join(f'mae_et.data.{module}' for module in modules)}; "
+        "mae_et.data.sources.open_source('photos'); mae_et.data.open_source; "
+        "print(*{'torch', 'torchvision', 'timm', 'tifffile'} & {*sys.modules})"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == []
 
 
 def test_only_two_splits(tmp_path):

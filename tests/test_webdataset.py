@@ -17,7 +17,8 @@ import pytest
 from PIL import Image
 
 from mae_et.data import shards, webdataset
-from mae_et.data.prepare import PrepareConfig, prepare
+from mae_et.data.config import PrepareConfig
+from mae_et.data.prepare import prepare
 from mae_et.data.sources import open_source
 from mae_et.data.webdataset import INDEX, expand
 

@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-from .decode import CorruptImage, center_crop, train_crop
-from .loader import MAX_CORRUPT_IN_A_ROW, Corruption, CorruptLog, worker_options
-from .sources import Source, open_source, subset
+from .decode import center_crop, train_crop
+from .loader import Corruption, CorruptLog, first_readable, worker_options
+from .pixels import CorruptImage
+from .sources import Item, Source, open_source, subset
 from .stream import Sample, SampleStream, derive_seed
 
 CROP_SCALE = (0.08, 1.0)  # MAE, Tables 9 and 10: the usual random resized crop, wider than in pretraining
@@ -26,7 +27,7 @@ CROP_SCALE = (0.08, 1.0)  # MAE, Tables 9 and 10: the usual random resized crop,
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What happens to a training crop beside cropping and flipping; by default nothing."""
+    """Changes to a training crop beside cropping and flipping; by default none."""
 
     policy: str = ""
     """timm's RandAugment or AutoAugment policy; "" is off."""
@@ -92,17 +93,13 @@ class TrainCrops(Dataset):
         self.finish = create_transform(**common, **erasing, mean=tuple(mean), std=tuple(std))[2]
 
     def __getitem__(self, sample: Sample) -> tuple[Tensor, int, list[Corruption]]:
-        damaged: list[Corruption] = []
-        for offset in range(min(MAX_CORRUPT_IN_A_ROW, len(self.source))):
-            index = (sample.index + offset) % len(self.source)
-            try:
-                item, label = self.source.read(index)
-                return self._crop(item, derive_seed(self.seed, "augment", sample.number)), label, damaged
-            except (CorruptImage, OSError) as error:
-                damaged.append((index, self.source.name(index), str(error)))
-        raise ValueError(f"--data_path: {len(damaged)} damaged images in a row, from {damaged[0][1]}: {damaged[0][2]}")
+        seed = derive_seed(self.seed, "augment", sample.number)
+        (crop, label), damaged = first_readable(
+            self.source, sample.index, lambda item, label: (self._crop(item, seed), label)
+        )
+        return crop, label, damaged
 
-    def _crop(self, item, seed: int) -> Tensor:
+    def _crop(self, item: Item, seed: int) -> Tensor:
         crop = train_crop(item, self.size_px, self.size_px, "fourier", CROP_SCALE, 0, seed, self.in_chans)
         with seeded(derive_seed(seed, "colours")):
             if self.colours is not None:  # policies are for RGB; grey stays grey on the way there and back
@@ -112,7 +109,10 @@ class TrainCrops(Dataset):
 
 
 class EvalCrops(Dataset):
-    """Index -> uint8 centre crop [C, H, W] and label. A damaged image is an error: accuracy counts them all."""
+    """Index -> uint8 centre crop [C, H, W] and label, -1 if the source has none.
+
+    A damaged image is an error: accuracy counts them all.
+    """
 
     def __init__(self, source: Source, size_px: tuple[int, int], in_chans: int, crop_pct: float) -> None:
         self.source, self.size_px, self.in_chans, self.crop_pct = source, size_px, in_chans, crop_pct
@@ -123,9 +123,10 @@ class EvalCrops(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         item, label = self.source.read(index)
         try:
-            return center_crop(item, self.size_px, self.in_chans, self.crop_pct), label
+            crop = center_crop(item, self.size_px, self.in_chans, self.crop_pct)
         except CorruptImage as error:
             raise ValueError(f"--data_path: {self.source.name(index)}: {error}") from error
+        return crop, -1 if label is None else label
 
 
 def labelled_batches(
@@ -150,7 +151,7 @@ def eval_batches(
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """The global generators of Python, NumPy and torch (CPU) start at `seed` inside and are restored outside."""
+    """Seed the global generators of Python, NumPy and torch (CPU) inside the block; restore them afterwards."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         random.seed(seed)
@@ -164,7 +165,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def _keep_a_bit(policy) -> None:
-    """Let timm's policies posterise to one bit at least: at their ends they ask for none, which Pillow now refuses."""
+    """Clamp timm's Posterize to 1 bit: at the ends of its range it asks for 0, which Pillow rejects."""
     ops = [op for row in policy.policy for op in row] if hasattr(policy, "policy") else policy.ops
     for op in ops:
         if getattr(op, "name", "").startswith("Posterize"):

@@ -1,4 +1,4 @@
-"""One loader for all stages: workers turn samples into uint8 images; nothing restarts when a stage switches."""
+"""The loader, one for all stages: workers turn samples into uint8 images; nothing restarts when a stage switches."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import logging
 import multiprocessing.util
 import os
 import signal
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,15 +17,34 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from ..plan.curriculum import Curriculum
 from ..plan.shapes import SizePx, height_width
-from .decode import CorruptImage, train_crops
+from .decode import train_crops
+from .pixels import CorruptImage
 from .replay import MissingSamples, replayed
-from .sources import Source
+from .sources import Item, Source
 from .stream import Sample, SampleStream, derive_seed
 
 log = logging.getLogger(__name__)
 
 Corruption = tuple[int, str, str]  # index, name, reason
 MAX_CORRUPT_IN_A_ROW = 100
+Made = TypeVar("Made")
+
+
+def first_readable(
+    source: Source, index: int, make: Callable[[Item, int | None], Made]
+) -> tuple[Made, list[Corruption]]:
+    """`make(item, label)` of image `index` or, if none can be made of it, of the next one that can, always the same.
+
+    Also returns the images that were passed over. ValueError if there are MAX_CORRUPT_IN_A_ROW of them.
+    """
+    damaged: list[Corruption] = []
+    for offset in range(min(MAX_CORRUPT_IN_A_ROW, len(source))):
+        place = (index + offset) % len(source)
+        try:
+            return make(*source.read(place)), damaged
+        except (CorruptImage, OSError) as error:
+            damaged.append((place, source.name(place), str(error)))
+    raise ValueError(f"--data_path: {len(damaged)} damaged images in a row, from {damaged[0][1]}: {damaged[0][2]}")
 
 
 class TrainImages(Dataset):
@@ -39,33 +58,26 @@ class TrainImages(Dataset):
 
     def __getitems__(self, samples: list[Sample]) -> list[tuple[list[Tensor], list[Corruption]]]:
         """Crops of a micro-batch, image by image: views of one image are neighbours, and it is decoded once."""
-        made = []
-        for _, views in itertools.groupby(
-            samples, lambda s: (s.stage, s.number // self.stages[s.stage].views_per_image)
-        ):
-            made.append(self._crops(list(views)))
-        return made
+        by_image = itertools.groupby(samples, lambda s: (s.stage, s.number // self.stages[s.stage].views_per_image))
+        return [self._crops(list(views)) for _, views in by_image]
 
     def _crops(self, views: list[Sample]) -> tuple[list[Tensor], list[Corruption]]:
         stage = self.stages[views[0].stage]
-        damaged: list[Corruption] = []
-        for offset in range(min(MAX_CORRUPT_IN_A_ROW, len(self.source))):
-            index = (views[0].index + offset) % len(self.source)
-            try:
-                crops = train_crops(
-                    self.source.read(index)[0],
-                    size_px=stage.height_width,
-                    full_px=self.full_px,
-                    operator=self.operator,
-                    crop_scale=stage.crop_scale,
-                    augment=stage.augment,
-                    seeds=[derive_seed(self.seed, "augment", sample.number) for sample in views],
-                    in_chans=self.in_chans,
-                )
-                return crops, damaged
-            except (CorruptImage, OSError) as error:
-                damaged.append((index, self.source.name(index), str(error)))
-        raise ValueError(f"--data_path: {len(damaged)} damaged images in a row, from {damaged[0][1]}: {damaged[0][2]}")
+        seeds = [derive_seed(self.seed, "augment", sample.number) for sample in views]
+
+        def crops(item: Item, _label: int | None) -> list[Tensor]:
+            return train_crops(
+                item,
+                size_px=stage.height_width,
+                full_px=self.full_px,
+                operator=self.operator,
+                crop_scale=stage.crop_scale,
+                augment=stage.augment,
+                seeds=seeds,
+                in_chans=self.in_chans,
+            )
+
+        return first_readable(self.source, views[0].index, crops)
 
 
 class CorruptLog:
@@ -141,15 +153,15 @@ def _cores() -> int:
     return cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def _collate(made: list[tuple[list[Tensor], list[Corruption]]]) -> tuple[Tensor, list[Corruption]]:
-    images = [image for crops, _ in made for image in crops]
-    # A batch of which the replay buffer holds all has nothing to decode.
+def _collate(decoded: list[tuple[list[Tensor], list[Corruption]]]) -> tuple[Tensor, list[Corruption]]:
+    images = [image for crops, _ in decoded for image in crops]
+    # If the replay buffer holds all of a micro-batch, there is nothing to decode.
     stacked = default_collate(images) if images else torch.empty(0, dtype=torch.uint8)
-    return stacked, [damage for _, damaged in made for damage in damaged]
+    return stacked, [corruption for _, damaged in decoded for corruption in damaged]
 
 
 def worker_options(num_workers: int | None) -> dict[str, Any]:
-    """DataLoader's options for processes that decode: how many, by default `default_workers`, and how they live."""
+    """Options of a DataLoader whose workers decode: how many, by default `default_workers`, and how they start."""
     _end_workers_at_exit(os.getpid())
     workers = default_workers() if num_workers is None else num_workers
     return {"num_workers": workers, "worker_init_fn": _start_worker}
@@ -157,19 +169,19 @@ def worker_options(num_workers: int | None) -> dict[str, Any]:
 
 @functools.cache
 def _end_workers_at_exit(_process: int) -> None:
-    """Multiprocessing ends its daemons by SIGTERM, to which they don't listen, and would wait for them for ever.
+    """Kill the workers before multiprocessing's exit handler: they ignore SIGTERM, so it would wait for ever.
 
-    Once for each process: one that is forked loses what its parent has registered.
+    Registered once for each process: a forked one loses its parent's handlers.
     """
 
     def kill() -> None:
         if hasattr(signal, "SIGCHLD"):
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise an error about the first that is killed
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error for a killed worker
         for process in multiprocessing.active_children():
             if process.daemon:
                 process.kill()
 
-    # Unlike atexit's, also called in child processes; after those of pools and queues, which may hold locks until then.
+    # Unlike atexit's handlers, it also runs in child processes. Pools and queues, which may hold locks, end before it.
     multiprocessing.util.Finalize(None, kill, exitpriority=1)
 
 
@@ -178,8 +190,8 @@ def _start_worker(worker: int) -> None:
 
     Ctrl-C, `timeout` and Slurm signal the whole process group; the trainer saves and ends its workers itself.
     """
-    # torch's workers watch for another parent than they had when they got going. If the trainer was killed before, that
-    # one was no longer it, and they would wait for ever. (A fork server is the parent of its children.)
+    # If the trainer died before this worker started, torch's parent watchdog watches the wrong process: exit now.
+    # (A fork server is the parent of its children.)
     trainer = multiprocessing.parent_process().pid
     if multiprocessing.get_start_method() != "forkserver" and os.getppid() != trainer:
         raise SystemExit

@@ -1,4 +1,4 @@
-"""From what a source holds (file bytes, a Pillow image, an array) to all its pixels: 8 bits, upright, in some channels.
+"""Pixels: from what a source holds (file bytes, a Pillow image, an array) to 8 bits, upright, in some channels.
 
 Colour profiles are ignored, as torchvision and timm do. Channels are handled one by one outside grey and RGB.
 """
@@ -17,9 +17,10 @@ import numpy as np
 import tifffile
 from PIL import Image, UnidentifiedImageError
 
+from .sources import Item
+
 MAX_PIXELS = 89_478_485
 """Larger images are refused as damaged: Pillow's own limit against decompression bombs, here an error."""
-
 
 MODES = {1: "L", 3: "RGB"}
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -59,7 +60,7 @@ class CorruptImage(ValueError):
     type or channels that do not fit."""
 
 
-def to_image(item: bytes | Image.Image | np.ndarray, in_chans: int) -> Image.Image | np.ndarray:
+def to_image(item: Item, in_chans: int) -> Image.Image | np.ndarray:
     """Decode, turn upright (EXIF) and bring to `in_chans` channels of 8 bits.
 
     Returns a Pillow image of mode "L" (1 channel) or "RGB" (3), else a uint8 array [H, W, C]. For 1 and 3 channels

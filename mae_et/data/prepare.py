@@ -9,66 +9,31 @@ import hashlib
 import io
 import json
 import logging
-import os
 import tarfile
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any, BinaryIO
 
-import tyro
 from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.data import DataLoader, Dataset
 
 from ..console import console
-from ..files import write_text
-from .decode import CorruptImage, to_image
+from ..files import make_folder, write, write_text
+from .config import PrepareConfig
 from .loader import worker_options
+from .pixels import MODES, CorruptImage, open_header, orientation_of, to_image
 from .shards import FORMAT, INDEX, ShardSource
-from .sources import Source, open_source
+from .sources import Item, Source, open_source
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class PrepareConfig:
-    """Pack images into tar shards with an index, for --data_path. A second call goes on where the first was stopped."""
-
-    source: Annotated[str, tyro.conf.Positional]
-    """Images: a folder with train/ and val/, a flat folder, or anything else that --data_path takes."""
-    out: Annotated[str, tyro.conf.Positional]
-    """Folder to write."""
-    short_side: int = 256
-    """Shorter side in pixels that larger images are brought to; smaller JPEGs are kept as they are."""
-    quality: int = 90
-    """JPEG quality, 1 to 95."""
-    shard_mb: float = 256
-    """Size at which a shard is full, in 1e6 bytes."""
-    in_chans: int = 3
-    """Channels: 3 (colour) or 1 (grey)."""
-    num_workers: int | None = None
-    """Processes that decode and encode; default: the cores there are, at most 10."""
-
-    def __post_init__(self) -> None:
-        for name in ("short_side", "shard_mb"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"--{name} must be positive, got {getattr(self, name)}")
-        if not 1 <= self.quality <= 95:
-            raise ValueError(f"--quality must be 1 to 95, got {self.quality}")
-        if self.in_chans not in (1, 3):
-            raise ValueError(f"--in_chans must be 1 or 3, the channels of a JPEG; got {self.in_chans}")
-        if self.num_workers is not None and self.num_workers < 0:
-            raise ValueError(f"--num_workers must not be negative, got {self.num_workers}")
-        source, out = Path(self.source.removeprefix("wds/")), Path(self.out).resolve()
-        if source.is_dir() and source.resolve() in (out, *out.parents):
-            raise ValueError(f"OUT {self.out} is inside SRC {self.source}: its shards would become data")
 
 
 def prepare(config: PrepareConfig) -> dict[str, Any]:
     """Write and verify the shards of every split that there is; returns counts and bytes over all splits.
 
-    Raises FileNotFoundError, ValueError or OSError, in one line.
+    Raises FileNotFoundError, ValueError, OSError or CheckpointError, in one line.
     """
     total = {"images": 0, "damaged": 0, "source_bytes": 0, "bytes": 0}
     for split in ("train", "val"):
@@ -80,7 +45,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
             log.info("only training images: %s", error)
             continue
         folder = Path(config.out) / split
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         index = pack(source, folder, config)
         ShardSource(folder)  # opens as --data_path will open it
         total["images"] += sum(len(shard["keys"]) for shard in index["shards"])
@@ -136,10 +101,10 @@ class Encoder(Dataset):
         except (CorruptImage, OSError) as error:
             return b"", 0, label, str(error)
 
-    def _encode(self, item: Any) -> bytes:
+    def _encode(self, item: Item) -> bytes:
         image = to_image(item, self.config.in_chans)
         ratio = self.config.short_side / min(image.size)
-        if ratio >= 1 and _is_plain_jpeg(item, image):
+        if ratio >= 1 and _is_plain_jpeg(item, self.config.in_chans):
             return item
         if ratio < 1:
             size = (max(self.config.short_side, round(side * ratio)) for side in image.size)
@@ -149,24 +114,29 @@ class Encoder(Dataset):
         return buffer.getvalue()
 
 
-def _is_plain_jpeg(item: Any, decoded: Image.Image) -> bool:
-    """Whether bytes are already a JPEG of the same channels that needs no turning."""
+def _is_plain_jpeg(item: Item, in_chans: int) -> bool:
+    """Whether bytes are already a JPEG of so many channels that needs no turning."""
     if not isinstance(item, bytes):
         return False
-    with Image.open(io.BytesIO(item)) as header:
-        upright = header.getexif().get(0x0112, 1) == 1
-        return header.format == "JPEG" and header.mode == decoded.mode and upright
+    header = open_header(item)
+    return header.format == "JPEG" and header.mode == MODES[in_chans] and orientation_of(header) == 1
 
 
 def _write_shard(
-    folder: Path, number: int, first: int, encoded: Iterator, source: Source, config: PrepareConfig, advance
+    folder: Path,
+    number: int,
+    first: int,
+    encoded: Iterator[tuple[bytes, int, int | None, str]],
+    source: Source,
+    config: PrepareConfig,
+    advance: Callable[[], None],
 ) -> dict[str, Any]:
-    """Write images from `first` on until the shard is full; under another name until it is complete."""
+    """Write images from `first` on, atomically, until the shard is full; returns its entry of the index."""
     file = f"{number:05}.tar"
     shard = {"file": file, "bytes": 0, "sha256": "", "first": first, "end": first, "source_bytes": 0}
     shard |= {"damaged": [], "keys": [], "offsets": [], "sizes": [], "labels": None if source.classes is None else []}
-    temporary = folder / f"{file}.tmp"
-    with temporary.open("wb") as raw:
+
+    def content(raw: BinaryIO) -> None:
         out = _Hashing(raw)
         with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             while shard["end"] < len(source) and tar.offset < config.shard_mb * 1e6:
@@ -185,16 +155,16 @@ def _write_shard(
                 if shard["labels"] is not None:
                     shard["labels"].append(label)
                     _add(tar, f"{key:08}.cls", str(label).encode())
-        raw.flush()
-        os.fsync(raw.fileno())
-    os.replace(temporary, folder / file)
-    return shard | {"bytes": (folder / file).stat().st_size, "sha256": out.digest.hexdigest()}
+        shard.update(bytes=raw.tell(), sha256=out.digest.hexdigest())
+
+    write(folder / file, content)
+    return shard
 
 
 class _Hashing:
     """A file to write that digests on the way."""
 
-    def __init__(self, file: io.BufferedWriter) -> None:
+    def __init__(self, file: BinaryIO) -> None:
         self.file, self.digest = file, hashlib.sha256()
 
     def write(self, data: bytes) -> int:
@@ -217,11 +187,11 @@ def _finished(folder: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
     shards: list[dict[str, Any]] = []
     while (sidecar := _sidecar(folder, f"{len(shards):05}.tar")).exists():
         shard = json.loads(sidecar.read_text())
-        was = shard.pop("settings")
-        if was != settings:
-            name = next(name for name in settings if was.get(name) != settings[name])
-            what = "of other images" if name == "names_sha256" else f"with --{name} {was.get(name)}"
-            raise ValueError(f"OUT {folder.parent} was begun {what}; choose another folder, or remove it")
+        before = shard.pop("settings")
+        if before != settings:
+            name = next(name for name in settings if before.get(name) != settings[name])
+            difference = "of other images" if name == "names_sha256" else f"with --{name} {before.get(name)}"
+            raise ValueError(f"OUT {folder.parent} was begun {difference}; choose another folder, or remove it")
         try:
             _verify(folder, shard)
         except OSError as error:
@@ -235,8 +205,8 @@ def _verify(folder: Path, shard: dict[str, Any]) -> None:
     """OSError unless the shard's bytes are those that were written."""
     digest = hashlib.sha256()
     with open(folder / shard["file"], "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
+        while block := file.read(1 << 20):
+            digest.update(block)
     if digest.hexdigest() != shard["sha256"]:
         raise OSError(f"{folder / shard['file']} is not what was written")
 

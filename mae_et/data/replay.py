@@ -1,7 +1,7 @@
-"""Samples that are shown more than once are decoded once: a buffer of uint8 crops between the loader and the trainer.
+"""Replay buffer of uint8 crops between the loader and the trainer, so that a sample shown again isn't decoded again.
 
-After the replay buffer of EfficientTrain++ (arXiv 2405.08768). Which sample a step shows is settled in `stream`,
-without the buffer; here only those are decoded that the buffer doesn't hold. So a buffer changes the time of a run but
+After the replay buffer of EfficientTrain++ (arXiv 2405.08768). `stream` decides which sample a step shows, without
+looking at the buffer; only samples that the buffer doesn't hold are decoded. So a buffer changes the time of a run but
 not its data: a resumed run starts with an empty one and decodes again what it needs, on any number of ranks.
 """
 
@@ -19,25 +19,25 @@ from .stream import Sample, SampleStream, rank_rows
 
 
 class Slots:
-    """Which samples a rank's buffer holds. Emptied when a stage begins."""
+    """Sample numbers that a rank's buffer holds, by slot. Emptied when a stage begins."""
 
     def __init__(self, stages: tuple[Stage, ...], rank: int, world_size: int) -> None:
         self.stages, self.rank, self.world_size = stages, rank, world_size
         self.stage = -1
 
-    def start_stage(self, stage: int) -> bool:
-        """Begin a stage, if it isn't the current one."""
-        if stage == self.stage:
+    def start_stage(self, index: int) -> bool:
+        """Begin a stage and return True, unless it is the current one."""
+        if index == self.stage:
             return False
-        now = self.stages[stage]
-        rows = rank_rows(now.batch_size, self.rank, self.world_size)
-        depth, masks = now.replay_depth, now.masks_per_image
-        self.stage, self.first = stage, rows.start // masks * depth
+        stage = self.stages[index]
+        rows = rank_rows(stage.batch_size, self.rank, self.world_size)
+        depth, masks = stage.replay_depth, stage.masks_per_image
+        self.stage, self.first = index, rows.start // masks * depth
         self.numbers = np.full(-(-len(rows) // masks) * depth, -1, dtype=np.int64)
         return True
 
     def insert(self, samples: list[Sample]) -> list[Sample]:
-        """The samples of a micro-batch that are missing, each once; from here on they are held."""
+        """Insert a micro-batch; returns the samples that were missing, each once."""
         missing = []
         for sample in samples:
             if self.numbers[sample.slot - self.first] != sample.number:
@@ -47,7 +47,7 @@ class Slots:
 
 
 class MissingSamples(Sampler[list[Sample]]):
-    """The micro-batches of a stream without what the buffer will hold by then. They may be empty."""
+    """The micro-batches of a stream, without the samples that the buffer holds by then. They may be empty."""
 
     def __init__(self, stream: SampleStream) -> None:
         self.stream = stream
@@ -65,7 +65,7 @@ def replayed(stream: SampleStream, decoded: Iterator[Tensor], pin_memory: bool) 
     buffer = torch.empty(0)
     for samples, images in zip(stream, decoded, strict=True):
         if slots.start_stage(samples[0].stage):
-            buffer = torch.empty(0)  # frees the old one first
+            buffer = torch.empty(0)  # free the old one first
             buffer = torch.empty(len(slots.numbers), *images.shape[1:], dtype=torch.uint8)
         if missing := slots.insert(samples):
             buffer[[sample.slot - slots.first for sample in missing]] = images

@@ -18,8 +18,6 @@ import numpy as np
 
 INDEX = "index.json"
 FORMAT = "mae_et shards 1"
-
-
 MAX_OPEN_FILES = 256  # per process; systems commonly allow 1024
 
 

@@ -1,14 +1,14 @@
-"""Which sample at which step: pure functions of (seed, step), so that data and masks do not depend on the number of
-ranks or workers, and a run resumes exactly, mid-epoch, even on another number of devices.
+"""The order of samples: pure functions of (seed, step), so that data and masks do not depend on the number of ranks
+or workers, and a run resumes exactly, mid-epoch, even on another number of devices.
 
 Decoded images are counted through training: image d is place d % N of the permutation of epoch d // N. Its crops have
 the sample numbers d·views + 0, 1, ..., which key their augmentation. Mask noise is drawn for the whole batch from
 (seed, step), and each rank takes its rows.
 
-Replay is index arithmetic too. A batch has `lanes`, one per decoded image that it shows. Lane q takes a fresh image
-every `replay` steps (lanes take turns, so every step has batch/replay of them) and in between shows its own earlier
-images again, evenly spaced over the last `replay_depth` ones. Lanes don't mix, so neither do ranks, and what a step
-shows can be told, and decoded, without knowing any step before it.
+Replay is index arithmetic too. The rows of a batch form groups, one per decoded image that the batch shows. Group q
+takes a fresh image every `replay` steps (groups take turns, so every step has batch/replay fresh ones) and in between
+shows its own earlier images again, evenly spaced over its last `replay_depth` ones. Groups never exchange images, so
+ranks don't either, and the samples of a step follow from its number alone.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..plan.curriculum import Curriculum
 
 
 class Sample(NamedTuple):
-    """What a worker needs to make one input. The stage, and so the size, travels with it."""
+    """One input to make. The stage, and so the size, travels with it."""
 
     index: int
     """Image in the source."""
@@ -35,7 +35,7 @@ class Sample(NamedTuple):
     stage: int
     """Number of the stage."""
     slot: int = 0
-    """Place in a replay buffer over all ranks: whatever a step shows again is still there."""
+    """Place in the replay buffer over all ranks. A sample keeps it until it is shown for the last time."""
 
 
 def derive_seed(seed: int, *purpose: int | str) -> int:
@@ -62,14 +62,14 @@ def rank_rows(batch_size: int, rank: int, world_size: int) -> range:
 
 
 def micro_batches(batch_size: int, micro_size: int, rank: int, world_size: int, group_size: int = 1) -> list[range]:
-    """A rank's rows in pieces of at most `micro_size`, as even as they can be, which are accumulated into one step.
+    """Split a rank's rows into micro-batches of at most `micro_size` rows, as even as possible.
 
-    together: neighbouring rows that stay in one piece, since they come from one image.
+    group_size: neighbouring rows that stay in one micro-batch, since they show one decoded image.
     """
     rows = rank_rows(batch_size, rank, world_size)
-    images = -(-len(rows) // group_size)
-    pieces = -(-images // max(1, micro_size // group_size))
-    return [rows[images * i // pieces * group_size : images * (i + 1) // pieces * group_size] for i in range(pieces)]
+    groups = -(-len(rows) // group_size)
+    count = -(-groups // max(1, micro_size // group_size))
+    return [rows[groups * i // count * group_size : groups * (i + 1) // count * group_size] for i in range(count)]
 
 
 def mask_noise(seed: int, step: int, batch_size: int, patches: int) -> Tensor:
@@ -86,15 +86,16 @@ def samples_at(curriculum: Curriculum, seed: int, step: int, rows: range) -> lis
     views, masks, replay, depth = stage.views_per_image, stage.masks_per_image, stage.replay, stage.replay_depth
     samples = []
     for row in rows:
-        lane, view = divmod(row // masks, views)
-        cycle, turn = divmod(step - start + lane % replay, replay)  # the how-many-th image of this lane, shown again
+        group, view = divmod(row // masks, views)
+        # The group is at its `cycle`-th image; turn 0 shows it fresh, the others show an earlier image of the group.
+        cycle, turn = divmod(step - start + group % replay, replay)
         if turn:
             cycle -= turn * (depth - 1) // (replay - 1) % (cycle + 1)
-        fresh_at = max(0, cycle * replay - lane % replay)
-        # At step 0 all lanes are fresh, later every `replay`-th.
-        image = decoded + stage.decoded_before(fresh_at) + (lane // replay if fresh_at else lane)
-        place = (lane * views + view) * depth + cycle % depth
-        samples.append(Sample(image_index(seed, image, curriculum.num_images), image * views + view, index, place))
+        fresh_at = max(0, cycle * replay - group % replay)
+        # At step 0 all groups are fresh, later every `replay`-th.
+        image = decoded + stage.decoded_before(fresh_at) + (group // replay if fresh_at else group)
+        slot = (group * views + view) * depth + cycle % depth
+        samples.append(Sample(image_index(seed, image, curriculum.num_images), image * views + view, index, slot))
     return samples
 
 

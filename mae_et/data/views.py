@@ -1,4 +1,4 @@
-"""Which part of an image a sample shows: random resized crops and flips, functions of a seed."""
+"""Views: random resized crops and flips, drawn as functions of a seed."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ _LOG_RATIO = tuple(map(math.log, CROP_RATIO))
 
 
 class View(NamedTuple):
-    """What is drawn for one sample."""
+    """Crop and flip of one sample."""
 
     box: tuple[int, int, int, int]
     """(left, top, right, bottom) of the crop, in pixels of the upright image."""
     flip: bool
     generator: torch.Generator
-    """As it is afterwards, for RandAugment."""
+    """Its state after the draws above, for RandAugment."""
 
 
 def draw_view(seed: int, image_px: tuple[int, int], crop_scale: tuple[float, float]) -> View:
-    """Crop and flip of an image of (height, width): what torchvision draws after torch.manual_seed(seed), bit for bit.
+    """Draw crop and flip for an image of (height, width), bit for bit as torchvision does after manual_seed(seed).
 
-    `crop_scale` bounds the area of the crop as a share of the image. With a generator of its own this takes a third of
-    the time of torchvision with torch's saved, seeded and restored: a tenth less of all for a JPEG at 96 px.
+    `crop_scale` bounds the area of the crop as a share of the image. A generator of its own takes a third of the time
+    of saving, seeding and restoring torch's global one, which is a tenth of the whole cost of a JPEG at 96 px.
     """
     generator = torch.Generator().manual_seed(seed)
     box = _draw_box(generator, *image_px, crop_scale)
@@ -46,7 +46,7 @@ def _draw_box(
             top = torch.randint(height - crop_height + 1, (1,), generator=generator).item()
             left = torch.randint(width - crop_width + 1, (1,), generator=generator).item()
             return left, top, left + crop_width, top + crop_height
-    # An image so long that no crop was found: the largest one in its middle.
+    # The image is too long for any crop drawn: take the largest centred one.
     narrowest, widest = CROP_RATIO
     crop_height = round(width / narrowest) if width / height < narrowest else height
     crop_width = round(height * widest) if width / height > widest else width
@@ -56,7 +56,7 @@ def _draw_box(
 
 @contextlib.contextmanager
 def with_generator(generator: torch.Generator) -> Iterator[None]:
-    """Inside, torch's default CPU generator goes on from where `generator` is; outside, it is as it was."""
+    """Set torch's default CPU generator to the state of `generator` inside the block; restore it afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.set_rng_state(generator.get_state())
         yield

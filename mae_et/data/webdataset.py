@@ -8,7 +8,6 @@ part, what follows is the extension, and only regular files count.
 
 from __future__ import annotations
 
-import contextlib
 import glob
 import hashlib
 import itertools
@@ -24,7 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from .names import EXTENSIONS, VAL_NAMES
+from ..files import CheckpointError, make_folder, write_text
+from .folders import EXTENSIONS, VAL_NAMES
 from .shards import Members, check_shard, shard_numbers
 
 log = logging.getLogger(__name__)
@@ -80,9 +80,9 @@ def open_webdataset(data_path: str, split: str) -> WebDatasetSource:
     files = find_shards(where, split)
     entries = read_entries(files)
     if not any(entry["keys"] for entry in entries):
-        found = f"no images in {len(files)} shards" if files else f"no shards of {split}"
+        problem = f"no images in {len(files)} shards" if files else f"no shards of {split}"
         raise FileNotFoundError(
-            f"--data_path {data_path}: {found}; give wds/FOLDER of tars, or wds/PATTERN such as "
+            f"--data_path {data_path}: {problem}; give wds/FOLDER of tars, or wds/PATTERN such as "
             "wds/FOLDER/train-{000..146}.tar; held-out shards have val, validation or test in their name"
         )
     classes = class_names(entries)
@@ -110,7 +110,7 @@ def class_names(entries: list[dict[str, Any]]) -> list[str] | None:
     return [str(number) for number in range(largest + 1)]
 
 
-# ------------------------------------------------------------------------------------------------------ which shards
+# ── which shards ──
 
 
 def find_shards(where: str, split: str) -> list[Path]:
@@ -170,7 +170,7 @@ def _has_word(text: str, word: str) -> bool:
     return _word(word).search(text) is not None
 
 
-# ----------------------------------------------------------------------------------------------- what is in a shard
+# ── what is in a shard ──
 
 
 def scan(file: Path) -> dict[str, Any]:
@@ -196,16 +196,16 @@ def scan(file: Path) -> dict[str, Any]:
             labels.setdefault(key, {})[extension] = _normal(text) if extension == "cls" else _field(text)
     entry = {"file": file.name, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
     entry |= {"keys": [], "offsets": [], "sizes": [], "labels": []}
-    for key, found in images.items():
-        plain = [extension[1:] for extension in EXTENSIONS if extension[1:] in found]
-        if not plain and len(found) > 1:
-            names = " and ".join(name for name, _, _ in list(found.values())[:2])
+    for key, candidates in images.items():
+        plain = [extension[1:] for extension in EXTENSIONS if extension[1:] in candidates]
+        if not plain and len(candidates) > 1:
+            names = " and ".join(name for name, _, _ in list(candidates.values())[:2])
             raise ValueError(f"--data_path: {file}: the key {key} has {names}; a key ends at its first dot")
-        name, offset, size = found[plain[0]] if plain else next(iter(found.values()))
-        given = labels.get(key, {})
+        name, offset, size = candidates[plain[0]] if plain else next(iter(candidates.values()))
+        label = labels.get(key, {})
         for column, value in (("keys", name), ("offsets", offset), ("sizes", size)):
             entry[column].append(value)
-        entry["labels"].append(given.get("cls") or given.get("json"))
+        entry["labels"].append(label.get("cls") or label.get("json"))
     return entry
 
 
@@ -249,7 +249,7 @@ def _field(text: str) -> str | None:
     return next((_normal(fields[name]) for name in LABEL_FIELDS if name in fields), None)
 
 
-# ------------------------------------------------------------------------------------------------------------- index
+# ── index ──
 
 
 def read_entries(files: list[Path]) -> list[dict[str, Any]]:
@@ -257,16 +257,16 @@ def read_entries(files: list[Path]) -> list[dict[str, Any]]:
     entries = []
     for folder, group in itertools.groupby(files, key=lambda file: file.parent):
         shards = list(group)
-        kept = [_read_index(place) for place in _places(folder)]
-        known = {file.name: entry for file in shards for index in kept if (entry := _current(index, file))}
-        if new := [file for file in shards if file.name not in known]:
+        indices = [_read_index(place) for place in _places(folder)]
+        current = {file.name: entry for file in shards for index in indices if (entry := _current(index, file))}
+        if new := [file for file in shards if file.name not in current]:
             log.info("indexing %d of %d shards in %s, once", len(new), len(shards), folder)
             with ThreadPoolExecutor(SCAN_THREADS) as pool:
-                known |= {entry["file"]: entry for entry in pool.map(scan, new)}
-            there = set(os.listdir(folder))
-            others = {name: entry for index in kept for name, entry in index.items() if name in there}
-            _write_index(folder, list((others | known).values()))
-        entries += [known[file.name] for file in shards]
+                current |= {entry["file"]: entry for entry in pool.map(scan, new)}
+            present = set(os.listdir(folder))
+            other_shards = {name: entry for index in indices for name, entry in index.items() if name in present}
+            _write_index(folder, list((other_shards | current).values()))
+        entries += [current[file.name] for file in shards]
     return entries
 
 
@@ -301,14 +301,10 @@ def _current(index: dict[str, dict[str, Any]], file: Path) -> dict[str, Any] | N
 def _write_index(folder: Path, shards: list[dict[str, Any]]) -> None:
     text = json.dumps({"format": FORMAT, "shards": shards})
     for place in _places(folder):
-        temporary = place.with_name(f"{place.name}.{os.getpid()}.tmp")
         try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(text)
-            os.replace(temporary, place)
+            make_folder(place.parent)
+            write_text(place, text)
             return
-        except OSError as error:
+        except CheckpointError as error:
             log.info("the index of %s can't be kept as %s (%s)", folder, place, error)
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
     log.warning("the index of %s can't be kept anywhere: its shards will be read through at every start", folder)

@@ -41,10 +41,11 @@ KNOWN_HEADS = {shape["embed_dim"]: shape["num_heads"] for shape in SIZES.values(
 
 
 def choice(name: str, value: str, legal: Iterable[str]) -> str:
-    """`value`, if it is one of `legal`; else a ValueError that lists them and guesses what was meant."""
+    """`value`, if it is one of `legal`; else a ValueError that lists them, and guesses what was typed or is one of many."""
     legal = list(legal)
     if value not in legal:
-        close = difflib.get_close_matches(str(value), legal, n=1)
+        guess = name.startswith("--") or len(legal) > 4
+        close = difflib.get_close_matches(str(value), legal, n=1) if guess else []
         hint = f" (did you mean {close[0]}?)" if close else ""
         raise ValueError(f"unknown {name} {value!r}{hint}; choose from {', '.join(legal)}")
     return value
