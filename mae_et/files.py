@@ -31,8 +31,10 @@ class CorruptCheckpoint(CheckpointError):
     """A file that is cut short, or whose checksum is wrong: an older one may be intact."""
 
 
-def write(path: Path, content: Callable[[BinaryIO], object], keep: int = 1) -> None:
+def write(path: Path, content: Callable[[BinaryIO], object], keep: int | None = 1) -> None:
     """Write beside `path`, force to disk, rename over it, and force the renaming to disk.
+
+    keep: files that stay, this one and those before it; None: the new one takes the place of `path` alone.
 
     Raises CheckpointError if that can't be done; then `path` is what it was and nothing is left beside it.
     """
@@ -42,7 +44,8 @@ def write(path: Path, content: Callable[[BinaryIO], object], keep: int = 1) -> N
             content(file)
             file.flush()
             os.fsync(file.fileno())
-        _keep(path, keep)
+        if keep is not None:
+            _keep(path, keep)
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:

@@ -168,7 +168,7 @@ def test_the_ledger_survives_a_checkpoint_and_a_json_file():
 
 
 def report(recipe: str, vs: str = "") -> dict:
-    return plan_report(replace(from_recipe(PlanConfig, recipe), vs=vs))
+    return plan_report(replace(from_recipe(PlanConfig, recipe), vs=vs), lambda config: config.num_images)
 
 
 def test_et_pp_with_hog_costs_a_quarter_of_1600_epochs():
@@ -196,7 +196,7 @@ def test_energy_is_what_the_packages_counted_between_readings(tmp_path, monkeypa
     for folder in (package, part):
         folder.mkdir()
         (folder / "energy_uj").write_text("1000000")
-    monkeypatch.setattr("mae_et.plan.cost.POWERCAP", tmp_path)
+    monkeypatch.setattr("mae_et.engine.meters.POWERCAP", tmp_path)
     meter = EnergyMeter(torch.device("cpu"))
     for folder in (package, part):
         (folder / "energy_uj").write_text("3500000")
@@ -208,5 +208,5 @@ def test_energy_is_what_the_packages_counted_between_readings(tmp_path, monkeypa
 
 
 def test_energy_is_nothing_where_nothing_tells(tmp_path, monkeypatch):
-    monkeypatch.setattr("mae_et.plan.cost.POWERCAP", tmp_path)
+    monkeypatch.setattr("mae_et.engine.meters.POWERCAP", tmp_path)
     assert EnergyMeter(torch.device("cpu")).since() == 0

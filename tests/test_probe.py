@@ -97,7 +97,7 @@ def test_the_backbone_is_in_evaluation_mode_and_its_bytes_stay(run: Path, monkey
 
     monkeypatch.setattr(probe_module, "build_classifier", build)
     config = FinetuneConfig(finetune=str(run), linear_probe=True, features=features, **QUICK)
-    result = probe(config)
+    [result] = probe(config).values()
     assert result["num_images"] == 12
     [(model, before)] = backbones
     assert not any(parameter.requires_grad for parameter in model.parameters())
@@ -173,3 +173,19 @@ def test_a_probe_needs_held_out_images(run: Path, pictures: Path, tmp_path: Path
     (tmp_path / "data/train").symlink_to(pictures / "train")
     with pytest.raises(FileNotFoundError, match="has no held-out images"):
         probe(FinetuneConfig(finetune=str(run), knn=True, data_path=str(tmp_path / "data"), **QUICK))
+
+
+def test_knn_and_a_linear_probe_of_one_call_share_their_features(run: Path, monkeypatch) -> None:
+    alone = {}
+    for protocol in ("knn", "linear_probe"):
+        alone |= probe(FinetuneConfig(finetune=str(run), **QUICK | {protocol: True}))
+    costs = [json.loads((run / f"eval-{protocol}.json").read_text())["cost"]["flops"] for protocol in alone]
+    extracted, real = [], probe_module.extract
+    monkeypatch.setattr(probe_module, "extract", lambda *arguments: extracted.append(1) or real(*arguments))
+    both = probe(FinetuneConfig(finetune=str(run), knn=True, linear_probe=True, **QUICK))
+    assert both == alone and set(both) == {"knn", "linear_probe"}
+    assert len(extracted) == 2  # training and held-out images, once each
+    files = {protocol: json.loads((run / f"eval-{protocol}.json").read_text()) for protocol in both}
+    assert [file["cost"]["flops"] for file in files.values()] == [costs[0], 0]  # costs add up
+    for protocol, file in files.items():
+        assert file["top1"] == both[protocol]["top1"] and file["flags"]["knn"] == (protocol == "knn")

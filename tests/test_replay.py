@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 
 from mae_et import checkpoint
+from mae_et.data.sources import count_images
+from mae_et.engine import storage
 from mae_et.engine.logger import data_wait_hints
 from mae_et.engine.pretrain import pretrain
 from mae_et.plan.build import build_curriculum
@@ -48,13 +50,13 @@ def tiny(photos: Path, out: Path, **changes) -> PretrainConfig:
 
 def test_a_run_with_replay_resumes_bit_for_bit(photos, tmp_path, monkeypatch):
     """Saved amid a stage that replays, when the buffer is full; the resumed run starts with an empty one."""
-    save = checkpoint.save
+    save = storage.save
 
-    def save_a_copy(state: dict, path: Path, **options) -> None:
-        save(state, path, **options)
+    def save_a_copy(state: dict, path: Path, *keep) -> None:
+        save(state, path, *keep)
         path.with_name(f"step-{state['step']}.pt").write_bytes(path.read_bytes())
 
-    monkeypatch.setattr(checkpoint, "save", save_a_copy)
+    monkeypatch.setattr(storage, "save", save_a_copy)
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     pretrain(tiny(photos, whole, save_steps=21))
     pretrain(tiny(photos, resumed, resume=str(whole / "step-21.pt"), batch_size=4, total_batch_size=8, num_workers=1))
@@ -84,7 +86,7 @@ def test_a_run_with_replay_resumes_bit_for_bit(photos, tmp_path, monkeypatch):
 
 def test_the_plan_states_the_buffer(photos, tmp_path):
     values = TINY | {"data_path": str(photos), "output_dir": str(tmp_path)}
-    report = plan_report(from_dict(PlanConfig, values, "test"))
+    report = plan_report(from_dict(PlanConfig, values, "test"), count_images)
     small, full = report["stages"]
     depth = -(-small["steps"] // 4)  # no deeper than the stage can use
     assert (small["replay"], small["replay_bytes"]) == (4, depth * 8 * 3 * 16 * 16)
@@ -92,10 +94,13 @@ def test_the_plan_states_the_buffer(photos, tmp_path):
     assert any("shows each decoded sample in 4 steps" in line for line in plan_summary(report))
     assert any(f"{report['totals']['decoded_images']:,} images are decoded" in line for line in plan_summary(report))
     # Fourier crops stay at full size until they are on the device.
-    report = plan_report(from_dict(PlanConfig, values | {"lowfreq": "fourier", "replay_gib": 1e-4}, "test"))
+    report = plan_report(
+        from_dict(PlanConfig, values | {"lowfreq": "fourier", "replay_gib": 1e-4}, "test"), count_images
+    )
     assert report["stages"][0]["replay_bytes"] == 4 * 8 * 3 * 32 * 32 <= 1e-4 * 2**30 < 5 * 8 * 3 * 32 * 32
     plain = plan_report(
-        from_dict(PlanConfig, values | {"stages": [], "curriculum": "et_pp", "views_per_image": 1}, "test")
+        from_dict(PlanConfig, values | {"stages": [], "curriculum": "et_pp", "views_per_image": 1}, "test"),
+        count_images,
     )
     assert "decoded" not in " ".join(plan_summary(plain))
 

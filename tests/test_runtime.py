@@ -16,14 +16,14 @@ import torch
 from ranks import on_ranks
 
 import mae_et
-from mae_et.engine import runtime
+from mae_et.engine import meters, runtime
 
 ROOT = Path(__file__).resolve().parents[1]
 
 FAULTS = """
 import resource, sys
 import mae_et, torch
-from mae_et import runtime
+from mae_et.engine import runtime
 
 def faults() -> int:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -129,7 +129,7 @@ class Queue:
 def test_a_gpu_waits_for_data_only_where_it_has_no_work_left(monkeypatch: pytest.MonkeyPatch) -> None:
     queue = Queue()
     monkeypatch.setattr(torch.cuda, "Event", queue.event)
-    idle = runtime.IdleTime(torch.device("cuda"))
+    idle = meters.IdleTime(torch.device("cuda"))
 
     def steps(number: int, load: float, compute: float) -> float:
         for _ in range(number):
@@ -146,7 +146,7 @@ def test_a_gpu_waits_for_data_only_where_it_has_no_work_left(monkeypatch: pytest
 
 
 def test_a_cpu_waits_as_long_as_its_host() -> None:
-    idle = runtime.IdleTime(torch.device("cpu"))
+    idle = meters.IdleTime(torch.device("cpu"))
     with idle.waiting():
         time.sleep(0.05)
     assert 0.05 <= idle.read() < 5

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mae_et.engine import run_folder, storage
+from mae_et import files
 from mae_et.engine.storage import load, save
 from mae_et.files import CheckpointError, CorruptCheckpoint, kept, load_newest
 
@@ -85,10 +85,10 @@ def test_death_at_any_moment_of_replacing_a_folder_leaves_a_whole_newest_one(tmp
     path, new = tmp_path / "checkpoint.dcp", tmp_path / "new"
 
     def put(number: int) -> None:
-        storage.remove(new)
+        files.remove(new)
         new.mkdir()
         save(numbered(number), new / "state.pt")
-        storage.replace_folder(new, path, keep)
+        files.replace_folder(new, path, keep)
 
     for newest in range(1, 4):
         put(newest)
@@ -209,8 +209,8 @@ def test_compressed_records_are_refused_before_they_grow(tmp_path):
 @pytest.mark.parametrize(
     "write",
     [
-        lambda folder: run_folder.write_text(folder / "config.yaml", "new"),
-        lambda folder: run_folder.write_json(folder / "ledger.json", {"new": 1}),
+        lambda folder: files.write_text(folder / "config.yaml", "new"),
+        lambda folder: files.write_json(folder / "ledger.json", {"new": 1}),
         lambda folder: save(numbered(2), folder / "checkpoint.pt", keep=2),
     ],
 )
@@ -231,10 +231,10 @@ def test_a_full_disk_is_one_line_and_nothing_is_left(tmp_path, monkeypatch, writ
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
-@pytest.mark.parametrize("number", sorted(storage.NO_ROOM))
+@pytest.mark.parametrize("number", sorted(files.NO_ROOM))
 def test_errors_that_name_no_file_get_the_folder(tmp_path, number):
-    with pytest.raises(CheckpointError, match="last checkpoint is intact") as error, storage.disk_full_errors(tmp_path):
+    with pytest.raises(CheckpointError, match="last checkpoint is intact") as error, files.disk_full_errors(tmp_path):
         raise OSError(number, os.strerror(number))
     assert str(tmp_path) in str(error.value) and os.strerror(number) in str(error.value)
-    with pytest.raises(FileNotFoundError, match="data"), storage.disk_full_errors(tmp_path):
+    with pytest.raises(FileNotFoundError, match="data"), files.disk_full_errors(tmp_path):
         raise FileNotFoundError(errno.ENOENT, "No such file", "data")

@@ -20,7 +20,7 @@ from .. import files, interop
 from ..console import console, logging_to_console
 from ..data.decode import center_crops
 from ..data.loader import CorruptLog, TrainImages, spare_cores, train_batches
-from ..data.sources import CachedSource, Source, held_out, is_jpeg_source, open_source
+from ..data.sources import CachedSource, Source, is_jpeg_source, open_held_out, open_source
 from ..data.stream import SampleStream, derive_seed, mask_noise, rank_rows
 from ..model import MaskedAutoencoder
 from ..plan.build import as_vanilla, build_curriculum, shape_of
@@ -353,7 +353,7 @@ def draw(run: PretrainRun, stages: list[Stage] | tuple[Stage, ...], path: Path) 
     config, model = run.config, run.full_model()
     if not run.rt.is_main:
         return
-    source = held_out(config.data_path, config.holdout)
+    source = open_held_out(config.data_path, config.holdout)
     images, _ = center_crops(source, 6, height_width(config.input_size), config.in_chans)
     if not len(images):
         log.warning("no picture: none of the held-out images tried can be read")

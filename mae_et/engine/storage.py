@@ -33,8 +33,8 @@ NOT_A_CHECKPOINT = (
 )
 
 
-def save(state: Mapping, path: Path, keep: int = 1) -> None:
-    """Write plain dicts, tensors and numbers, atomically; `keep` files stay: this one and those before it.
+def save(state: Mapping, path: Path, keep: int | None = 1) -> None:
+    """Write plain dicts, tensors and numbers, atomically. keep: as `files.write` has it.
 
     Raises CheckpointError; the previous file then survives.
     """

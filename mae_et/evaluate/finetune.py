@@ -96,13 +96,17 @@ class FinetuneRun(Run):
             logits = self.network(images)
         return nn.functional.cross_entropy(logits.float(), targets)
 
-    def save(self, unreported: tuple[float, float, float] | None = None) -> None:
-        """Everything that a resumed run needs, atomically. unreported: see there, while its evaluation is still due."""
+    def save(self, unreported: tuple[float, float, float] | None = None, again: bool = False) -> None:
+        """Everything that a resumed run needs, atomically.
+
+        unreported: see there, while its evaluation is still due. again: take the place of the one before, of this step.
+        """
         if not self.rt.is_main:
             return
         state = self.identity() | self.weights() | {"unreported": unreported}
         state |= {"optimizer": self.optimizer.state_dict(), "precision": self.rt.precision}
-        storage.save(state, self.folder / run_folder.CHECKPOINT, self.config.keep_checkpoints)
+        keep = None if again else self.config.keep_checkpoints
+        storage.save(state, self.folder / run_folder.CHECKPOINT, keep)
 
     def save_best(self) -> None:
         """Only the weights."""
@@ -286,7 +290,7 @@ def train(
     if run.unreported:  # killed while it evaluated
         result = evaluate_run(run)
         report(run, logger, *run.unreported, result)
-        run.save()
+        run.save(again=True)
     elif run.finished:
         result = evaluate_run(run)
     run.network.train()
@@ -313,7 +317,7 @@ def train(
             report(run, logger, *latest, result)
             run.network.train()
         if due.save:
-            run.save()
+            run.save(again=evaluation)
             cadence.saved()
         if stopping and not run.finished:
             return None
@@ -360,7 +364,7 @@ def report(
 def finish(run: FinetuneRun, source: Source, result: dict[str, Any] | None, began: float) -> Path:
     """Save, and write the result if there is one; returns its path, else the run folder."""
     config, encoder, rt, steps = run.config, run.encoder, run.rt, run.curriculum.total_steps
-    run.save()
+    run.save(again=True)
     if not run.finished:
         log.info("stopped and saved after step %d of %d; go on with --resume auto", run.step, steps)
     paths = [run.folder]

@@ -9,7 +9,7 @@ import torch
 
 from .. import checkpoint
 from ..data.decode import center_crops
-from ..data.sources import held_out
+from ..data.sources import open_held_out
 from ..engine import run_folder
 from ..engine.picture import draw_reconstruction
 from ..engine.runtime import Normalize, Runtime
@@ -106,7 +106,7 @@ def _read_images(config: ReconstructConfig, pretrained: checkpoint.Pretrained) -
     holdout = 0 if config.images else trained_on.get("holdout", 0)
     shape = pretrained.shape
     try:
-        source = held_out(data_path, holdout)
+        source = open_held_out(data_path, holdout)
     except (FileNotFoundError, ValueError) as error:
         raise ValueError(str(error).replace("--data_path", "--images")) from error  # here called --images
     images, skipped = center_crops(source, config.num_images, height_width(shape.img_size), shape.in_chans)

@@ -41,7 +41,7 @@ KNOWN_HEADS = {shape["embed_dim"]: shape["num_heads"] for shape in SIZES.values(
 
 
 def choice(name: str, value: str, legal: Iterable[str]) -> str:
-    """`value`, if it is one of `legal`; else a ValueError that lists them, and guesses what was typed or is one of many."""
+    """`value`, if it is one of `legal`; else a ValueError that lists them and, of flags and of many, guesses which."""
     legal = list(legal)
     if value not in legal:
         guess = name.startswith("--") or len(legal) > 4
