@@ -100,39 +100,39 @@ def table(seed: int):
 def test_sequential_takes_the_best_at_every_stage(seed: int, num_stages: int, sizes: set[int]) -> None:
     options = [Option(size) for size in (*sorted(sizes), 32)]
     evaluate = Recorded(table(seed))
-    found, selected = sequential(options, FULL, num_stages, evaluate)
+    best, selected = sequential(options, FULL, num_stages, evaluate)
     chosen: list[int] = []  # said again, without schedules and shares
     for _ in range(num_stages - 1):
         legal = [s for s in (*sorted(sizes), 32) if not chosen or s >= chosen[-1]]
         chosen.append(max(legal, key=lambda s: np.random.default_rng([seed, *chosen, s]).random()))
-    plain = [option.size_px for option, share in found for _ in range(round(share * num_stages))]
+    plain = [option.size_px for option, share in best for _ in range(round(share * num_stages))]
     assert plain == [*chosen, 32]
-    assert math.isclose(sum(share for _, share in found), 1)
+    assert math.isclose(sum(share for _, share in best), 1)
     assert [schedules[0] for schedules in selected] == [max(asked, key=evaluate.score) for asked in evaluate.asked]
 
 
 def test_sequential_does_not_judge_what_is_settled() -> None:
     """Once at full size, there is nothing to choose: no trial is paid for."""
     evaluate = Recorded(lambda schedule: schedule[0][0].size_px)
-    found, _ = sequential([Option(16), FULL], FULL, 5, evaluate)
-    assert len(evaluate.asked) == 1 and found == ((FULL, 1.0),)
+    best, _ = sequential([Option(16), FULL], FULL, 5, evaluate)
+    assert len(evaluate.asked) == 1 and best == ((FULL, 1.0),)
 
 
 def test_halving_goes_on_with_the_better_half() -> None:
     options = [Option(size) for size in (8, 16, 24)] + [FULL]
     evaluate = Recorded(lambda schedule: -abs(schedule[-1][0].size_px - 20))  # 16 and 24 are equal: the smaller wins
-    found, selected = sequential(options, FULL, 3, evaluate, halving=True)
+    best, selected = sequential(options, FULL, 3, evaluate, halving=True)
     sizes = [[schedule[-1][0].size_px for schedule in asked] for asked in evaluate.asked]
     assert sizes == [[8, 16, 24, 32], [16, 24], [16, 24, 32], [16, 24]]
     assert evaluate.asked[1][0] == ((Option(16), 1 / 6), (Option(16), 1 / 6))
     assert [len(schedules) for schedules in selected] == [2, 1, 2, 1]
-    assert found == ((Option(16), pytest.approx(2 / 3)), (FULL, pytest.approx(1 / 3)))
+    assert best == ((Option(16), pytest.approx(2 / 3)), (FULL, pytest.approx(1 / 3)))
 
 
 @given(st.integers(0, 10**6), st.integers(2, 5), st.floats(0, 1), st.integers(1, 3))
 def test_greedy_takes_the_smallest_that_holds(seed: int, num_stages: int, tolerance: float, group_size: int) -> None:
     options, score = [Option(size) for size in (8, 16, 24, 32)], table(seed)
-    found, _ = greedy(options, FULL, num_stages, Recorded(score), tolerance, group_size)
+    best, _ = greedy(options, FULL, num_stages, Recorded(score), tolerance, group_size)
     goal, chosen = score(((FULL, 1.0),)) - tolerance, []
     for _ in range(num_stages - 1):  # said again, one candidate after the other
         for size in [s for s in (8, 16, 24) if not chosen or s >= chosen[-1]]:
@@ -142,16 +142,16 @@ def test_greedy_takes_the_smallest_that_holds(seed: int, num_stages: int, tolera
                 break
         else:
             break
-    plain = [option.size_px for option, share in found for _ in range(round(share * num_stages))]
+    plain = [option.size_px for option, share in best for _ in range(round(share * num_stages))]
     assert plain == [*chosen, *[32] * (num_stages - len(chosen))]
 
 
 def test_out_of_budget_leaves_the_rest_at_full_size() -> None:
     options = [Option(16), FULL]
-    found, selected = sequential(options, FULL, 4, Recorded(lambda s: -s[-1][0].size_px, calls=2))
-    assert found == ((Option(16), 0.5), (FULL, 0.5)) and len(selected) == 2
-    found, _ = greedy(options, FULL, 4, Recorded(lambda s: 0.0, calls=0), 0.1)
-    assert found == ((FULL, 1.0),)
+    best, selected = sequential(options, FULL, 4, Recorded(lambda s: -s[-1][0].size_px, calls=2))
+    assert best == ((Option(16), 0.5), (FULL, 0.5)) and len(selected) == 2
+    best, _ = greedy(options, FULL, 4, Recorded(lambda s: 0.0, calls=0), 0.1)
+    assert best == ((FULL, 1.0),)
 
 
 def test_target_and_operator_stay_as_the_first_stage_has_them() -> None:
@@ -329,9 +329,9 @@ def test_loss_needs_no_labels(pictures: Path, tmp_path: Path) -> None:
     flat.mkdir()
     for path in pictures.glob("train/*/*.png"):
         (flat / f"{path.parent.name}{path.name}").write_bytes(path.read_bytes())
-    found = search(config_of(flat, tmp_path / "out", judge=["loss"], num_stages=2, epochs=1, holdout=0))
-    assert found.space.config.holdout == 4  # a tenth
-    assert all(-1000 < score < 0 for scores in found.rounds[0].values() for score in scores)
+    result = search(config_of(flat, tmp_path / "out", judge=["loss"], num_stages=2, epochs=1, holdout=0))
+    assert result.space.config.holdout == 4  # a tenth
+    assert all(-1000 < score < 0 for scores in result.rounds[0].values() for score in scores)
 
 
 # ── the command ──
@@ -393,12 +393,12 @@ def test_search_ends_in_a_recipe_that_trains(searched: Path, pictures: Path, tmp
 
 def _running(group: int) -> list[int]:
     """Processes of a process group that are not only waiting to be buried."""
-    found = []
+    processes = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             state, _, its_group = path.read_text().rpartition(")")[2].split()[:3]
-            found += [int(path.parent.name)] if int(its_group) == group and state != "Z" else []
-    return found
+            processes += [int(path.parent.name)] if int(its_group) == group and state != "Z" else []
+    return processes
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the processes in /proc")

@@ -182,11 +182,12 @@ class CandidateEvaluator:
 
 @dataclass(frozen=True)
 class SearchResult:
+    """Schedule that a search found, and how."""
+
     space: SearchSpace
     schedule: Schedule
-    """What was found."""
     config: PretrainConfig
-    """A run of it."""
+    """A run of the schedule on all training images."""
     rounds: list[dict[Schedule, list[float]]]
     """Schedules evaluated together, with their scores over the seeds."""
     selected: Selected

@@ -48,11 +48,11 @@ class Trial:
     name: str
     config: PretrainConfig
     """The run that is evaluated."""
-    base_run: PretrainConfig | None = None
+    base_run: PretrainConfig | None
     """A run that comes first, which `config` and later trials branch from."""
-    judge: tuple[str, ...] = ("knn",)
+    judge: tuple[str, ...]
     """As --judge."""
-    judge_images: int | None = None
+    judge_images: int | None
     """Labelled training images that kNN and linear probe may use; None: all."""
 
     @property
@@ -64,8 +64,9 @@ def run_trial(trial: Trial, device: str = "auto", threads: int = 0) -> dict[str,
     """Train and evaluate: {"name", "scores", "score", "flops", "seconds"}, of what this trial added to its branch.
 
     scores: as :func:`evaluate` returns them; score: their mean. What the runs print goes to log.txt in their folders.
-    threads: of CPU work; 0: as they are. Raises what :func:`pretrain` raises, and InterruptedError if it was told to
-    stop.
+    threads: of CPU work; 0: as they are.
+
+    Raises what :func:`pretrain` raises, and InterruptedError if it was asked to stop.
     """
     if threads:
         torch.set_num_threads(threads)
@@ -98,6 +99,7 @@ def _train(config: PretrainConfig) -> float:
 
 @contextlib.contextmanager
 def _log_of(config: PretrainConfig) -> Iterator[None]:
+    """Send what is printed to log.txt in the run folder."""
     with (Path(config.output_dir) / "log.txt").open("a") as log, contextlib.redirect_stdout(log):
         yield
 
@@ -108,7 +110,7 @@ def evaluate(config: PretrainConfig, judge: Sequence[str], judge_images: int | N
     Per cent of the held-out images for kNN and linear probe, which share one extraction of features; -100 × the loss.
     """
     scores, flops = {}, 0.0
-    probes = {name: True for name in judge if name != "loss"}
+    probes = dict.fromkeys((name for name in judge if name != "loss"), True)
     if probes:
         evaluation = FinetuneConfig(
             finetune=config.output_dir,
@@ -155,7 +157,7 @@ def held_out_loss_flops(num_images: int, stage: Stage) -> float:
 
 
 def seconds_of_vanilla(config: PretrainConfig, num_images: int) -> float:
-    """Seconds that vanilla MAE's run takes on one device, told from a few steps on blank images."""
+    """Seconds that vanilla MAE's run takes on one device, estimated from a few steps on blank images."""
     with runtime.start(config.device, config.precision, config.dist_url) as rt:
         run = PretrainRun.create(as_vanilla(config), rt, num_images)
         stage = run.curriculum.stages[0]
