@@ -14,8 +14,9 @@ from PIL import Image
 
 from mae_et import checkpoint
 from mae_et.data.sources import open_source
-from mae_et.engine import picture
+from mae_et.engine import picture, storage
 from mae_et.engine.picture import draw_reconstruction, hog_strokes, predicted_pixels
+from mae_et.engine.resume import FORMAT
 from mae_et.evaluate.config import ReconstructConfig
 from mae_et.evaluate.reconstruct import reconstruct
 from mae_et.model import MaskedAutoencoder, Output
@@ -32,7 +33,7 @@ GREY_STATISTICS = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
 def tiny_model(img_size=(24, 16), in_chans=3, target="pixel", **shape) -> MaskedAutoencoder:
     shape = SHAPE | shape
     values = target_dim(target, shape["patch_size"], in_chans)
-    return MaskedAutoencoder(img_size, in_chans=in_chans, target_dim=values, **shape)
+    return MaskedAutoencoder(img_size=img_size, in_chans=in_chans, target_dim=values, **shape)
 
 
 def perfect_output(images, patch_px, num_visible, num_predicted, noise, target="pixel", normalized=False) -> Output:
@@ -292,25 +293,25 @@ def test_wrong_arguments_are_refused(tmp_path, wrong, message):
 # ------------------------------------------------------------------------------------------------------ reconstruct
 
 
-def write_run(folder, data_path="photos", target="pixel", norm_pix_loss=False, mean=0.5, **shape):
+def write_run(folder, data_path="photos", target="pixel", norm_pix_loss=False, mean=0.5, holdout=0, **shape):
     """As much of a run folder as a picture needs."""
     folder.mkdir()
     torch.manual_seed(0)
     model = tiny_model(32, target=target, **shape)
     stages = [Stage(16, 4, 12, 8, steps=1), Stage(32, 16, 40, 8, steps=1)]
     state = {
-        "format": checkpoint.FORMAT,
+        "format": FORMAT,
         "model": model.state_dict(),
         "shape": SHAPE | shape | {"img_size": 32, "in_chans": 3, "target_dim": model.target_dim},
         "target": target,
         "norm_pix_loss": norm_pix_loss,
         "stages": [dataclasses.asdict(stage) for stage in stages],
-        "config": {"data_path": str(data_path)},
+        "config": {"data_path": str(data_path), "holdout": holdout},
         "step": 2,
         "mean": [mean] * 3,
         "std": [0.25, 0.25, 0.25],
     }
-    checkpoint.save(state, folder / "checkpoint.pt")
+    storage.save(state, folder / "checkpoint.pt")
     return folder
 
 
@@ -345,6 +346,12 @@ def test_held_out_images_are_drawn_where_there_are_any(tmp_path, blocks):
     assert reconstruct(ReconstructConfig(str(run / "checkpoint.pt"), images=str(flat), out=str(out))) == out
     assert [len(rows) for _, rows in blocks] == [2, 2]
     assert out.is_file()
+
+
+def test_training_images_that_the_run_held_out_are_drawn(tmp_path, blocks):
+    run = write_run(tmp_path / "run", write_images(tmp_path / "flat", 5), holdout=2)
+    reconstruct(ReconstructConfig(str(run)))
+    assert [len(rows) for _, rows in blocks] == [2, 2]
 
 
 def test_what_cannot_be_read_is_skipped(tmp_path, blocks, caplog):

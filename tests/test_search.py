@@ -1,4 +1,4 @@
-"""Searching a schedule: the algorithms against plain re-statements of them, branches of runs, and the command."""
+"""Search of a schedule: the algorithms against plain re-statements of them, branches of runs, and the command."""
 
 from __future__ import annotations
 
@@ -21,26 +21,27 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from test_pretrain import TINY as MODEL
-from test_pretrain import one_thread  # noqa: F401 - a fixture
+from tiny import TINY as MODEL
 
-from mae_et import checkpoint
 from mae_et.cli import main
 from mae_et.data.decode import center_crop
 from mae_et.data.sources import open_source, subset
 from mae_et.data.stream import mask_noise
+from mae_et.engine import storage
 from mae_et.engine.optim import learning_rate
-from mae_et.engine.pretrain import pretrain
+from mae_et.engine.pretrain import PretrainRun, pretrain
 from mae_et.engine.runtime import start
 from mae_et.evaluate.config import FinetuneConfig
 from mae_et.evaluate.probe import probe
-from mae_et.plan.build import build_curriculum
+from mae_et.plan.build import build_curriculum, shape_of
 from mae_et.plan.config import PretrainConfig
+from mae_et.plan.cost import encoder_flops_per_image
 from mae_et.plan.curriculum import StageRow
 from mae_et.plan.flags import from_dict
-from mae_et.search.search import OutOfBudget, Results, greedy, search, sequential
-from mae_et.search.space import Option, Schedule, SearchConfig, Space, fill, growing
-from mae_et.search.trials import Workers, held_out_loss, new_run, seconds_of_vanilla
+from mae_et.search.config import SearchConfig
+from mae_et.search.search import OutOfBudget, Results, greedy, identity, search, sequential
+from mae_et.search.space import Option, Schedule, SearchSpace, fill, growing
+from mae_et.search.trials import Workers, held_out_loss, seconds_of_vanilla
 from mae_et.targets import pixel_target
 
 ROOT = Path(__file__).parent.parent
@@ -77,7 +78,7 @@ def run_of(pictures: Path, out: Path, **changes) -> PretrainConfig:
 
 
 class Recorded:
-    """A judge whose scores are a function of the schedule, and which remembers what it was asked."""
+    """Evaluates by a function of the schedule, and remembers what it was asked."""
 
     def __init__(self, score, calls: int = 10**6) -> None:
         self.score, self.left, self.asked = score, calls, []
@@ -98,40 +99,40 @@ def table(seed: int):
 @given(st.integers(0, 10**6), st.integers(2, 5), st.sets(st.sampled_from([8, 16, 24]), min_size=1))
 def test_sequential_takes_the_best_at_every_stage(seed: int, num_stages: int, sizes: set[int]) -> None:
     options = [Option(size) for size in (*sorted(sizes), 32)]
-    judge = Recorded(table(seed))
-    found, taken = sequential(options, FULL, num_stages, judge)
+    evaluate = Recorded(table(seed))
+    best, selected = sequential(options, FULL, num_stages, evaluate)
     chosen: list[int] = []  # said again, without schedules and shares
     for _ in range(num_stages - 1):
         legal = [s for s in (*sorted(sizes), 32) if not chosen or s >= chosen[-1]]
         chosen.append(max(legal, key=lambda s: np.random.default_rng([seed, *chosen, s]).random()))
-    plain = [option.size_px for option, share in found for _ in range(round(share * num_stages))]
+    plain = [option.size_px for option, share in best for _ in range(round(share * num_stages))]
     assert plain == [*chosen, 32]
-    assert math.isclose(sum(share for _, share in found), 1)
-    assert [some[0] for some in taken] == [max(asked, key=judge.score) for asked in judge.asked]
+    assert math.isclose(sum(share for _, share in best), 1)
+    assert [schedules[0] for schedules in selected] == [max(asked, key=evaluate.score) for asked in evaluate.asked]
 
 
 def test_sequential_does_not_judge_what_is_settled() -> None:
     """Once at full size, there is nothing to choose: no trial is paid for."""
-    judge = Recorded(lambda schedule: schedule[0][0].size_px)
-    found, _ = sequential([Option(16), FULL], FULL, 5, judge)
-    assert len(judge.asked) == 1 and found == ((FULL, 1.0),)
+    evaluate = Recorded(lambda schedule: schedule[0][0].size_px)
+    best, _ = sequential([Option(16), FULL], FULL, 5, evaluate)
+    assert len(evaluate.asked) == 1 and best == ((FULL, 1.0),)
 
 
 def test_halving_goes_on_with_the_better_half() -> None:
     options = [Option(size) for size in (8, 16, 24)] + [FULL]
-    judge = Recorded(lambda schedule: -abs(schedule[-1][0].size_px - 20))  # 16 and 24 are equal: the smaller wins
-    found, taken = sequential(options, FULL, 3, judge, halving=True)
-    sizes = [[schedule[-1][0].size_px for schedule in asked] for asked in judge.asked]
+    evaluate = Recorded(lambda schedule: -abs(schedule[-1][0].size_px - 20))  # 16 and 24 are equal: the smaller wins
+    best, selected = sequential(options, FULL, 3, evaluate, halving=True)
+    sizes = [[schedule[-1][0].size_px for schedule in asked] for asked in evaluate.asked]
     assert sizes == [[8, 16, 24, 32], [16, 24], [16, 24, 32], [16, 24]]
-    assert judge.asked[1][0] == ((Option(16), 1 / 6), (Option(16), 1 / 6))
-    assert [len(some) for some in taken] == [2, 1, 2, 1]
-    assert found == ((Option(16), pytest.approx(2 / 3)), (FULL, pytest.approx(1 / 3)))
+    assert evaluate.asked[1][0] == ((Option(16), 1 / 6), (Option(16), 1 / 6))
+    assert [len(schedules) for schedules in selected] == [2, 1, 2, 1]
+    assert best == ((Option(16), pytest.approx(2 / 3)), (FULL, pytest.approx(1 / 3)))
 
 
 @given(st.integers(0, 10**6), st.integers(2, 5), st.floats(0, 1), st.integers(1, 3))
-def test_greedy_takes_the_smallest_that_holds(seed: int, num_stages: int, tolerance: float, at_once: int) -> None:
+def test_greedy_takes_the_smallest_that_holds(seed: int, num_stages: int, tolerance: float, group_size: int) -> None:
     options, score = [Option(size) for size in (8, 16, 24, 32)], table(seed)
-    found, _ = greedy(options, FULL, num_stages, Recorded(score), tolerance, at_once)
+    best, _ = greedy(options, FULL, num_stages, Recorded(score), tolerance, group_size)
     goal, chosen = score(((FULL, 1.0),)) - tolerance, []
     for _ in range(num_stages - 1):  # said again, one candidate after the other
         for size in [s for s in (8, 16, 24) if not chosen or s >= chosen[-1]]:
@@ -141,16 +142,16 @@ def test_greedy_takes_the_smallest_that_holds(seed: int, num_stages: int, tolera
                 break
         else:
             break
-    plain = [option.size_px for option, share in found for _ in range(round(share * num_stages))]
+    plain = [option.size_px for option, share in best for _ in range(round(share * num_stages))]
     assert plain == [*chosen, *[32] * (num_stages - len(chosen))]
 
 
 def test_out_of_budget_leaves_the_rest_at_full_size() -> None:
     options = [Option(16), FULL]
-    found, taken = sequential(options, FULL, 4, Recorded(lambda s: -s[-1][0].size_px, calls=2))
-    assert found == ((Option(16), 0.5), (FULL, 0.5)) and len(taken) == 2
-    found, _ = greedy(options, FULL, 4, Recorded(lambda s: 0.0, calls=0), 0.1)
-    assert found == ((FULL, 1.0),)
+    best, selected = sequential(options, FULL, 4, Recorded(lambda s: -s[-1][0].size_px, calls=2))
+    assert best == ((Option(16), 0.5), (FULL, 0.5)) and len(selected) == 2
+    best, _ = greedy(options, FULL, 4, Recorded(lambda s: 0.0, calls=0), 0.1)
+    assert best == ((FULL, 1.0),)
 
 
 def test_target_and_operator_stay_as_the_first_stage_has_them() -> None:
@@ -160,33 +161,75 @@ def test_target_and_operator_stay_as_the_first_stage_has_them() -> None:
     assert fill(((first, 0.2),), FULL)[-1][0] == replace(first, size_px=32)
 
 
+def test_no_side_shrinks() -> None:
+    """Sizes that aren't square have no order: (32, 96) px after 64 px would be lower, although its area is not less."""
+    options = [Option(size) for size in ((32, 96), 64, (64, 96), (96, 64), 96)]
+    assert growing(options, ((Option(64), 0.2),)) == [Option(64), Option((64, 96)), Option((96, 64)), Option(96)]
+    assert growing(options, ((Option((32, 96)), 0.2),)) == [Option((32, 96)), Option((64, 96)), Option(96)]
+
+
+# ── flags ──
+
+
+def test_flags_are_known_without_torch() -> None:
+    code = "import sys, mae_et.search.config; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
+
+
+def test_a_search_goes_on_with_other_bookkeeping_alone(pictures: Path, tmp_path: Path) -> None:
+    def identity_of(**changes) -> dict:
+        return identity(SearchSpace(config_of(pictures, tmp_path, **changes), 48, labelled=True))
+
+    free = {"jobs": 2, "devices": ["cpu"], "budget": 5, "num_workers": 1, "print_steps": 7, "keep_checkpoints": 3}
+    assert identity_of(**free) == identity_of()
+    fixed = {"seed": 1, "num_seeds": 2, "lr": 2e-3, "sizes": [24, 32], "tune": 0.5, "judge": ["knn"], "holdout": 13}
+    for name, value in fixed.items():
+        before, after = identity_of(), identity_of(**{name: value})
+        assert {key for key in before if before[key] != after[key]} - {"num_images"} == {name}
+
+
 # ── costs ──
 
 
 def test_costs_are_those_of_the_runs(pictures: Path, tmp_path: Path) -> None:
     """Against plans of the runs, made one by one: what a trial adds, whatever the number of stages before it."""
     config = config_of(pictures, tmp_path, epochs=40, judge_images=1, holdout=1)
-    space = Space(config, 48, labelled=True)
+    space = SearchSpace(config, 48, labelled=True)
     schedule = ((Option(16), 1 / 3), (Option(16), 1 / 3))
     trial = space.trial(schedule, 0)
-    plan, trunk = (build_curriculum(c, space.num_images) for c in (trial.config, trial.trunk))
-    assert plan.stages[: len(trunk.stages)] == trunk.stages, "the judged run must be able to branch from the trunk"
-    before = build_curriculum(space.trial(schedule[:1], 0).trunk, space.num_images)
-    assert trunk.stages[:1] == before.stages
+    plan, base = (build_curriculum(c, space.num_images) for c in (trial.config, trial.base_run))
+    assert plan.stages[: len(base.stages)] == base.stages, "the judged run must be able to branch from its base run"
+    before = build_curriculum(space.trial(schedule[:1], 0).base_run, space.num_images)
+    assert base.stages[:1] == before.stages
     added = (plan.total_flops - before.total_flops) / space.vanilla_flops
     assert space.cost(schedule) == pytest.approx(added, rel=0.05)  # whole steps
-    trials, cost = space.most()
+    trials, cost = space.worst_case()
     assert trials == 4 and cost == pytest.approx(4 * (1 / 3 + 0.25), rel=0.02)
-    assert seconds_of_vanilla(space.base, 47) > 0
+    assert seconds_of_vanilla(space.vanilla, 47) > 0
+
+
+def test_probes_share_one_extraction_of_features(searched: Path, pictures: Path) -> None:
+    space = SearchSpace(config_of(pictures, searched), 48, labelled=True)
+    shape = shape_of(space.vanilla)
+    features = (12 + 30) * encoder_flops_per_image(
+        shape, shape.num_patches
+    )  # held-out images and those of --judge_images
+    annealed = list(searched.glob("runs/*-judged-*"))
+    for folder in annealed:
+        costs = [json.loads(path.read_text())["cost"]["flops"] for path in folder.glob("eval-*.json")]
+        assert sorted(costs) == [0, features]
+    assert len(annealed) == len(records(searched))
+    share = space.vanilla_flops * (1 / 3 + 0.25)
+    assert space.cost(((Option(16), 1 / 3),)) * space.vanilla_flops == pytest.approx(share + features)
 
 
 @pytest.mark.parametrize("epochs", [0.37, 1, 3.3])
 @pytest.mark.parametrize("num_stages", [3, 5, 10])
 def test_every_prefix_is_planned_as_the_whole_is(pictures: Path, epochs: float, num_stages: int) -> None:
-    """Shares are fractions of other totals in a trunk and in what branches from it; the steps must not differ."""
+    """Shares are fractions of other totals in a base run and in what branches from it; the steps must not differ."""
     config = config_of(pictures, Path("x"), epochs=epochs, num_stages=num_stages, batch_size=16)
     for images, size in ((1000, 16), (2012, 32), (60_000, 16)):  # 2,000 images, 10 stages: 12.5 steps, but for noise
-        space, share = Space(config, images, labelled=True), 1 / num_stages
+        space, share = SearchSpace(config, images, labelled=True), 1 / num_stages
         schedule = tuple((Option(size), share) for _ in range(num_stages - 1))
         whole = build_curriculum(space.run("", schedule, 0), space.num_images)
         for stages in range(1, num_stages - 1):
@@ -212,9 +255,9 @@ def test_a_branch_equals_one_run_bit_for_bit(pictures: Path, tmp_path: Path) -> 
     stages = {"curriculum": "custom", "allocation": "flops", "hold_epochs": 100}
     whole = pretrain(run_of(pictures, tmp_path / "whole", stages=rows, **stages))
     half = [{"size_px": 16, "share": 1.0}]
-    trunk = pretrain(run_of(pictures, tmp_path / "trunk", stages=half, epochs=2, **stages))
-    branch = pretrain(run_of(pictures, tmp_path / "branch", stages=rows, branch=str(trunk), **stages))
-    one, other = (checkpoint.load(folder / "checkpoint.pt") for folder in (whole, branch))
+    base = pretrain(run_of(pictures, tmp_path / "base", stages=half, epochs=2, **stages))
+    branch = pretrain(run_of(pictures, tmp_path / "branch", stages=rows, branch=str(base), **stages))
+    one, other = (storage.load(folder / "checkpoint.pt") for folder in (whole, branch))
     assert all(torch.equal(one["model"][key], other["model"][key]) for key in one["model"])
     ledgers = [json.loads((folder / "ledger.json").read_text())["stages"] for folder in (whole, branch)]
     for a, b in zip(*ledgers, strict=True):
@@ -234,12 +277,12 @@ def test_a_branch_equals_one_run_bit_for_bit(pictures: Path, tmp_path: Path) -> 
 )
 def test_what_is_no_branch(pictures: Path, tmp_path_factory, changes: dict, message: str) -> None:
     stages = {"curriculum": "custom", "epochs": 2}
-    trunk = tmp_path_factory.getbasetemp() / "no-branch-trunk"
-    if not trunk.exists():
-        pretrain(run_of(pictures, trunk, stages=[{"size_px": 16, "share": 1.0}], **stages | {"epochs": 1}))
+    base = tmp_path_factory.getbasetemp() / "no-branch-base"
+    if not base.exists():
+        pretrain(run_of(pictures, base, stages=[{"size_px": 16, "share": 1.0}], **stages | {"epochs": 1}))
     rows = [{"size_px": size, "share": 0.5} for size in (16, 32)]
     with pytest.raises((ValueError, OSError), match=message):
-        pretrain(run_of(pictures, trunk.with_name("b"), **stages | {"stages": rows, "branch": str(trunk)} | changes))
+        pretrain(run_of(pictures, base.with_name("b"), **stages | {"stages": rows, "branch": str(base)} | changes))
 
 
 def test_holdout_is_apart_and_always_the_same(pictures: Path, tmp_path: Path) -> None:
@@ -255,7 +298,8 @@ def test_holdout_is_apart_and_always_the_same(pictures: Path, tmp_path: Path) ->
 
     folder = pretrain(run_of(pictures, tmp_path / "run", holdout=12, epochs=1))
     assert json.loads((folder / "environment.json").read_text())["num_images"] == 36
-    result = probe(FinetuneConfig(finetune=str(folder), knn=True, k=3, holdout=12, num_workers=0, device="cpu"))
+    evaluation = FinetuneConfig(finetune=str(folder), knn=True, k=3, holdout=12, num_workers=0, device="cpu")
+    result = probe(evaluation)[evaluation.protocol]
     assert (result["num_images"], result["train_images"]) == (12, 36)
     assert (folder / "eval-knn-holdout-12.json").exists()
 
@@ -267,10 +311,11 @@ def test_held_out_loss_is_the_loss(pictures: Path, tmp_path: Path) -> None:
     loss, flops = held_out_loss(config)
     source = open_source(pictures, "val", 5)
     with start("cpu", "fp32") as rt, torch.no_grad():
-        run = new_run(config, rt, 43)
-        run.model.load_state_dict(checkpoint.load(tmp_path / "run" / "checkpoint.pt")["model"])
+        run = PretrainRun.create(config, rt, 43)
+        run.model.load_state_dict(storage.load(tmp_path / "run" / "checkpoint.pt")["model"])
         pixels = torch.stack([center_crop(source.read(i)[0], (32, 32), 3) for i in range(5)])
-        images = (pixels.float() - run.mean) / run.std
+        mean, std = (torch.tensor(value)[:, None, None] for value in (config.pixel_mean, config.pixel_std))
+        images = (pixels.float() / 255 - mean) / std
         pred, ids, mask = run.model.eval()(images, 4, 12, mask_noise(0, 0, 5, 16))
         target = pixel_target(images, 8, True)  # [B, L, D]
         assert mask.sum() == 5 * 12
@@ -284,9 +329,9 @@ def test_loss_needs_no_labels(pictures: Path, tmp_path: Path) -> None:
     flat.mkdir()
     for path in pictures.glob("train/*/*.png"):
         (flat / f"{path.parent.name}{path.name}").write_bytes(path.read_bytes())
-    found = search(config_of(flat, tmp_path / "out", judge=["loss"], num_stages=2, epochs=1, holdout=0))
-    assert found.space.config.holdout == 4  # a tenth
-    assert all(-1000 < score < 0 for scores in found.rounds[0].values() for score in scores)
+    result = search(config_of(flat, tmp_path / "out", judge=["loss"], num_stages=2, epochs=1, holdout=0))
+    assert result.space.config.holdout == 4  # a tenth
+    assert all(-1000 < score < 0 for scores in result.rounds[0].values() for score in scores)
 
 
 # ── the command ──
@@ -348,12 +393,12 @@ def test_search_ends_in_a_recipe_that_trains(searched: Path, pictures: Path, tmp
 
 def _running(group: int) -> list[int]:
     """Processes of a process group that are not only waiting to be buried."""
-    found = []
+    processes = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             state, _, its_group = path.read_text().rpartition(")")[2].split()[:3]
-            found += [int(path.parent.name)] if int(its_group) == group and state != "Z" else []
-    return found
+            processes += [int(path.parent.name)] if int(its_group) == group and state != "Z" else []
+    return processes
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the processes in /proc")
@@ -402,6 +447,8 @@ def test_a_dry_run_costs_nothing(pictures: Path, tmp_path: Path, capsys) -> None
     [
         ({"sizes": [16, 20]}, r"--sizes: size 20 px is not divisible by the patch \(8 px\)"),
         ({"sizes": [64]}, "--sizes: 64 px is larger than --input_size 32"),
+        ({"sizes": [40], "input_size": [32, 64]}, "--sizes: 40×80 px is larger than --input_size 32×64"),
+        ({"sizes": [0]}, "--sizes must be positive and finite, got 0"),
         ({"budget": 0.1}, r"--budget 0.1 is less than one candidate, 0\.\d+ vanilla runs"),
         ({"budget": -1}, "--budget must be positive and finite, got -1"),
         ({"judge": ["knm"]}, r"unknown --judge 'knm' \(did you mean knn\?\)"),
@@ -421,7 +468,7 @@ def test_mistakes_are_explained(pictures: Path, tmp_path: Path, changes: dict, m
 
 
 def test_a_process_that_is_killed_is_explained(pictures: Path, tmp_path: Path) -> None:
-    trial = Space(config_of(pictures, tmp_path), 48, labelled=True).trial(((FULL, 0.5),), 0)
+    trial = SearchSpace(config_of(pictures, tmp_path), 48, labelled=True).trial(((FULL, 0.5),), 0)
     with Workers(2, ("cpu",)) as workers:
         assert workers.processes.submit(os._exit, 1).exception(timeout=100)  # known before the trial begins
         with pytest.raises(ChildProcessError, match="process was killed"):
@@ -453,11 +500,13 @@ def test_results_of_another_search_are_refused(searched: Path, pictures: Path, c
 
 
 def test_options_of_mask_ratios_and_shapes_that_are_not_square(pictures: Path, tmp_path: Path) -> None:
-    space = Space(config_of(pictures, tmp_path, mask_ratios=[0.5, 0.75]), 48, labelled=True)
+    space = SearchSpace(config_of(pictures, tmp_path, mask_ratios=[0.5, 0.75]), 48, labelled=True)
     assert list(map(str, space.options)) == ["16@0.75", "16@0.5", "32@0.75", "32@0.5"]  # the cheapest first
     rows = space.run("x", ((space.options[1], 0.5), (FULL, 0.5)), 0).stages
     assert rows == (StageRow(16, 0.5, mask_ratio=0.5), StageRow(32, 0.5))
-    space = Space(config_of(pictures, tmp_path, input_size=[32, 64], sizes=[16, 24]), 48, labelled=True)
+    space = SearchSpace(config_of(pictures, tmp_path, input_size=[32, 64], sizes=[16, 24]), 48, labelled=True)
     assert [option.size_px for option in space.options] == [(16, 32), (24, 48), (32, 64)]
-    space = Space(config_of(pictures, tmp_path, sizes=[], input_size=64), 48, labelled=True)
+    space = SearchSpace(config_of(pictures, tmp_path, input_size=[64, 32], sizes=[24]), 48, labelled=True)
+    assert [option.size_px for option in space.options] == [(24, 16), (64, 32)]  # in whole patches
+    space = SearchSpace(config_of(pictures, tmp_path, sizes=[], input_size=64), 48, labelled=True)
     assert [option.size_px for option in space.options] == [32, 48, 56, 64]  # the published ones, scaled

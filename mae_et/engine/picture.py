@@ -1,4 +1,4 @@
-"""What a masked autoencoder reconstructs, drawn so that it shows no more than the model knows.
+"""Reconstruction pictures that use no information about hidden patches.
 
 B images · C channels · h×w a stage's size · p patch side · L patches · V visible · P predicted · T = p·p·C.
 
@@ -10,6 +10,7 @@ patches, and the caption says which way it was done.
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,12 +21,12 @@ from einops import rearrange, repeat
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ..files import write
 from ..model import MaskedAutoencoder, Output
 from ..plan.curriculum import Stage
-from ..plan.shapes import HOG_BINS, TARGETS, grid_of
+from ..plan.shapes import HOG_BINS, TARGETS, choice, grid_of, num_patches
 from ..spectral import low_frequency_crop
 from ..targets import hog_target, pixel_target
-from . import storage
 
 STATISTICS = {
     "visible": "patch mean and std guessed from visible patches only",
@@ -36,10 +37,10 @@ HEADS = {
     "hog": ("input", "masked input", "predicted HOG", "true HOG"),
 }
 MAX_BYTES = 300_000
-# (longer side of a panel in pixels, colours of the palette), the first pair whose file stays below MAX_BYTES
-PANELS = ((192, 128), (176, 128), (160, 128), (176, 64), (160, 64), (144, 64), (144, 32), (128, 32), (96, 32), (64, 32))
+#: (longer side of a panel in pixels, colours of the palette): the first pair whose file stays below MAX_BYTES is taken.
+PANELS = ((192, 128), (160, 128), (160, 64), (144, 32), (96, 32), (64, 32))
 
-VISIBLE, PREDICTED, NEITHER = 0, 1, 2  # what became of a patch
+VISIBLE, PREDICTED, NEITHER = 0, 1, 2  # kinds of patch
 GREY, STRIPE = 0.55, 0.78  # what the model didn't see; stripes on it where nothing was predicted either
 BLANK = {"pixel": 0.92, "hog": 0.3}  # where the model saw the patch, in a panel that shows only predictions
 STROKE_CELL_PX = 9  # smallest cell in which a stroke's direction can be read
@@ -77,9 +78,8 @@ def draw_reconstruction(
     The model is in eval mode meanwhile; its training flag is restored. Raises ValueError on an unknown target or
     statistics, or if mean and std don't have C values.
     """
-    for name, value, legal in (("target", target, TARGETS), ("statistics", statistics, tuple(STATISTICS))):
-        if value not in legal:
-            raise ValueError(f"unknown {name} {value!r}; choose from {', '.join(legal)}")
+    choice("target", target, TARGETS)
+    choice("statistics", statistics, STATISTICS)
     channels = images.shape[1]
     if not len(mean) == len(std) == channels:
         raise ValueError(f"mean and std need one value per channel ({channels}), got {len(mean)} and {len(std)}")
@@ -90,11 +90,11 @@ def draw_reconstruction(
         blocks = []
         for stage in stages:
             small = low_frequency_crop(images, stage.size_px)
-            grid = grid_of(stage.size_px, model.patch_size)
-            noise = torch.rand(len(small), math.prod(grid), generator=torch.Generator().manual_seed(seed))
+            patches = num_patches(stage.size_px, model.patch_size)
+            noise = torch.rand(len(small), patches, generator=torch.Generator().manual_seed(seed))
             output = model(small, stage.num_visible, stage.num_predicted, noise.to(small.device))
             rows = _panels(small, output, model.patch_size, target, normalized, statistics, mean, std)
-            blocks.append((_caption(stage, grid, channels, target, normalized, statistics), rows))
+            blocks.append((_caption(stage, patches, channels, target, normalized, statistics), rows))
     finally:
         model.train(was_training)
     for side_px, colors in PANELS:
@@ -103,7 +103,7 @@ def draw_reconstruction(
             break
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    storage.write(path, lambda file: file.write(png))
+    write(path, lambda file: file.write(png))
 
 
 def predicted_pixels(
@@ -175,10 +175,10 @@ def _panels(
 ) -> Rows:
     """Per image the four panels of its row, at the stage's own size (strokes: at theirs)."""
     grid = grid_of(tuple(images.shape[-2:]), patch_px)
-    fate = (NEITHER * output.mask.long()).scatter(1, output.predicted_ids, PREDICTED)  # [B, L]
+    patch_kind = (NEITHER * output.mask.long()).scatter(1, output.predicted_ids, PREDICTED)  # [B, L]
 
     def compose(scale: int, layers: dict[int, Tensor | float]) -> list[Image.Image]:
-        where = repeat(fate, "b (h w) -> b 1 (h y) (w x)", h=grid[0], y=scale, x=scale)
+        where = repeat(patch_kind, "b (h w) -> b 1 (h y) (w x)", h=grid[0], y=scale, x=scale)
         picture = _stripes(where, scale)
         for kind, layer in layers.items():
             picture = torch.where(where == kind, torch.as_tensor(layer, device=where.device), picture)
@@ -223,8 +223,8 @@ def _to_images(pictures: Tensor) -> list[Image.Image]:
     return [Image.fromarray(p) for p in rearrange(pixels, "b c h w -> b h w c").cpu().numpy()]
 
 
-def _caption(stage: Stage, grid: tuple[int, int], channels: int, target: str, normalized: bool, statistics: str) -> str:
-    (height, width), patches = stage.height_width, math.prod(grid)
+def _caption(stage: Stage, patches: int, channels: int, target: str, normalized: bool, statistics: str) -> str:
+    height, width = stage.height_width
     parts = [
         f"{height}×{width} px",
         f"{stage.num_visible} of {patches} patches visible, {stage.num_predicted} predicted",
@@ -246,36 +246,31 @@ def _caption(stage: Stage, grid: tuple[int, int], channels: int, target: str, no
 def _sheet(title: str, heads: Sequence[str], blocks: Sequence[tuple[str, Rows]], side_px: int) -> Image.Image:
     """Lay the blocks out, two images side by side where there are several, panels with a longer side of `side_px`."""
     title_font, font, head_font = _font(17), _font(13), _font(12)
-    first = blocks[0][1]
-    groups = min(2, len(first))
-    width, height = first[0][0].size
-    panel = (round(side_px * width / max(width, height)), round(side_px * height / max(width, height)))
-    cell_width = max(panel[0], *(math.ceil(head_font.getlength(head)) for head in heads))
-    group_width = len(heads) * (cell_width + GAP) - GAP
-    sheet_width = 2 * MARGIN + max(
-        groups * (group_width + GROUP_GAP) - GROUP_GAP,
-        math.ceil(title_font.getlength(title)),
-        *(math.ceil(font.getlength(caption)) for caption, _ in blocks),
-    )
     title_height, caption_height, head_height = (30 if title else 0), 24, 20
-    block_height = caption_height + head_height + math.ceil(len(first) / groups) * (panel[1] + GAP)
-    sheet = Image.new(
-        "RGB", (sheet_width, 2 * MARGIN + title_height + len(blocks) * (block_height + MARGIN) - MARGIN), "white"
-    )
+    first = blocks[0][1]
+    longer = max(first[0][0].size)
+    panel = tuple(round(side_px * side / longer) for side in first[0][0].size)  # width, height
+    cell_width = max(panel[0], *(math.ceil(head_font.getlength(head)) for head in heads))
+    lefts = [
+        MARGIN + column * (cell_width + GAP) + column // len(heads) * (GROUP_GAP - GAP)
+        for column in range(len(heads) * min(2, len(first)))
+    ]
+    text_width = max(title_font.getlength(title), *(font.getlength(caption) for caption, _ in blocks))
+    sheet_width = max(lefts[-1] + cell_width + MARGIN, MARGIN + math.ceil(text_width) + MARGIN)
+    rows_height = math.ceil(len(first) * len(heads) / len(lefts)) * (panel[1] + GAP)
+    block_height = caption_height + head_height + rows_height + MARGIN
+    sheet = Image.new("RGB", (sheet_width, MARGIN + title_height + len(blocks) * block_height), "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((MARGIN, MARGIN), title, INK, title_font)
-    top = MARGIN + title_height
-    for caption, rows in blocks:
+    for number, (caption, rows) in enumerate(blocks):
+        top = MARGIN + title_height + number * block_height
         draw.text((MARGIN, top), caption, WARNING if "LEAK" in caption else INK, font)
-        for number, row in enumerate(rows):
-            left = MARGIN + number % groups * (group_width + GROUP_GAP)
-            y = top + caption_height + head_height + number // groups * (panel[1] + GAP)
-            for column, (head, picture) in enumerate(zip(heads, row, strict=True)):
-                x = left + column * (cell_width + GAP)
-                if number < groups:
-                    draw.text((x, top + caption_height), head, FAINT, head_font)
-                sheet.paste(_resized(picture, panel), (x, y))
-        top += block_height + MARGIN
+        for left, head in zip(lefts, itertools.cycle(heads)):
+            draw.text((left, top + caption_height), head, FAINT, head_font)
+        for place, picture in enumerate(itertools.chain(*rows)):
+            row, column = divmod(place, len(lefts))
+            y = top + caption_height + head_height + row * (panel[1] + GAP)
+            sheet.paste(_resized(picture, panel), (lefts[column], y))
     return sheet
 
 

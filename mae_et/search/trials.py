@@ -1,4 +1,4 @@
-"""Runs of a search: a schedule is trained, for a while, and judged on training images that were held out.
+"""Trials: a schedule is trained, for a while, and evaluated on training images that were held out.
 
 Every trial is made of ordinary runs, with run folders of their own, so a killed one goes on where it was saved.
 """
@@ -10,9 +10,10 @@ import itertools
 import json
 import multiprocessing
 import os
+import statistics
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -22,26 +23,19 @@ from typing import Any
 
 import torch
 
-from .. import checkpoint
 from ..data.labelled import EvalCrops, eval_batches
 from ..data.sources import open_source
 from ..data.stream import mask_noise
-from ..engine import run_folder, runtime
-from ..engine.optim import adamw
-from ..engine.pretrain import pretrain
-from ..engine.runtime import Runtime
-from ..engine.step import Run, take_step
+from ..engine import run_folder, runtime, storage
+from ..engine.pretrain import PretrainRun, pretrain
+from ..engine.step import take_step
 from ..evaluate.config import FinetuneConfig
 from ..evaluate.probe import probe
-from ..model import MaskedAutoencoder
-from ..plan.build import as_vanilla, build_curriculum
+from ..plan.build import as_vanilla
 from ..plan.config import PretrainConfig
-from ..plan.cost import Ledger
 from ..plan.curriculum import Stage
-from ..plan.report import model_kwargs
 from ..plan.shapes import height_width
 
-JUDGES = ("knn", "linear_probe", "loss")
 LOSS_BATCH = 128
 """Images at a time when the held-out loss is taken."""
 TIMED_STEPS = 5
@@ -49,76 +43,93 @@ TIMED_STEPS = 5
 
 @dataclass(frozen=True)
 class Trial:
-    """What to train and how to judge it."""
+    """What to train and how to evaluate it."""
 
     name: str
     config: PretrainConfig
-    """The run that is judged."""
-    trunk: PretrainConfig | None = None
+    """The run that is evaluated."""
+    base_run: PretrainConfig | None
     """A run that comes first, which `config` and later trials branch from."""
-    judges: tuple[str, ...] = ("knn",)
-    judge_images: int | None = None
+    judge: tuple[str, ...]
+    """As --judge."""
+    judge_images: int | None
     """Labelled training images that kNN and linear probe may use; None: all."""
 
     @property
     def runs(self) -> tuple[PretrainConfig, ...]:
-        return (self.trunk, self.config) if self.trunk else (self.config,)
+        return (self.base_run, self.config) if self.base_run else (self.config,)
 
 
 def run_trial(trial: Trial, device: str = "auto", threads: int = 0) -> dict[str, Any]:
-    """Train and judge: {"name", "scores", "score", "flops", "seconds"}, of what this trial added to its branch.
+    """Train and evaluate: {"name", "scores", "score", "flops", "seconds"}, of what this trial added to its branch.
 
-    scores: per cent of the held-out images for kNN and linear probe; -100 × the loss, so that more is always better.
-    score: their mean. What the runs print goes to log.txt in their folders. threads: of CPU work; 0: as they are.
-    Raises what :func:`pretrain` raises, and InterruptedError if it was told to stop.
+    scores: as :func:`evaluate` returns them; score: their mean. What the runs print goes to log.txt in their folders.
+    threads: of CPU work; 0: as they are.
+
+    Raises what :func:`pretrain` raises, and InterruptedError if it was asked to stop.
     """
     if threads:
         torch.set_num_threads(threads)
-    began, flops = time.perf_counter(), 0.0
-    for config in trial.runs:
-        folder = Path(config.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        config = replace(config, device=device, resume="auto", overwrite=False)
-        with (folder / "log.txt").open("a") as log, contextlib.redirect_stdout(log):
-            if not (folder / run_folder.ENCODER).exists():
-                pretrain(config)
-            if not (folder / run_folder.ENCODER).exists():
-                raise InterruptedError("stopped and saved; the same command goes on")
-            before = _ledger(Path(config.branch)).total.flops if config.branch else 0.0
-            flops += _ledger(folder).total.flops - before
-    with (folder / "log.txt").open("a") as log, contextlib.redirect_stdout(log):
-        scores, judging = judge(trial, config)
+    began = time.perf_counter()
+    runs = [replace(config, device=device, resume="auto", overwrite=False) for config in trial.runs]
+    training_flops = sum(_train(config) for config in runs)
+    with _log_of(runs[-1]):
+        scores, evaluation_flops = evaluate(runs[-1], trial.judge, trial.judge_images)
     return {
         "name": trial.name,
         "scores": scores,
-        "score": sum(scores.values()) / len(scores),
-        "flops": flops + judging,
+        "score": statistics.fmean(scores.values()),
+        "flops": training_flops + evaluation_flops,
         "seconds": time.perf_counter() - began,
     }
 
 
-def judge(trial: Trial, config: PretrainConfig) -> tuple[dict[str, float], float]:
-    """Scores by judge, and their FLOPs."""
+def _train(config: PretrainConfig) -> float:
+    """Train a run to its end, if it has not got there before; FLOPs that it added to its branch."""
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _log_of(config):
+        if not (folder / run_folder.ENCODER).exists():
+            pretrain(config)
+    if not (folder / run_folder.ENCODER).exists():
+        raise InterruptedError("stopped and saved; the same command goes on")
+    before = run_folder.read_ledger(Path(config.branch)).total.flops if config.branch else 0.0
+    return run_folder.read_ledger(folder).total.flops - before
+
+
+@contextlib.contextmanager
+def _log_of(config: PretrainConfig) -> Iterator[None]:
+    """Send what is printed to log.txt in the run folder."""
+    with (Path(config.output_dir) / "log.txt").open("a") as log, contextlib.redirect_stdout(log):
+        yield
+
+
+def evaluate(config: PretrainConfig, judge: Sequence[str], judge_images: int | None) -> tuple[dict[str, float], float]:
+    """Scores of a finished run by judge, more is always better, and what they cost in FLOPs.
+
+    Per cent of the held-out images for kNN and linear probe, which share one extraction of features; -100 × the loss.
+    """
     scores, flops = {}, 0.0
-    for name in trial.judges:
-        if name == "loss":
-            scores[name], cost = held_out_loss(config)
-            scores[name] *= -100
-        else:
-            evaluation = FinetuneConfig(
-                finetune=config.output_dir,
-                knn=name == "knn",
-                linear_probe=name == "linear_probe",
-                holdout=config.holdout,
-                train_images=trial.judge_images,
-                num_workers=config.num_workers,
-                device=config.device,
-                precision=config.precision,
-            )
-            probe(evaluation)
-            result = json.loads((Path(config.output_dir) / f"eval-{evaluation.protocol}.json").read_text())
-            scores[name], cost = result["top1"], result["cost"]["flops"]
-        flops += cost
+    probes = dict.fromkeys((name for name in judge if name != "loss"), True)
+    if probes:
+        evaluation = FinetuneConfig(
+            finetune=config.output_dir,
+            **probes,
+            holdout=config.holdout,
+            train_images=judge_images,
+            num_workers=config.num_workers,
+            device=config.device,
+            precision=config.precision,
+        )
+        probe(evaluation)
+        for protocol in evaluation.probes:
+            result = json.loads((Path(config.output_dir) / f"eval-{protocol.protocol}.json").read_text())
+            scores["knn" if protocol.knn else "linear_probe"] = result["top1"]
+            flops += result["cost"]["flops"]
+    if "loss" in judge:
+        loss, loss_flops = held_out_loss(config)
+        scores["loss"] = -100 * loss
+        flops += loss_flops
     return scores, flops
 
 
@@ -130,56 +141,35 @@ def held_out_loss(config: PretrainConfig) -> tuple[float, float]:
     source = open_source(config.data_path, "val", config.holdout)
     crops = EvalCrops(source, height_width(config.input_size), config.in_chans, 1.0)
     with runtime.start(config.device, config.precision, config.dist_url) as rt, torch.no_grad():
-        run = new_run(as_vanilla(config), rt, len(source))
-        run.model.load_state_dict(checkpoint.load(run.folder / run_folder.CHECKPOINT)["model"])
+        run = PretrainRun.create(as_vanilla(config), rt, len(source))
+        run.model.load_state_dict(storage.load(run.folder / run_folder.CHECKPOINT)["model"])
         run.model.eval()
         stage, total = run.curriculum.stages[0], 0.0
-        for i, (images, _) in enumerate(eval_batches(_Unlabelled(crops), 0, 1, config.num_workers, False, LOSS_BATCH)):
-            noise = mask_noise(0, i, len(images), run.patches(stage)).to(rt.device)
+        for i, (images, _) in enumerate(eval_batches(crops, 0, 1, config.num_workers, False, LOSS_BATCH)):
+            noise = mask_noise(0, i, len(images), stage.patches).to(rt.device)
             total += run.loss(run.prepare(images, stage), stage, noise).item() * len(images)
-    return total / len(source), loss_flops(len(source), stage)
+    return total / len(source), held_out_loss_flops(len(source), stage)
 
 
-def loss_flops(num_images: int, stage: Stage) -> float:
+def held_out_loss_flops(num_images: int, stage: Stage) -> float:
     """FLOPs of the held-out loss: a forward pass is a third of a training step."""
     return num_images * stage.flops_per_image / 3
 
 
-class _Unlabelled(torch.utils.data.Dataset):
-    """Centre crops with label 0: what batches of an unlabelled source need."""
-
-    def __init__(self, crops: EvalCrops) -> None:
-        self.crops = crops
-
-    def __len__(self) -> int:
-        return len(self.crops)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return self.crops[index][0], 0
-
-
-def new_run(config: PretrainConfig, rt: Runtime, num_images: int) -> Run:
-    """A run with random weights that has no folder yet."""
-    plan = build_curriculum(config, num_images)
-    model = MaskedAutoencoder(**model_kwargs(config)).to(rt.device)
-    lr = config.blr * plan.stages[-1].batch_size / 256 if config.lr is None else config.lr
-    return Run(config, rt, plan, model, model, adamw(model, config.weight_decay), lr, Ledger.of(plan), 0)
-
-
 def seconds_of_vanilla(config: PretrainConfig, num_images: int) -> float:
-    """Seconds that vanilla MAE's run takes on one device, told from a few steps on blank images."""
+    """Seconds that vanilla MAE's run takes on one device, estimated from a few steps on blank images."""
     with runtime.start(config.device, config.precision, config.dist_url) as rt:
-        run = new_run(as_vanilla(config), rt, num_images)
+        run = PretrainRun.create(as_vanilla(config), rt, num_images)
         stage = run.curriculum.stages[0]
         blank = torch.zeros(stage.batch_size, config.in_chans, *stage.height_width, dtype=torch.uint8)
-        pieces = [blank[piece.start : piece.stop] for piece in run.micro_batches(stage)]
+        batches = [blank[rows.start : rows.stop] for rows in run.micro_batches(stage)]
         seconds = []
         for _ in range(1 + TIMED_STEPS):  # the first one warms up
             began = time.perf_counter()
-            take_step(run, iter(pieces), stage, 0.0)
+            take_step(run, iter(batches), stage, 0.0)
             rt.synchronize()
             seconds.append(time.perf_counter() - began)
-    return sorted(seconds[1:])[TIMED_STEPS // 2] * run.curriculum.total_steps
+    return statistics.median(seconds[1:]) * run.curriculum.total_steps
 
 
 class Workers(contextlib.AbstractContextManager):
@@ -189,17 +179,18 @@ class Workers(contextlib.AbstractContextManager):
     """
 
     def __init__(self, jobs: int, devices: tuple[str, ...]) -> None:
-        self.jobs, self.free = jobs, SimpleQueue[str]()
+        self.jobs, self.idle_devices = jobs, SimpleQueue[str]()
         for _, device in zip(range(jobs), itertools.cycle(devices)):
-            self.free.put(device)
-        self.threads = max(1, (os.cpu_count() or 1) // jobs)
+            self.idle_devices.put(device)
         if jobs > 1:
+            self.threads_per_job = max(1, (os.cpu_count() or 1) // jobs)
             spawn = multiprocessing.get_context("spawn")  # a fork would inherit CUDA's and OpenMP's state
-            self.processes, self.waiting = ProcessPoolExecutor(jobs, spawn, _die_with_parent), ThreadPoolExecutor(jobs)
+            self.processes = ProcessPoolExecutor(jobs, spawn, _die_with_parent)
+            self.dispatchers = ThreadPoolExecutor(jobs)
 
     def __exit__(self, *exception: object) -> None:
         if self.jobs > 1:
-            for pool in (self.waiting, self.processes):  # after an error, what has not begun never does
+            for pool in (self.dispatchers, self.processes):  # after an error, what has not begun never does
                 pool.shutdown(cancel_futures=True)
 
     def run(self, trials: Iterable[Trial]) -> Iterator[dict[str, Any]]:
@@ -207,29 +198,19 @@ class Workers(contextlib.AbstractContextManager):
         if self.jobs == 1:
             yield from map(self._run, trials)
         else:
-            for future in as_completed([self.waiting.submit(self._run, trial) for trial in trials]):
+            for future in as_completed([self.dispatchers.submit(self._run, trial) for trial in trials]):
                 yield future.result()
 
     def _run(self, trial: Trial) -> dict[str, Any]:
-        device = self.free.get()
+        device = self.idle_devices.get()
         try:
             if self.jobs == 1:
                 return run_trial(trial, device)
-            return self.processes.submit(run_trial, trial, device, self.threads).result()
+            return self.processes.submit(run_trial, trial, device, self.threads_per_job).result()
         except BrokenProcessPool as error:
             raise ChildProcessError("a trial's process was killed, perhaps for want of memory; lower --jobs") from error
         finally:
-            self.free.put(device)
-
-
-def delete_weights(folder: Path) -> None:
-    """Delete a run's weights and keep what it says."""
-    for path in (*folder.glob("checkpoint*.pt"), *folder.glob("*.safetensors"), *folder.glob("*.png")):
-        path.unlink()
-
-
-def _ledger(folder: Path) -> Ledger:
-    return Ledger.from_state_dict(json.loads((folder / run_folder.LEDGER).read_text()))
+            self.idle_devices.put(device)
 
 
 def _die_with_parent() -> None:
