@@ -25,7 +25,7 @@ from ranks import on_ranks
 from tiny import TINY, Malicious, assert_close, assert_same, tiny, weights
 from torch.distributed.tensor.debug import CommDebugMode
 
-from mae_et import checkpoint
+from mae_et import checkpoint, files
 from mae_et.checkpoint import read_pretrained
 from mae_et.engine import pretrain as pretraining
 from mae_et.engine import run_folder, sharded, step, storage
@@ -349,7 +349,7 @@ def test_a_pickle_in_the_place_of_a_file_runs_nothing(copied: Path) -> None:
     shard = min(folder.glob("*.safetensors"))
     shard.write_bytes(pickle.dumps(Malicious(marker)))
     state = storage.load(folder / sharded.STATE)
-    state["shards"][shard.name] = sharded._crc(shard)
+    state["shards"][shard.name] = files.crc32(shard)
     storage.save(state, folder / sharded.STATE)
     with pytest.raises(storage.CheckpointError, match=r"checkpoint.dcp: can't be read") as error:
         checkpoint.load(folder)
@@ -384,7 +384,7 @@ def test_a_damaged_folder_falls_back_to_the_one_before(
     assert (state["step"], found.name) == (STOP - 1, "checkpoint.prev1.dcp")
     assert "going on from the one before" in caplog.text
     shutil.rmtree(folder)  # as a kill between two renamings leaves it
-    assert run_folder.checkpoint_of(copied).name == "checkpoint.dcp"
+    assert run_folder.checkpoint_in(copied).name == "checkpoint.dcp"
     assert sharded.load_newest(run_folder.checkpoint_in(copied))[0]["step"] == STOP - 1
 
 
