@@ -79,11 +79,10 @@ def expand(paths: Sequence[str], flag: str) -> dict[Path, RunFolder]:
 
 def runs_in(folder: RunFolder) -> dict[str, RunFolder]:
     """Run folders in a folder and in its runs.zip, by name. One that lies in both is read from the folder."""
-    archived: dict[str, RunFolder] = {}
+    runs = {child.name: child for child in folder.iterdir() if (child / run_folder.CONFIG).exists()}
     if isinstance(folder, Path) and (folder / ARCHIVE).is_file():
-        archived = runs_in(_open(folder / ARCHIVE))
-    unpacked = {child.name: child for child in folder.iterdir() if (child / run_folder.CONFIG).exists()}
-    return dict(sorted((archived | unpacked).items()))
+        runs = runs_in(_open(folder / ARCHIVE)) | runs
+    return dict(sorted(runs.items()))
 
 
 def _open(path: Path) -> RunFolder:
@@ -100,6 +99,9 @@ def _open_archive(path: Path) -> zipfile.Path:
         unpacked_bytes = sum(member.file_size for member in archive.infolist())
         if unpacked_bytes > MAX_UNPACKED_BYTES:
             raise ValueError(f"it unpacks to {unpacked_bytes / 2**30:.1f} GiB")
+        for name in archive.namelist():
+            if not name.isprintable():  # names are printed, where escape sequences would steer the terminal
+                raise ValueError(f"it holds the name {name!r}")
         if corrupt := archive.testzip():
             raise ValueError(f"{corrupt} in it is corrupt")
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError) as error:
