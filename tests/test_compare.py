@@ -1,4 +1,4 @@
-"""Comparing run folders: statistics against numpy and by hand, what is refused, and the command end to end."""
+"""Comparing run folders: statistics against numpy and by hand, archives, corrupt files, and the command end to end."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+import zipfile
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -17,46 +18,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mae_et.cli import main
-from mae_et.compare.compare import CompareConfig, compare, interpolate, needed
-from mae_et.compare.report import answer_compute, answer_quality, markdown, number, write_report
+from mae_et.compare import runs
+from mae_et.compare.answers import interpolate, needed
+from mae_et.compare.compare import CompareConfig, compare
+from mae_et.compare.report import answer_compute, answer_quality, number, write_report
 from mae_et.evaluate.config import FinetuneConfig
-from mae_et.plan.config import PretrainConfig
 from mae_et.plan.flags import to_dict
+from run_folders import write_run
 
 ROOT = Path(__file__).parent.parent
-
-
-def write_run(folder: Path, seed=0, flops=1e12, top1=80.0, seconds=100.0, protocol="knn", **changes) -> Path:
-    """A run folder as pretraining and an evaluation leave it, with the figures wanted."""
-    stages = changes.pop("stage_sizes", [32])
-    environment = {"device": "cpu", "precision": "bf16", "num_images": 1000, "packages": {"torch": "2"}}
-    environment |= changes.pop("environment", {})
-    p = changes.pop("p", 1.0)
-    flags = to_dict(FinetuneConfig(finetune=str(folder), knn=True, k=changes.pop("k", 20)))
-    eval_images = changes.pop("eval_images", 500)
-    config = PretrainConfig(**({"input_size": 32, "patch_size": 8, "epochs": 4} | changes), seed=seed)
-    account = {
-        "steps": 10,
-        "images": 640,
-        "visible_patches": 640 * 4,
-        "predicted_patches": 640 * 12,
-        "flops": flops / len(stages),
-        "train_seconds": 0.9 * seconds / len(stages),
-        "data_seconds": 0.1 * seconds / len(stages),
-        "eval_seconds": 1.0,
-        "warmup_seconds": 1.0,
-        "peak_memory_bytes": 2**30,
-    }
-    accounts = [{"size_px": size} | account for size in stages]
-    folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
-    (folder / "environment.json").write_text(json.dumps(environment))
-    (folder / "ledger.json").write_text(json.dumps({"stages": accounts}))
-    points = [{"step": i, "p": p * (i + 1) / 10, "loss": 1 / (i + 1)} for i in range(10)]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(point) + "\n" for point in points))
-    result = {"protocol": protocol, "top1": top1, "num_images": eval_images, "flags": flags}
-    (folder / f"eval-{protocol}.json").write_text(json.dumps(result))
-    return folder
 
 
 @pytest.fixture
@@ -154,41 +124,6 @@ def test_needed_undoes_interpolate_on_rising_curves(steps, share):
     assert interpolate(costs, qualities, needed(costs, qualities, quality)) == pytest.approx(quality, abs=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"data_path": "elsewhere"}, "data_path is photos"),
-        ({"patch_size": 4}, "patch_size is 8"),
-        ({"embed_dim": 96}, "embed_dim is 1024"),
-        ({"model": "mae_vit_tiny_patch16", "patch_size": 8}, "model is mae_vit_large_patch16"),
-        ({"environment": {"num_images": 7}}, "data set has 1000 images"),
-        ({"k": 5}, "evaluation knn: --k is 20"),
-        ({"eval_images": 100}, "evaluation knn: num_images is 500"),
-        ({"p": 0.4}, "stopped at 40%"),
-    ],
-)
-def test_what_cant_be_compared_is_refused_and_forced_only_in_writing(tmp_path, changes, named):
-    write_run(tmp_path / "a")
-    write_run(tmp_path / "b", curriculum="et", stage_sizes=[16, 32], **changes)
-    with pytest.raises(ValueError, match="not comparable") as refused:
-        compare(CompareConfig((str(tmp_path),)))
-    assert named in str(refused.value)
-    report = compare(CompareConfig((str(tmp_path),), force=True))
-    assert any(named in difference for difference in report["forced"])
-    assert f"FORCED although not comparable: {report['forced'][0]}" in markdown(report, {})
-
-
-def test_evaluations_on_other_data_are_refused(tmp_path):
-    write_run(tmp_path / "a")
-    result = json.loads(
-        (write_run(tmp_path / "b", curriculum="et", stage_sizes=[16, 32]) / "eval-knn.json").read_text()
-    )
-    result["flags"]["data_path"] = "elsewhere"
-    (tmp_path / "b" / "eval-knn.json").write_text(json.dumps(result))
-    with pytest.raises(ValueError, match=r"--data_path is photos .* and elsewhere"):
-        compare(CompareConfig((str(tmp_path),)))
-
-
 def test_a_stage_that_was_skipped_is_left_out(tmp_path):
     write_run(tmp_path / "a")
     run = write_run(tmp_path / "b", curriculum="et", stage_sizes=[16, 32])
@@ -226,21 +161,6 @@ def test_the_baseline_may_be_named(study):
     report = compare(CompareConfig((str(study),), baseline=(str(study / "et_pp-seed0"), str(study / "et_pp-seed1"))))
     assert report["baseline"] == ["et_pp"]
     assert {r["arm"] for r in report["equal_compute"]} == {"vanilla-1", "vanilla-2", "vanilla-4"}
-
-
-def test_folders_named_anyhow_are_named_by_what_differs(tmp_path):
-    write_run(tmp_path / "monday", 0)
-    write_run(tmp_path / "tuesday", 1)
-    write_run(tmp_path / "x", 0, curriculum="et_pp", target="hog", stage_sizes=[16, 32])
-    names = [arm["name"] for arm in compare(CompareConfig((str(tmp_path),)))["arms"]]
-    assert sorted(names) == ["et_pp · hog", "vanilla · pixel"]
-
-
-def test_the_same_seed_twice_is_refused(tmp_path):
-    write_run(tmp_path / "a")
-    write_run(tmp_path / "b")
-    with pytest.raises(ValueError, match="same configuration with the same seed"):
-        compare(CompareConfig((str(tmp_path),)))
 
 
 @pytest.mark.parametrize(
