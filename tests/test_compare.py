@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 import zipfile
+import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from run_folders import write_run
 
 from mae_et.cli import main
 from mae_et.compare import runs
@@ -24,7 +26,6 @@ from mae_et.compare.compare import CompareConfig, compare
 from mae_et.compare.report import answer_compute, answer_quality, number, write_report
 from mae_et.evaluate.config import FinetuneConfig
 from mae_et.plan.flags import to_dict
-from run_folders import write_run
 
 ROOT = Path(__file__).parent.parent
 
@@ -181,10 +182,110 @@ def test_damaged_folders_are_named_in_one_line(tmp_path, capsys, spoil, message)
     assert end.value.code == 1 and message in printed.err and len(printed.err.splitlines()) == 1
 
 
+# ── archives ──
+
+CRC_OF_EMPTY = zlib.crc32(b"{}").to_bytes(4, "little")
+
+
+def archive(path: Path, members: dict[str, str | bytes]) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, content in members.items():
+            file.writestr(name, content)
+    return path
+
+
+def files_of(*runs: Path) -> dict[str, bytes]:
+    return {f"{run.name}/{file.name}": file.read_bytes() for run in runs for file in run.iterdir()}
+
+
+def test_an_archive_gives_the_report_of_its_folders(study):
+    """As itself, as runs.zip of a folder, and next to folders, which come before archived ones of the same name."""
+    expected = compare(CompareConfig((str(study),)))
+    folders = sorted(study.iterdir())
+    packed = study / "packed"
+    packed.mkdir()
+    path = archive(packed / "runs.zip", files_of(*folders))
+    for paths in ([path], [packed], [packed, path], [path / run.name for run in folders]):
+        assert compare(CompareConfig(tuple(map(str, paths)))) == expected
+    archive(path, files_of(*folders[4:]) | {f"{folders[0].name}/config.yaml": "{", "notes.txt": "not a run"})
+    for run in folders[:4]:
+        run.rename(packed / run.name)
+    assert compare(CompareConfig((str(packed),))) == expected
+    one = archive(study / "one.zip", {file.name: file.read_bytes() for file in folders[5].iterdir()})  # a run itself
+    assert compare(CompareConfig((str(one),)))["arms"][0]["n"] == 1
+
+
+def test_a_run_in_an_archive_is_named_by_both(study):
+    """On the command line, to compare with, and in messages, from which it can be pasted there."""
+    path = archive(study / "all.zip", files_of(*study.iterdir()))
+    named = path / "et_pp-seed0"
+    report = compare(CompareConfig((str(path),), baseline=(str(named), str(path / "et_pp-seed1"))))
+    assert report["baseline"] == ["et_pp"]
+    with pytest.raises(ValueError, match=r"et_pp-seed0 are the same configuration with the same seed") as refused:
+        compare(CompareConfig((str(path), str(study))))
+    assert str(refused.value).split(" are ")[0] == f"{named} and {study / 'et_pp-seed0'}"
+    with pytest.raises(FileNotFoundError, match=f"{path}/et_pp-seed9: no such folder"):
+        compare(CompareConfig((str(path / "et_pp-seed9"),)))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda data: data[:-100], "neither a run folder nor an intact zip archive"),
+        (lambda data: data[:90] + b"?" + data[91:], "neither a run folder nor an intact zip archive"),
+        (lambda data: data.replace(CRC_OF_EMPTY, b"CRC?"), "aa/empty.json in it is corrupt"),
+        (lambda data: b"", "neither a run folder nor an intact zip archive"),
+        (lambda data: b"epochs: 4", "neither a run folder nor an intact zip archive"),
+        (lambda data: data.replace(b"aa/", b"aa-"), "holds no config.yaml"),
+        (lambda data: data.replace(b"ledger.json", b"\x1b[31m.json_"), r"it holds the name 'aa/\x1b[31m.json_'"),
+        (lambda data: data.replace(b"aa/", b"../"), "it holds the name '../"),  # would stand for the archive's folder
+        (lambda data: data.replace(b"ledger", b"legder"), "has no ledger.json yet"),
+        (lambda data: data.replace(b"environment.json", b"environment.yaml"), "environment.json is missing"),
+    ],
+)
+def test_an_archive_that_is_no_study_is_named_in_one_line(tmp_path, capsys, spoil, message):
+    path = archive(tmp_path / "runs.zip", files_of(write_run(tmp_path / "aa")) | {"aa/empty.json": "{}"})
+    path.write_bytes(spoil(path.read_bytes()))
+    with pytest.raises(SystemExit) as end:
+        main(["compare", str(path)])
+    printed = capsys.readouterr()
+    assert end.value.code == 1 and len(printed.err.splitlines()) == 1
+    assert message in printed.err and str(path) in printed.err
+
+
+def test_an_archive_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
+    path = archive(tmp_path / "runs.zip", files_of(write_run(tmp_path / "a")) | {"a/zeros": bytes(2**20)})
+    assert path.stat().st_size < 2**13
+    monkeypatch.setattr(runs, "MAX_UNPACKED_BYTES", 2**20)
+    with pytest.raises(ValueError, match=r"runs\.zip .* it unpacks to 0\.0 GiB"):
+        compare(CompareConfig((str(path),)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "unloaded"), [(["--help"], {"torch", "matplotlib", "timm"}), ([], {"torch", "timm"})]
+)
+def test_comparing_needs_no_torch_and_its_help_no_matplotlib(study, arguments, unloaded):
+    code = f"""
+import sys
+from mae_et.cli import main
+try:
+    main(["compare", {str(study)!r}, *{arguments}])
+finally:
+    loaded = {unloaded} & set(sys.modules)
+    assert not loaded, loaded
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--baseline" in done.stdout if arguments else "Two answers" in done.stdout
+
+
 def test_no_vanilla_run_asks_for_a_baseline(tmp_path):
     write_run(tmp_path / "a", curriculum="et", stage_sizes=[16, 32])
     with pytest.raises(ValueError, match="--baseline"):
         compare(CompareConfig((str(tmp_path),)))
+
+
+# ── the command ──
 
 
 class Page(HTMLParser):

@@ -90,12 +90,15 @@ def _stem(folder: Path) -> str:
     return re.sub(r"[-_]?(seed|s)?[-_]?\d+$", "", folder.resolve().name)
 
 
-def _by_seed(runs: list[RunRecord]) -> tuple[RunRecord, ...]:
-    seeds = [run.seed for run in runs]
-    if len(set(seeds)) < len(seeds):
-        twice = [run.folder for run in runs if seeds.count(run.seed) > 1]
-        raise ValueError(f"{twice[0]} and {twice[1]} are the same configuration with the same seed; leave one out")
-    return tuple(sorted(runs, key=lambda run: run.seed))
+def _by_seed(runs: Sequence[RunRecord]) -> tuple[RunRecord, ...]:
+    by_seed: dict[int, RunRecord] = {}
+    for run in runs:
+        first = by_seed.setdefault(run.seed, run)
+        if first is not run:
+            raise ValueError(
+                f"{first.folder} and {run.folder} are the same configuration with the same seed; leave one out"
+            )
+    return tuple(by_seed[seed] for seed in sorted(by_seed))
 
 
 def _label(fields: Mapping[str, Any], varied: Iterable[str]) -> str:

@@ -100,7 +100,8 @@ def _open_archive(path: Path) -> zipfile.Path:
         if unpacked_bytes > MAX_UNPACKED_BYTES:
             raise ValueError(f"it unpacks to {unpacked_bytes / 2**30:.1f} GiB")
         for name in archive.namelist():
-            if not name.isprintable():  # names are printed, where escape sequences would steer the terminal
+            # Printed, an escape sequence would steer the terminal, and .. would lead to the place of another run.
+            if not name.isprintable() or ".." in name.split("/"):
                 raise ValueError(f"it holds the name {name!r}")
         if corrupt := archive.testzip():
             raise ValueError(f"{corrupt} in it is corrupt")
