@@ -80,6 +80,7 @@ def test_an_archive_holds_the_runs_and_nothing_of_when_they_were_written(harness
     with zipfile.ZipFile(tmp_path / "once" / "runs.zip") as archive:
         assert archive.namelist() == ["a/config.yaml", "a/metrics.jsonl", "b/config.yaml", "b/metrics.jsonl"]
         assert archive.read("b/config.yaml") == b"b: config.yaml"
+        assert {member.date_time for member in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
 
 
 def test_a_run_that_is_packed_again_replaces_the_archived_one(harness, tmp_path):
