@@ -13,14 +13,17 @@ A study is a YAML file:
       from scratch: {pretrain: false, like: vanilla T}        # only fine-tuning, from random weights
     evaluate: [{linear_probe: true}, {knn: true}, {train_images: 6000, epochs: 5}]   # flags of main_finetune.py
     holdout: 10000         # optional: judge on the last 10,000 training images instead of the test images (IDX files)
-    beside: [fashion_mnist/vanilla*]                          # optional: runs kept beside --keep, to compare with
+    beside: [fashion_mnist/vanilla*]                          # optional: runs of other studies, to compare with
 
-It can be stopped at any time and goes on where it was: a run whose results lie in --keep is finished and needs nothing
-else, so the small files can be committed and the checkpoints thrown away.
+The small files of finished runs lie in --keep: each run's in a folder of its own while the study runs, and at the end
+all in one runs.zip beside the report, which `mae_et compare` reads as it reads folders. A run that is kept is finished
+and needs nothing else: --keep can be committed and the checkpoints thrown away. A study can be stopped at any time and
+goes on where it was.
 """
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import json
 import os
@@ -28,24 +31,30 @@ import shutil
 import struct
 import subprocess
 import sys
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, BinaryIO
 
 import tyro
 import yaml
 
+from mae_et import files
+from mae_et.compare.runs import ARCHIVE, runs_in
 from mae_et.data.sources import count_images, open_source
 from mae_et.evaluate.config import FinetuneConfig
 from mae_et.plan.build import build_curriculum
 from mae_et.plan.config import PretrainConfig
+from mae_et.plan.curriculum import Curriculum
 from mae_et.plan.flags import from_dict, from_recipe, parse, to_dict, to_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ("config.yaml", "environment.json", "ledger.json", "metrics.jsonl")
-OURS = ("match_flops", "match_steps", "pretrain", "like", "seeds", "evaluate")
+#: Keys of an arm that are no flags of main_pretrain.py.
+STUDY_KEYS = ("match_flops", "match_steps", "pretrain", "like", "seeds", "evaluate")
 
 
 @dataclass(frozen=True)
@@ -87,6 +96,11 @@ class Job:
     def name(self) -> str:
         return f"{self.arm.replace(' ', '_').replace('/', '-')}-seed{self.seed}"
 
+    @property
+    def kept_files(self) -> tuple[str, ...]:
+        """Names of the files that say what the run cost and gave."""
+        return (*(KEPT if self.flags else KEPT[:2]), *self.evaluations)
+
 
 def jobs_of(study: dict[str, Any], config: StudyConfig, data_path: str | None) -> list[Job]:
     """All jobs, the first seed of every arm before the second of any. ValueError names an unknown arm or flag."""
@@ -94,10 +108,10 @@ def jobs_of(study: dict[str, Any], config: StudyConfig, data_path: str | None) -
     for name in config.arms:
         if name not in arms:
             raise ValueError(f"--arms: no arm {name!r} in {config.study}; choose from {', '.join(arms)}")
-    plain = {name: {k: v for k, v in changes.items() if k not in OURS} for name, changes in arms.items()}
+    plain = {name: {k: v for k, v in changes.items() if k not in STUDY_KEYS} for name, changes in arms.items()}
     flags = {name: study["flags"] | changes for name, changes in plain.items()}
     if data_path:
-        flags = {name: some | {"data_path": data_path} for name, some in flags.items()}
+        flags = {name: values | {"data_path": data_path} for name, values in flags.items()}
     for name, changes in arms.items():
         flags[name] |= matched(flags, name, changes)
     jobs = []
@@ -116,20 +130,20 @@ def jobs_of(study: dict[str, Any], config: StudyConfig, data_path: str | None) -
 
 def matched(flags: dict[str, dict], name: str, changes: dict[str, Any]) -> dict[str, Any]:
     """The flags that give an arm another arm's FLOPs, and its steps."""
-    found: dict[str, Any] = {}
+    matching: dict[str, Any] = {}
     if other := changes.get("match_flops"):
-        goal, mine = planned(flags[other]), planned(flags[name])
-        epochs = mine[0].epochs * goal[1].total_flops / mine[1].total_flops
-        found["epochs"] = round(epochs, 4)
-        found["warmup_epochs"] = round(mine[0].warmup_epochs * epochs / mine[0].epochs, 4)  # the same share
+        config, curriculum = planned(flags[name])
+        scale = planned(flags[other])[1].total_flops / curriculum.total_flops
+        matching["epochs"] = round(config.epochs * scale, 4)
+        matching["warmup_epochs"] = round(config.warmup_epochs * scale, 4)  # the same share
     if other := changes.get("match_steps"):
-        images = planned(flags[name] | found)[1].total_images
-        found["batch_size"] = round(images / planned(flags[other])[1].total_steps)
-    return found
+        images = planned(flags[name] | matching)[1].total_images
+        matching["batch_size"] = round(images / planned(flags[other])[1].total_steps)
+    return matching
 
 
-def planned(flags: dict[str, Any]):
-    """(configuration, curriculum) of flags."""
+def planned(flags: dict[str, Any]) -> tuple[PretrainConfig, Curriculum]:
+    """Configuration and curriculum of an arm's flags."""
     base = to_dict(from_recipe(PretrainConfig, flags["recipe"]))
     config = from_dict(PretrainConfig, base | flags, "study")
     return config, build_curriculum(config, count_images(config))
@@ -147,9 +161,9 @@ def arguments(flags: dict[str, Any]) -> list[str]:
 
 
 def run_job(job: Job, config: StudyConfig, data_path: str | None, cores: list[int]) -> str:
-    """Whatever of a job is not done yet; returns "" or what went wrong."""
+    """Do whatever of a job is not done yet; returns "" or the problem."""
     folder, kept = config.out / job.name, keep_folder(config) / job.name
-    if all((kept / name).exists() for name in (*job.evaluations, *(KEPT if job.flags else ("config.yaml",)))):
+    if is_kept(job, kept.parent):
         return ""
     log = config.out / f"{job.name}.log"
     if job.flags and not (folder / "encoder.safetensors").exists():
@@ -171,7 +185,7 @@ def run_job(job: Job, config: StudyConfig, data_path: str | None, cores: list[in
         if problem := script("main_finetune.py", words, log, cores):
             return problem
     kept.mkdir(parents=True, exist_ok=True)
-    for name in (*(KEPT if job.flags else ("config.yaml", "environment.json")), *job.evaluations):
+    for name in job.kept_files:
         shutil.copy(folder / name, kept / name)
     if config.discard:
         shutil.rmtree(folder)
@@ -208,21 +222,70 @@ def holdout_folder(study: dict[str, Any], out: Path) -> str | None:
     folder.mkdir(parents=True, exist_ok=True)
     pairs = [source.read(i) for i in range(len(source))]
     cut = len(pairs) - study["holdout"]
-    for split, some in (("train", pairs[:cut]), ("t10k", pairs[cut:])):
-        height, width = some[0][0].shape[:2]
-        images = struct.pack(">IIII", 0x803, len(some), height, width) + b"".join(i.tobytes() for i, _ in some)
-        labels = struct.pack(">II", 0x801, len(some)) + bytes(int(label) for _, label in some)
+    for split, part in (("train", pairs[:cut]), ("t10k", pairs[cut:])):
+        height, width = part[0][0].shape[:2]
+        images = struct.pack(">IIII", 0x803, len(part), height, width) + b"".join(i.tobytes() for i, _ in part)
+        labels = struct.pack(">II", 0x801, len(part)) + bytes(int(label) for _, label in part)
         for kind, data in (("images-idx3", images), ("labels-idx1", labels)):
             (folder / f"{split}-{kind}-ubyte.gz").write_bytes(gzip.compress(data, 1))
     return str(folder)
+
+
+# ── kept results ──
 
 
 def keep_folder(config: StudyConfig) -> Path:
     return config.keep or config.out / "results"
 
 
+def is_kept(job: Job, kept: Path) -> bool:
+    """Whether all results of a job are there, in a folder or in the archive."""
+    run = runs_in(kept).get(job.name) if kept.is_dir() else None
+    return run is not None and all((run / name).exists() for name in job.kept_files)
+
+
+def beside(study: dict[str, Any], results: Path) -> list[str]:
+    """Kept runs of other studies that a study is compared with. results: the folder of all studies' --keep."""
+    patterns = [pattern.rsplit("/", 1) for pattern in study.get("beside", [])]
+    return [
+        str(run)
+        for other, pattern in patterns
+        for name, run in runs_in(results / other).items()
+        if fnmatch(name, pattern)
+    ]
+
+
+def pack(kept: Path) -> None:
+    """Move the run folders in `kept` into its runs.zip, over archived runs of the same name.
+
+    Equal runs give equal bytes: members are sorted and without their dates. The folders are deleted once the archive
+    is on the disk. Another process that packs at the same time waits.
+    """
+    lock = os.open(kept, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        runs = runs_in(kept)
+        unpacked = [run for run in runs.values() if isinstance(run, Path)]
+        if not unpacked:
+            return
+        members = {f"{name}/{file.name}": file.read_bytes() for name, run in runs.items() for file in run.iterdir()}
+
+        def save(file: BinaryIO) -> None:
+            with zipfile.ZipFile(file, "w") as archive:
+                for name in sorted(members):
+                    member = zipfile.ZipInfo(name)  # of 1 January 1980
+                    member.create_system, member.external_attr = 3, 0o644 << 16  # or `unzip` makes unreadable files
+                    archive.writestr(member, members[name], zipfile.ZIP_DEFLATED, 9)
+
+        files.write(kept / ARCHIVE, save)
+        for run in unpacked:
+            shutil.rmtree(run)
+    finally:
+        os.close(lock)
+
+
 def main() -> None:
-    """Run what is missing, then compare. Exit code 1 if a run failed; the others are done all the same."""
+    """Run what is missing, then pack and compare. Exit code 1 if a run failed; the others are done all the same."""
     config = tyro.cli(StudyConfig, use_underscores=True)
     study = yaml.safe_load(config.study.read_text())
     config.out.mkdir(parents=True, exist_ok=True)
@@ -239,11 +302,11 @@ def main() -> None:
         free.put(cores[i * share : (i + 1) * share] or cores)
 
     def work(job: Job) -> str:
-        mine = free.get()
+        own_cores = free.get()
         try:
-            problem = run_job(job, config, data_path, mine)
+            problem = run_job(job, config, data_path, own_cores)
         finally:
-            free.put(mine)
+            free.put(own_cores)
         print(f"{job.name}: {problem or 'done'}", flush=True)
         return problem
 
@@ -252,8 +315,8 @@ def main() -> None:
     if problems:
         raise SystemExit(1)
     kept = keep_folder(config)
-    beside = [path for pattern in study.get("beside", []) for path in kept.parent.glob(pattern)]
-    runs = [str(path) for path in sorted([*kept.iterdir(), *beside]) if path.is_dir()]
+    pack(kept)
+    runs = [str(kept), *beside(study, kept.parent)]
     subprocess.run([sys.executable, "-m", "mae_et", "compare", *runs, "--out", str(kept)], check=True)
 
 

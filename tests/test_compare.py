@@ -1,4 +1,4 @@
-"""Comparing run folders: statistics against numpy and by hand, what is refused, and the command end to end."""
+"""Comparing run folders: statistics against numpy and by hand, archives, corrupt files, and the command end to end."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import json
 import math
 import subprocess
 import sys
+import zipfile
+import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,48 +17,17 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from run_folders import write_run
 
 from mae_et.cli import main
-from mae_et.compare.compare import CompareConfig, compare, interpolate, needed
-from mae_et.compare.report import answer_compute, answer_quality, markdown, number, write_report
+from mae_et.compare import runs
+from mae_et.compare.answers import interpolate, needed
+from mae_et.compare.compare import CompareConfig, compare
+from mae_et.compare.report import answer_compute, answer_quality, number, write_report
 from mae_et.evaluate.config import FinetuneConfig
-from mae_et.plan.config import PretrainConfig
 from mae_et.plan.flags import to_dict
 
 ROOT = Path(__file__).parent.parent
-
-
-def write_run(folder: Path, seed=0, flops=1e12, top1=80.0, seconds=100.0, protocol="knn", **changes) -> Path:
-    """A run folder as pretraining and an evaluation leave it, with the figures wanted."""
-    stages = changes.pop("stage_sizes", [32])
-    environment = {"device": "cpu", "precision": "bf16", "num_images": 1000, "packages": {"torch": "2"}}
-    environment |= changes.pop("environment", {})
-    p = changes.pop("p", 1.0)
-    flags = to_dict(FinetuneConfig(finetune=str(folder), knn=True, k=changes.pop("k", 20)))
-    eval_images = changes.pop("eval_images", 500)
-    config = PretrainConfig(**({"input_size": 32, "patch_size": 8, "epochs": 4} | changes), seed=seed)
-    account = {
-        "steps": 10,
-        "images": 640,
-        "visible_patches": 640 * 4,
-        "predicted_patches": 640 * 12,
-        "flops": flops / len(stages),
-        "train_seconds": 0.9 * seconds / len(stages),
-        "data_seconds": 0.1 * seconds / len(stages),
-        "eval_seconds": 1.0,
-        "warmup_seconds": 1.0,
-        "peak_memory_bytes": 2**30,
-    }
-    accounts = [{"size_px": size} | account for size in stages]
-    folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
-    (folder / "environment.json").write_text(json.dumps(environment))
-    (folder / "ledger.json").write_text(json.dumps({"stages": accounts}))
-    points = [{"step": i, "p": p * (i + 1) / 10, "loss": 1 / (i + 1)} for i in range(10)]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(point) + "\n" for point in points))
-    result = {"protocol": protocol, "top1": top1, "num_images": eval_images, "flags": flags}
-    (folder / f"eval-{protocol}.json").write_text(json.dumps(result))
-    return folder
 
 
 @pytest.fixture
@@ -154,41 +125,6 @@ def test_needed_undoes_interpolate_on_rising_curves(steps, share):
     assert interpolate(costs, qualities, needed(costs, qualities, quality)) == pytest.approx(quality, abs=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"data_path": "elsewhere"}, "data_path is photos"),
-        ({"patch_size": 4}, "patch_size is 8"),
-        ({"embed_dim": 96}, "embed_dim is 1024"),
-        ({"model": "mae_vit_tiny_patch16", "patch_size": 8}, "model is mae_vit_large_patch16"),
-        ({"environment": {"num_images": 7}}, "data set has 1000 images"),
-        ({"k": 5}, "evaluation knn: --k is 20"),
-        ({"eval_images": 100}, "evaluation knn: num_images is 500"),
-        ({"p": 0.4}, "stopped at 40%"),
-    ],
-)
-def test_what_cant_be_compared_is_refused_and_forced_only_in_writing(tmp_path, changes, named):
-    write_run(tmp_path / "a")
-    write_run(tmp_path / "b", curriculum="et", stage_sizes=[16, 32], **changes)
-    with pytest.raises(ValueError, match="not comparable") as refused:
-        compare(CompareConfig((str(tmp_path),)))
-    assert named in str(refused.value)
-    report = compare(CompareConfig((str(tmp_path),), force=True))
-    assert any(named in difference for difference in report["forced"])
-    assert f"FORCED although not comparable: {report['forced'][0]}" in markdown(report, {})
-
-
-def test_evaluations_on_other_data_are_refused(tmp_path):
-    write_run(tmp_path / "a")
-    result = json.loads(
-        (write_run(tmp_path / "b", curriculum="et", stage_sizes=[16, 32]) / "eval-knn.json").read_text()
-    )
-    result["flags"]["data_path"] = "elsewhere"
-    (tmp_path / "b" / "eval-knn.json").write_text(json.dumps(result))
-    with pytest.raises(ValueError, match=r"--data_path is photos .* and elsewhere"):
-        compare(CompareConfig((str(tmp_path),)))
-
-
 def test_a_stage_that_was_skipped_is_left_out(tmp_path):
     write_run(tmp_path / "a")
     run = write_run(tmp_path / "b", curriculum="et", stage_sizes=[16, 32])
@@ -228,21 +164,6 @@ def test_the_baseline_may_be_named(study):
     assert {r["arm"] for r in report["equal_compute"]} == {"vanilla-1", "vanilla-2", "vanilla-4"}
 
 
-def test_folders_named_anyhow_are_named_by_what_differs(tmp_path):
-    write_run(tmp_path / "monday", 0)
-    write_run(tmp_path / "tuesday", 1)
-    write_run(tmp_path / "x", 0, curriculum="et_pp", target="hog", stage_sizes=[16, 32])
-    names = [arm["name"] for arm in compare(CompareConfig((str(tmp_path),)))["arms"]]
-    assert sorted(names) == ["et_pp · hog", "vanilla · pixel"]
-
-
-def test_the_same_seed_twice_is_refused(tmp_path):
-    write_run(tmp_path / "a")
-    write_run(tmp_path / "b")
-    with pytest.raises(ValueError, match="same configuration with the same seed"):
-        compare(CompareConfig((str(tmp_path),)))
-
-
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -261,10 +182,110 @@ def test_damaged_folders_are_named_in_one_line(tmp_path, capsys, spoil, message)
     assert end.value.code == 1 and message in printed.err and len(printed.err.splitlines()) == 1
 
 
+# ── archives ──
+
+CRC_OF_EMPTY = zlib.crc32(b"{}").to_bytes(4, "little")
+
+
+def archive(path: Path, members: dict[str, str | bytes]) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, content in members.items():
+            file.writestr(name, content)
+    return path
+
+
+def files_of(*runs: Path) -> dict[str, bytes]:
+    return {f"{run.name}/{file.name}": file.read_bytes() for run in runs for file in run.iterdir()}
+
+
+def test_an_archive_gives_the_report_of_its_folders(study):
+    """As itself, as runs.zip of a folder, and next to folders, which come before archived ones of the same name."""
+    expected = compare(CompareConfig((str(study),)))
+    folders = sorted(study.iterdir())
+    packed = study / "packed"
+    packed.mkdir()
+    path = archive(packed / "runs.zip", files_of(*folders))
+    for paths in ([path], [packed], [packed, path], [path / run.name for run in folders]):
+        assert compare(CompareConfig(tuple(map(str, paths)))) == expected
+    archive(path, files_of(*folders[4:]) | {f"{folders[0].name}/config.yaml": "{", "notes.txt": "not a run"})
+    for run in folders[:4]:
+        run.rename(packed / run.name)
+    assert compare(CompareConfig((str(packed),))) == expected
+    one = archive(study / "one.zip", {file.name: file.read_bytes() for file in folders[5].iterdir()})  # a run itself
+    assert compare(CompareConfig((str(one),)))["arms"][0]["n"] == 1
+
+
+def test_a_run_in_an_archive_is_named_by_both(study):
+    """On the command line, to compare with, and in messages, from which it can be pasted there."""
+    path = archive(study / "all.zip", files_of(*study.iterdir()))
+    named = path / "et_pp-seed0"
+    report = compare(CompareConfig((str(path),), baseline=(str(named), str(path / "et_pp-seed1"))))
+    assert report["baseline"] == ["et_pp"]
+    with pytest.raises(ValueError, match=r"et_pp-seed0 are the same configuration with the same seed") as refused:
+        compare(CompareConfig((str(path), str(study))))
+    assert str(refused.value).split(" are ")[0] == f"{named} and {study / 'et_pp-seed0'}"
+    with pytest.raises(FileNotFoundError, match=f"{path}/et_pp-seed9: no such folder"):
+        compare(CompareConfig((str(path / "et_pp-seed9"),)))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda data: data[:-100], "neither a run folder nor an intact zip archive"),
+        (lambda data: data[:90] + b"?" + data[91:], "neither a run folder nor an intact zip archive"),
+        (lambda data: data.replace(CRC_OF_EMPTY, b"CRC?"), "aa/empty.json in it is corrupt"),
+        (lambda data: b"", "neither a run folder nor an intact zip archive"),
+        (lambda data: b"epochs: 4", "neither a run folder nor an intact zip archive"),
+        (lambda data: data.replace(b"aa/", b"aa-"), "holds no config.yaml"),
+        (lambda data: data.replace(b"ledger.json", b"\x1b[31m.json_"), r"it holds the name 'aa/\x1b[31m.json_'"),
+        (lambda data: data.replace(b"aa/", b"../"), "it holds the name '../"),  # would stand for the archive's folder
+        (lambda data: data.replace(b"ledger", b"legder"), "has no ledger.json yet"),
+        (lambda data: data.replace(b"environment.json", b"environment.yaml"), "environment.json is missing"),
+    ],
+)
+def test_an_archive_that_is_no_study_is_named_in_one_line(tmp_path, capsys, spoil, message):
+    path = archive(tmp_path / "runs.zip", files_of(write_run(tmp_path / "aa")) | {"aa/empty.json": "{}"})
+    path.write_bytes(spoil(path.read_bytes()))
+    with pytest.raises(SystemExit) as end:
+        main(["compare", str(path)])
+    printed = capsys.readouterr()
+    assert end.value.code == 1 and len(printed.err.splitlines()) == 1
+    assert message in printed.err and str(path) in printed.err
+
+
+def test_an_archive_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
+    path = archive(tmp_path / "runs.zip", files_of(write_run(tmp_path / "a")) | {"a/zeros": bytes(2**20)})
+    assert path.stat().st_size < 2**13
+    monkeypatch.setattr(runs, "MAX_UNPACKED_BYTES", 2**20)
+    with pytest.raises(ValueError, match=r"runs\.zip .* it unpacks to 0\.0 GiB"):
+        compare(CompareConfig((str(path),)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "unloaded"), [(["--help"], {"torch", "matplotlib", "timm"}), ([], {"torch", "timm"})]
+)
+def test_comparing_needs_no_torch_and_its_help_no_matplotlib(study, arguments, unloaded):
+    code = f"""
+import sys
+from mae_et.cli import main
+try:
+    main(["compare", {str(study)!r}, *{arguments}])
+finally:
+    loaded = {unloaded} & set(sys.modules)
+    assert not loaded, loaded
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--baseline" in done.stdout if arguments else "Two answers" in done.stdout
+
+
 def test_no_vanilla_run_asks_for_a_baseline(tmp_path):
     write_run(tmp_path / "a", curriculum="et", stage_sizes=[16, 32])
     with pytest.raises(ValueError, match="--baseline"):
         compare(CompareConfig((str(tmp_path),)))
+
+
+# ── the command ──
 
 
 class Page(HTMLParser):

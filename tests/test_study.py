@@ -1,11 +1,14 @@
-"""The study harness: arms matched in FLOPs and steps, a tiny study through the real scripts, and going on with it."""
+"""The study harness: arms matched in FLOPs and steps, archives, committed reports, and a tiny study end to end."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -17,7 +20,7 @@ from mae_et.compare.report import markdown
 ROOT = Path(__file__).parent.parent
 STUDIES = sorted((ROOT / "benchmarks" / "studies").glob("*.yaml"))
 STUDY_OF = {path.stem: path for path in STUDIES}
-RESULTS = sorted(path.parent for path in (ROOT / "docs" / "results").glob("*/report.json"))
+RESULTS = sorted(path.parent for path in (ROOT / "docs" / "results").glob("*/report.md"))
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +49,51 @@ def test_shipped_studies_match_what_they_say(harness, monkeypatch, path):
 
 
 @pytest.mark.parametrize("folder", RESULTS, ids=lambda folder: folder.name)
-def test_committed_results_give_the_committed_report(folder):
-    stored = json.loads((folder / "report.json").read_text())
-    beside = yaml.safe_load(STUDY_OF[folder.name].read_text()).get("beside", []) if folder.name in STUDY_OF else []
-    others = [str(path) for pattern in beside for path in sorted(folder.parent.glob(pattern))]
-    again = compare(CompareConfig((str(folder), *others), title=stored["title"]))
+def test_committed_results_give_the_committed_report(harness, folder):
     text = (folder / "report.md").read_text()
-    assert markdown(again, {}).partition("## Pictures")[0] == text.partition("## Pictures")[0]
+    study = yaml.safe_load(STUDY_OF[folder.name].read_text()) if folder.name in STUDY_OF else {}
+    runs = (str(folder), *harness.beside(study, folder.parent))
+    report = compare(CompareConfig(runs, title=text.partition("\n")[0].removeprefix("# ")))
+    tables, _, pictures = text.partition("## Pictures")
+    assert markdown(report, {}).partition("## Pictures")[0] == tables
+    names = re.findall(r"!\[.*\]\((.*)\)", pictures)
+    assert {f"{protocol}-flops.png" for protocol in report["protocols"]} < set(names)
+    assert {path.name for path in folder.iterdir()} - {"report.html", "report.json"} == {
+        "report.md",
+        "runs.zip",
+        *names,
+    }
+
+
+def test_an_archive_holds_the_runs_and_nothing_of_when_they_were_written(harness, tmp_path):
+    """Packed at once or one by one, with new dates: the same bytes. Members are what the folders held."""
+    for kept, order in ((tmp_path / "once", [("a", "b")]), (tmp_path / "twice", [("b",), ("a",)])):
+        for age, names in enumerate(order):
+            for name in names:
+                (kept / name).mkdir(parents=True)
+                for file in ("metrics.jsonl", "config.yaml"):
+                    (kept / name / file).write_text(f"{name}: {file}")
+                    os.utime(kept / name / file, (age * 1e6, age * 1e6))
+            harness.pack(kept)
+        assert [path.name for path in kept.iterdir()] == ["runs.zip"]
+    assert (tmp_path / "once" / "runs.zip").read_bytes() == (tmp_path / "twice" / "runs.zip").read_bytes()
+    with zipfile.ZipFile(tmp_path / "once" / "runs.zip") as archive:
+        assert archive.namelist() == ["a/config.yaml", "a/metrics.jsonl", "b/config.yaml", "b/metrics.jsonl"]
+        assert archive.read("b/config.yaml") == b"b: config.yaml"
+        assert {member.date_time for member in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
+
+
+def test_a_run_that_is_packed_again_replaces_the_archived_one(harness, tmp_path):
+    job = harness.Job("plain", 0, {"recipe": "demo"}, {"eval-knn.json": {}})
+    for content in ("old", "new"):
+        run = tmp_path / job.name
+        run.mkdir()
+        for name in job.kept_files:
+            assert not (content == "old" and harness.is_kept(job, tmp_path))
+            (run / name).write_text(content)
+        harness.pack(tmp_path)
+        assert harness.is_kept(job, tmp_path) and not run.exists()
+    assert zipfile.ZipFile(tmp_path / "runs.zip").read(f"{job.name}/config.yaml") == b"new"
 
 
 def test_an_unknown_arm_is_named(harness):
@@ -97,16 +138,19 @@ def test_a_study_runs_keeps_its_results_and_goes_on(tmp_path):
     first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert first.returncode == 0, first.stdout + first.stderr
     kept = tmp_path / "kept"
-    assert {path.name for path in (kept / "grown-seed0").iterdir()} == {
-        *("config.yaml", "environment.json", "ledger.json", "metrics.jsonl", "eval-knn-34-of-34.json")
-    }
+    assert not any(path.is_dir() for path in kept.iterdir())
+    with zipfile.ZipFile(kept / "runs.zip") as archive:
+        of_a_run = ("config.yaml", "environment.json", "eval-knn-34-of-34.json", "ledger.json", "metrics.jsonl")
+        assert [name for name in archive.namelist() if "grown" in name] == [f"grown-seed0/{name}" for name in of_a_run]
     assert not (tmp_path / "out" / "grown-seed0").exists()  # discarded
     report = json.loads((kept / "report.json").read_text())
     costs = {arm["name"]: arm["flops"] for arm in report["arms"]}
     assert costs["grown"] == pytest.approx(costs["plain"], rel=0.15)  # five steps: whole ones
     logs = [(tmp_path / "out" / f"{name}-seed0.log").read_text() for name in ("plain", "grown")]
+    packed = (kept / "runs.zip").read_bytes()
     (kept / "report.json").unlink()
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert logs == [(tmp_path / "out" / f"{name}-seed0.log").read_text() for name in ("plain", "grown")]
     assert json.loads((kept / "report.json").read_text()) == report
+    assert (kept / "runs.zip").read_bytes() == packed

@@ -1,4 +1,4 @@
-"""A comparison for people: a table on the terminal, Markdown with pictures, and one self-contained HTML file."""
+"""Rendering of a comparison: tables on the terminal, Markdown with pictures, and one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def interval(ends: Sequence[float | None] | None, form: str) -> str:
 
 
 def arm_table(report: Mapping[str, Any]) -> tuple[Row, list[Row]]:
-    """What each arm cost and gave."""
+    """Cost and quality of each arm."""
     heads = ["arm", "n", "steps", "images", "passes", "FLOPs", "seconds", "data wait", "memory GiB"]
     energy = any(arm["energy_joules"] for arm in report["arms"])
     decoded = any(arm["decoded_images"] < arm["images"] for arm in report["arms"])
@@ -121,21 +121,9 @@ def arm_table(report: Mapping[str, Any]) -> tuple[Row, list[Row]]:
 
 
 def stage_table(report: Mapping[str, Any]) -> tuple[Row, list[Row]]:
-    """The same, split by stage."""
-    heads = [
-        "arm",
-        "size px",
-        "patches",
-        "steps",
-        "images",
-        "visible",
-        "predicted",
-        "FLOPs",
-        "share",
-        "seconds",
-        "share",
-    ]
-    heads += ["images/s", "data wait", "speed-up in FLOPs", "in seconds", "ratio"]
+    """Cost of each arm, split by stage."""
+    heads = ["arm", "size px", "patches", "steps", "images", "visible", "predicted", "FLOPs", "share"]
+    heads += ["seconds", "share", "images/s", "data wait", "speed-up in FLOPs", "in seconds", "ratio"]
     rows = []
     for arm in report["arms"]:
         for stage in arm["stages"]:
@@ -154,20 +142,20 @@ def answer_table(report: Mapping[str, Any]) -> tuple[Row, list[Row]]:
     """Both answers, for FLOPs and for seconds."""
     heads = ["arm", "evaluation", "top-1", "at equal FLOPs", "at equal seconds"]
     heads += ["baseline's FLOPs for it", "baseline's seconds for it"]
-    found = {(r["arm"], r["protocol"], r["axis"]): r for r in report["equal_compute"]}
+    compute = {(r["arm"], r["protocol"], r["axis"]): r for r in report["equal_compute"]}
     quality = {(r["arm"], r["protocol"], r["axis"]): r for r in report["equal_quality"]}
     rows = []
-    for arm, protocol, axis in found:
+    for arm, protocol, axis in compute:
         if axis == "flops":
             keys = [(arm, protocol, a) for a in AXIS_LABELS]
-            row = [arm, protocol, f"{found[keys[0]]['quality']:.2f}"]
-            row += [answer_compute(found[key]) for key in keys]
+            row = [arm, protocol, f"{compute[keys[0]]['quality']:.2f}"]
+            row += [answer_compute(compute[key]) for key in keys]
             rows.append(row + [answer_quality(quality[key]) for key in keys])
     return heads, rows
 
 
 def difference_table(report: Mapping[str, Any]) -> tuple[Row, list[Row]]:
-    """What the arms are: every field in which they differ."""
+    """Every field in which the arms differ."""
     fields = list(dict.fromkeys(field for arm in report["arms"] for field in arm["differs"]))
 
     def show(value: Any) -> str:
@@ -182,27 +170,22 @@ def difference_table(report: Mapping[str, Any]) -> tuple[Row, list[Row]]:
 
 
 def notes(report: Mapping[str, Any]) -> list[str]:
-    """What must stand beside the figures."""
-    found = [f"FORCED although not comparable: {difference}" for difference in report["forced"]]
-    found += report["warnings"]
-    found.append(
-        "Baseline: "
-        + ", ".join(report["baseline"])
-        + ". ± is the sample standard deviation over seeds; brackets are 95 % "
+    """Sentences that must stand beside the figures."""
+    forced = [f"FORCED although not comparable: {difference}" for difference in report["forced"]]
+    return [
+        *forced,
+        *report["warnings"],
+        f"Baseline: {', '.join(report['baseline'])}. ± is the sample standard deviation over seeds; brackets are 95 % "
         "bootstrap intervals over seeds; between the baseline's arms, quality is interpolated linearly in log cost. "
-        "Accuracies are top-1 in per cent. Seconds are training and waiting for data."
-    )
-    found.append(
-        "Per stage, the speed-ups are per image, against the baseline; their ratio is 1 where time falls as FLOPs do."
-    )
-    return found
+        "Accuracies are top-1 in per cent. Seconds are training and waiting for data.",
+        "Per stage, the speed-ups are per image, against the baseline; their ratio is 1 where time falls as FLOPs do.",
+    ]
 
 
 def terminal_tables(report: Mapping[str, Any]) -> list[Table]:
     """The report as rich tables."""
-    titled = (("Cost and quality", arm_table), ("Two answers", answer_table), ("Stages", stage_table))
     tables = []
-    for title, build in titled:
+    for title, build in (("Cost and quality", arm_table), ("Two answers", answer_table), ("Stages", stage_table)):
         heads, rows = build(report)
         shown = [i for i, head in enumerate(heads) if head not in ("visible", "predicted", "patches")]  # for the width
         table = Table(title=title, title_justify="left")
@@ -251,8 +234,8 @@ def _draw_quality(report: Mapping, arms: Sequence[Mapping], protocol: str, axis:
         if not arm["stages"] and protocol in arm["quality"]:
             level = arm["quality"][protocol]["mean"]
             plot.axhline(level, color="#666666", ls=":", lw=1)
-            where = {"xycoords": ("axes fraction", "data"), "va": "bottom", "fontsize": 8, "color": "#666666"}
-            plot.annotate(arm["name"], (0.02, level), **where)
+            style = {"xycoords": ("axes fraction", "data"), "va": "bottom", "fontsize": 8, "color": "#666666"}
+            plot.annotate(arm["name"], (0.02, level), **style)
     plot.set_xscale("log")
     plot.set_xticks(ticks, [number(tick, 2) for tick in ticks])  # the baseline's arms
     plot.xaxis.set_minor_formatter(NullFormatter())
@@ -373,7 +356,7 @@ def html_page(report: Mapping[str, Any], figures: Mapping[str, tuple[Figure, str
     parts.append("</div><h2>Environment</h2><ul>")
     parts += [f"<li>{html.escape(k)}: {html.escape(', '.join(v))}</li>" for k, v in report["environment"].items()]
     parts.append("</ul>")
-    # The figures themselves, for whoever wants to read them with a program.
+    # All values, for programs that read the page.
     data = json.dumps(report).replace("<", "\\u003c")
     parts.append(f'<script type="application/json" id="report">{data}</script>')
     return (

@@ -1,9 +1,11 @@
-"""Run folders, read back for a comparison, and whether they can be compared at all. No torch."""
+"""Run folders, on disk or in a zip archive, read back for a comparison, and what makes runs incomparable. No torch."""
 
 from __future__ import annotations
 
 import json
 import math
+import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +21,19 @@ from ..plan.cost import Ledger, StageCost
 from ..plan.flags import from_dict, names
 from ..plan.shapes import model_shape
 
+ARCHIVE = "runs.zip"
+"""Run folders of a study in one file, in the folder of its report."""
+MAX_UNPACKED_BYTES = 2**30
+"""Limit of an archive's contents, far above any study: a few kilobytes of zip can unpack to more than the memory."""
+RunFolder = Path | zipfile.Path
+
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What one run folder says."""
+    """Files of one run, read back."""
 
     folder: Path
+    """Where the run is; for an archived one, the archive's path and the run's name in it."""
     seed: int
     config: PretrainConfig
     ledger: Ledger | None
@@ -47,53 +56,109 @@ class RunRecord:
         return self.total.flops if axis == "flops" else self.total.seconds
 
 
-def expand(paths: Sequence[str], flag: str) -> list[Path]:
-    """Run folders among `paths`; a folder without a config.yaml stands for the run folders in it."""
-    folders: list[Path] = []
+# ── find ──
+
+
+def expand(paths: Sequence[str], flag: str) -> dict[Path, RunFolder]:
+    """Run folders among `paths`, by resolved path.
+
+    A folder without a config.yaml, or a zip archive, stands for the run folders in it; runs.zip/NAME is one of an
+    archive. Raises FileNotFoundError or ValueError, which name the flag or the archive, where there is no run.
+    """
+    folders: dict[Path, RunFolder] = {}
     for path in map(Path, paths):
-        if not path.is_dir():
-            raise FileNotFoundError(f"{flag} {path}: no such folder; give run folders")
-        if (path / run_folder.CONFIG).exists():
-            folders.append(path)
-            continue
-        inside = sorted(p.parent for p in path.glob(f"*/{run_folder.CONFIG}"))
-        if not inside:
+        folder = _open(path)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{flag} {path}: no such folder; give run folders, or a zip archive of them")
+        runs = [folder] if (folder / run_folder.CONFIG).exists() else runs_in(folder).values()
+        if not runs:
             raise FileNotFoundError(f"{flag} {path} holds no {run_folder.CONFIG}, nor do the folders in it: not a run")
-        folders += inside
-    return list({path.resolve(): path for path in folders}.values())
+        folders |= {Path(str(run)).resolve(): run for run in runs}
+    return folders
 
 
-def read_run(folder: Path) -> RunRecord:
+def runs_in(folder: RunFolder) -> dict[str, RunFolder]:
+    """Run folders in a folder and in its runs.zip, by name. One that lies in both is read from the folder."""
+    runs = {child.name: child for child in folder.iterdir() if (child / run_folder.CONFIG).exists()}
+    if isinstance(folder, Path) and (folder / ARCHIVE).is_file():
+        runs = runs_in(_open(folder / ARCHIVE)) | runs
+    return dict(sorted(runs.items()))
+
+
+def _open(path: Path) -> RunFolder:
+    """The path itself, or for a zip archive or a folder in it, its contents: in memory, nothing is unpacked to disk."""
+    if path.is_file():
+        return _open_archive(path)
+    return _open_archive(path.parent) / path.name if path.parent.is_file() else path
+
+
+def _open_archive(path: Path) -> zipfile.Path:
+    """Contents of a zip archive, whose checksums are right. ValueError if it is anything else."""
+    try:
+        archive = zipfile.ZipFile(path)
+        unpacked_bytes = sum(member.file_size for member in archive.infolist())
+        if unpacked_bytes > MAX_UNPACKED_BYTES:
+            raise ValueError(f"it unpacks to {unpacked_bytes / 2**30:.1f} GiB")
+        for name in archive.namelist():
+            # Printed, an escape sequence would steer the terminal, and .. would lead to the place of another run.
+            if not name.isprintable() or ".." in name.split("/"):
+                raise ValueError(f"it holds the name {name!r}")
+        if corrupt := archive.testzip():
+            raise ValueError(f"{corrupt} in it is corrupt")
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{path} is neither a run folder nor an intact zip archive of them: {error}") from error
+    return zipfile.Path(archive)
+
+
+# ── read ──
+
+
+def read_run(folder: RunFolder) -> RunRecord:
     """A run folder of pretraining, or of fine-tuning from random weights. ValueError names the file that is wrong."""
+    where = Path(str(folder))
     values = _read(folder / run_folder.CONFIG, yaml.safe_load)
     environment = _read(folder / run_folder.ENVIRONMENT, json.loads)
-    paths = sorted(folder.glob("eval-*.json"))
-    results = {path: _read(path, json.loads) for path in paths}
-    for path, result in results.items():
-        if not isinstance(result, dict) or not {"protocol", "top1", "num_images", "flags"} <= result.keys():
-            raise ValueError(f"{path} is not a result of main_finetune.py")
-    evaluations = {path.stem.removeprefix("eval-"): result for path, result in results.items()}
+    evaluations = {}
+    for path in sorted(folder.iterdir(), key=lambda path: path.name):
+        if path.name.startswith("eval-") and path.name.endswith(".json"):
+            result = _read(path, json.loads)
+            if not isinstance(result, dict) or not {"protocol", "top1", "num_images", "flags"} <= result.keys():
+                raise ValueError(f"{path} is not a result of main_finetune.py")
+            evaluations[path.name.removeprefix("eval-").removesuffix(".json")] = result
     if "like" in values:
         if not values["like"]:
-            raise ValueError(f"{folder} is a fine-tuning run; give the pretraining run it started from")
-        return RunRecord(folder, values["seed"], PretrainConfig(), None, environment, [], evaluations)
-    config = from_dict(PretrainConfig, values, f"{folder / run_folder.CONFIG}")
+            raise ValueError(f"{where} is a fine-tuning run; give the pretraining run it started from")
+        return RunRecord(where, values["seed"], PretrainConfig(), None, environment, [], evaluations)
+    config = from_dict(PretrainConfig, values, f"{where / run_folder.CONFIG}")
     if not (folder / run_folder.LEDGER).exists():
-        raise FileNotFoundError(f"{folder} has no {run_folder.LEDGER} yet: the run has not saved anything")
+        raise FileNotFoundError(f"{where} has no {run_folder.LEDGER} yet: the run has not saved anything")
     ledger = Ledger.from_state_dict(_read(folder / run_folder.LEDGER, json.loads))
     metrics = read_json_lines(folder / run_folder.METRICS)
-    return RunRecord(folder, config.seed, config, ledger, environment, metrics, evaluations)
+    return RunRecord(where, config.seed, config, ledger, environment, metrics, evaluations)
 
 
-def _read(path: Path, parse: Callable[[str], Any]) -> Any:
+def _read(path: RunFolder, parse: Callable[[str], Any]) -> Any:
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing")
     try:
         return parse(path.read_text())
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path} is damaged: {' '.join(str(error).split())}") from error
 
 
+def flag_value(run: RunRecord, name: str) -> Any:
+    """A flag's value in a pretraining run, or what the model's name says where it is left open."""
+    value = getattr(run.config, name)
+    if value is None:
+        value = model_shape(run.config.model).get(name)
+    return str(value).rstrip("/") if name == "data_path" else value
+
+
+# ── compare like with like ──
+
+
 def incomparable(runs: Sequence[RunRecord]) -> list[str]:
-    """Sentences that say which flags differ although they must not, see `Role.match` and `Role.judged`."""
+    """Sentences that name the flags that differ although they must not, see `Role.match` and `Role.judged`."""
     pretrained = [run for run in runs if run.ledger]
     if not pretrained:
         raise ValueError("none of these runs has been pretrained; give pretraining runs")
@@ -140,11 +205,3 @@ def _other_evaluation(first: RunRecord, run: RunRecord, protocol: str) -> list[s
 def _evaluated_on(run: RunRecord, protocol: str) -> str | None:
     """Data of an evaluation: its own, else the pretraining's; None for a run from random weights that doesn't say."""
     return run.evaluations[protocol]["flags"].get("data_path") or (run.config.data_path if run.ledger else None)
-
-
-def flag_value(run: RunRecord, name: str) -> Any:
-    """A flag's value in a pretraining run, or what the model's name says where it is left open."""
-    value = getattr(run.config, name)
-    if value is None:
-        value = model_shape(run.config.model).get(name)
-    return str(value).rstrip("/") if name == "data_path" else value

@@ -1,0 +1,104 @@
+"""The two answers of a comparison: the difference at equal compute, and the compute for equal quality.
+
+The baseline's curve is interpolated between its arms, linearly in log cost; intervals are 95 % bootstrap intervals over
+seeds.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from .arms import Arm
+
+AXES = ("flops", "seconds")
+RESAMPLES = 2000
+Point = tuple[float, list[float]]
+"""Cost of an arm, and the quality of each of its seeds."""
+
+
+def interpolate(costs: Sequence[float], qualities: Sequence[float], cost: float) -> float | None:
+    """Quality at a cost, linearly in log cost between the arms; None outside them (1 % is rounding)."""
+    if not costs[0] * 0.99 <= cost <= costs[-1] * 1.01:
+        return None
+    return float(np.interp(math.log(cost), np.log(costs), qualities))
+
+
+def needed(costs: Sequence[float], qualities: Sequence[float], quality: float) -> float:
+    """The smallest cost at which the curve reaches a quality: 0 if its first arm has it already, inf if none has."""
+    if quality <= qualities[0]:
+        return 0.0
+    for (c0, q0), (c1, q1) in itertools.pairwise(zip(costs, qualities, strict=True)):
+        if q0 < quality <= q1:
+            return math.exp(math.log(c0) + (quality - q0) / (q1 - q0) * math.log(c1 / c0))
+    return math.inf
+
+
+def equal_compute(arm: Arm, baseline: Sequence[Arm], protocol: str, axis: str) -> dict[str, Any]:
+    """Quality of an arm minus the baseline's at the same cost."""
+    curve = _curve(baseline, protocol, axis)
+    row = {"arm": arm.name, "protocol": protocol, "axis": axis, "cost": arm.cost(axis), "n": len(arm.quality(protocol))}
+    quality = statistics.fmean(arm.quality(protocol))
+    at = interpolate(*_means(curve), row["cost"]) if curve else None
+    row |= {"quality": quality, "baseline_quality": at, "difference": None, "interval": None}
+    if at is None:
+        return row
+    samples = [
+        mean - interpolate([c for c, _ in curve], means, row["cost"])
+        for mean, means in _resample(arm.quality(protocol), curve)
+    ]
+    return row | {"difference": quality - at, "interval": _interval(samples)}
+
+
+def equal_quality(arm: Arm, baseline: Sequence[Arm], protocol: str, axis: str) -> dict[str, Any]:
+    """Cost that the baseline needs for an arm's quality; `status` is reached, below (its shortest arm has it) or not
+    reached. An end of the interval that lies outside the baseline's arms is None."""
+    curve = _curve(baseline, protocol, axis)
+    quality, cost = statistics.fmean(arm.quality(protocol)), arm.cost(axis)
+    row = {"arm": arm.name, "protocol": protocol, "axis": axis, "cost": cost, "quality": quality}
+    row |= {"needed": None, "ratio": None, "interval": None, "status": "no baseline"}
+    if not curve:
+        return row
+    at = needed(*_means(curve), quality)
+    costs = [c for c, _ in curve]
+    ends = _interval([needed(costs, means, mean) / cost for mean, means in _resample(arm.quality(protocol), curve)])
+    row["interval"] = [None if end in (0.0, math.inf) else end for end in ends] if ends else None
+    row |= {"shortest": costs[0], "longest": costs[-1]}
+    if at in (0.0, math.inf):
+        return row | {"status": "below" if at == 0 else "not reached"}
+    return row | {"needed": at, "ratio": at / cost, "status": "reached"}
+
+
+def _curve(baseline: Sequence[Arm], protocol: str, axis: str) -> list[Point]:
+    points = [(arm.cost(axis), arm.quality(protocol)) for arm in baseline if arm.quality(protocol)]
+    return sorted(points, key=lambda point: point[0])
+
+
+def _means(curve: Sequence[Point]) -> tuple[list[float], list[float]]:
+    return [cost for cost, _ in curve], [statistics.fmean(values) for _, values in curve]
+
+
+def _resample(values: Sequence[float], curve: Sequence[Point]) -> Iterable[tuple[float, Sequence[float]]]:
+    """Bootstrap over seeds: means of the arm, and of every arm of the baseline. Empty if any of them has one seed."""
+    groups = [*(seeds for _, seeds in curve), values]
+    sizes = [len(seeds) for seeds in groups]
+    if min(sizes) < 2:
+        return []
+    picks = np.random.default_rng(0).integers(0, np.tile(np.repeat(sizes, sizes), (RESAMPLES, 1)))
+    parts = np.split(picks, np.cumsum(sizes)[:-1], axis=1)
+    means = [np.asarray(seeds)[part].mean(axis=1).tolist() for seeds, part in zip(groups, parts, strict=True)]
+    return zip(means[-1], zip(*means[:-1], strict=True), strict=True)
+
+
+def _interval(samples: Sequence[float]) -> list[float] | None:
+    """The middle 95 %; None without samples."""
+    if not len(samples):
+        return None
+    ordered = sorted(samples)  # may hold inf, which percentiles of numpy would turn into nan
+    last = len(ordered) - 1
+    return [float(ordered[round(last * share)]) for share in (0.025, 0.975)]

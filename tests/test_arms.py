@@ -1,0 +1,204 @@
+"""Arms and comparability: what follows from the role of every flag, for all flags, those still to come included."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_folders import SMALL, write_run
+
+from mae_et.compare.compare import CompareConfig, compare
+from mae_et.compare.report import markdown
+from mae_et.evaluate.config import FinetuneConfig
+from mae_et.plan.config import PretrainConfig
+from mae_et.plan.curriculum import StageRow
+from mae_et.plan.flags import OneOf, roles, to_dict
+from mae_et.plan.shapes import MODELS
+
+VALUES: dict[Any, tuple[Any, ...]] = {
+    bool: (True, False),
+    int: (2, 3),
+    float: (0.25, 0.5, 3.0),
+    str: MODELS,  # as good as any other text where a flag takes any
+    StageRow: (StageRow(16, 0.5), StageRow(24, 0.5)),
+    type(None): (),
+}
+#: What some flags are legal with only. A flag that no value is found for needs another row here.
+COMPANIONS: dict[type, tuple[dict[str, Any], ...]] = {
+    PretrainConfig: (
+        SMALL,
+        SMALL | {"early_large_batch": True},
+        SMALL | {"curriculum": "custom", "stages": (StageRow(32, 0.5),)},
+    ),
+    FinetuneConfig: ({}, {"finetune": "run"}, {"finetune": "run", "linear_probe": True}),
+}
+#: By name, so that a role that changes by mistake is seen.
+OTHER_ARM = (
+    *("replay", "replay_gib", "views_per_image", "masks_per_image", "precision", "compile", "start_epoch"),
+    *("lowfreq", "target", "mask_ratio", "curriculum", "lr", "epochs", "batch_size", "total_batch_size", "accum_iter"),
+)
+SAME_ARM = ("seed", "keep_checkpoints", "save_steps", "num_workers", "cache_gib", "print_steps", "output_dir", "device")
+COMPARABLE = ("seed", "finetune", "keep_checkpoints", "precision", "num_workers", "eval_epochs", "save_steps", "report")
+LENGTHS = ("epochs", "warmup_epochs", "hold_epochs")
+
+
+def values_of(hint: Any) -> Iterator[Any]:
+    """Values of a type, some of which a flag of that type may take."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        for kind in arguments:
+            yield from values_of(kind)
+    elif origin is tuple:
+        lengths = (1, 3) if arguments[-1] is Ellipsis else (len(arguments),)  # 3: one for each channel
+        for length in lengths:
+            yield from itertools.product(values_of(arguments[0]), repeat=length)
+    else:
+        yield from VALUES[hint]
+
+
+def differing(config_type: type, flag: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments of two legal configurations that differ in one flag."""
+    hint = typing.get_type_hints(config_type, include_extras=True)[flag]
+    marks = [mark for mark in hint.__metadata__ if isinstance(mark, OneOf)]
+    values = marks[0].legal if marks else list(values_of(typing.get_args(hint)[0]))
+    for companions, value in itertools.product(COMPANIONS[config_type], values):
+        with contextlib.suppress(ValueError):
+            if config_type(**companions) != config_type(**(companions | {flag: value})):
+                return companions, companions | {flag: value}
+    raise AssertionError(f"no second legal value of --{flag} found; add what it needs to VALUES or COMPANIONS")
+
+
+def arms_of(folder: Path) -> list[dict[str, Any]]:
+    """Arms of the runs a, b … in a folder, for all that differs between them."""
+    return compare(CompareConfig((str(folder),), baseline=(str(folder / "a"),), force=True))["arms"]
+
+
+# ── arms ──
+
+
+@pytest.mark.parametrize("flag", roles(PretrainConfig))
+def test_a_flag_makes_another_arm_where_its_role_or_the_total_batch_says_so(tmp_path, flag):
+    first, second = differing(PretrainConfig, flag)
+    write_run(tmp_path / "a", **first)
+    write_run(tmp_path / "b", **({"seed": 1} | second))
+    batches = {PretrainConfig(**values).total_batch(1) for values in (first, second)}
+    other_arm = flag in OTHER_ARM or roles(PretrainConfig)[flag].arm or len(batches) > 1
+    assert not (other_arm and flag in SAME_ARM)
+    arms = arms_of(tmp_path)
+    assert [arm["n"] for arm in arms] == ([1, 1] if other_arm else [2])
+    if flag in LENGTHS:
+        assert arms[0]["family"] == arms[1]["family"] == "vanilla"
+    elif other_arm and flag not in ("curriculum", "stages"):  # whose names say it
+        assert any(flag in arm["differs"] or "total_batch" in arm["differs"] for arm in arms)
+
+
+def test_lengths_are_one_family_and_one_curve(tmp_path):
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", flops=2e12, top1=81.0, epochs=8, warmup_epochs=2, hold_epochs=1)
+    write_run(tmp_path / "c", flops=4e12, top1=82.0, epochs=16, warmup_epochs=1, hold_epochs=2)
+    write_run(tmp_path / "d", flops=2e12, top1=90.0, curriculum="et_pp", stage_sizes=[16, 32])
+    report = compare(CompareConfig((str(tmp_path),)))
+    assert report["baseline"] == ["a", "b", "c"]
+    assert [arm["family"] for arm in report["arms"]].count("vanilla") == 3
+
+
+def test_the_same_total_batch_is_one_arm_however_it_comes_together(tmp_path):
+    write_run(tmp_path / "a", 0, batch_size=64)
+    write_run(tmp_path / "b", 1, batch_size=16, accum_iter=2, environment={"devices": 2})
+    write_run(tmp_path / "c", 2, batch_size=8, total_batch_size=64, environment={"devices": 4})
+    assert [arm["n"] for arm in arms_of(tmp_path)] == [3]
+    write_run(tmp_path / "d", 3, batch_size=64, environment={"devices": 2})  # learns at the rate of 128
+    assert [arm["n"] for arm in arms_of(tmp_path)] == [3, 1]
+
+
+def test_a_flag_left_open_counts_by_what_came_of_it(tmp_path):
+    write_run(tmp_path / "a", 0)
+    write_run(tmp_path / "b", 1, num_heads=16, embed_dim=1024)  # as the model's name says
+    assert [arm["n"] for arm in arms_of(tmp_path)] == [2]
+    write_run(tmp_path / "c", 2, environment={"precision": "fp32"})  # --precision auto, on another device
+    assert [arm["n"] for arm in arms_of(tmp_path)] == [2, 1]
+
+
+def test_the_same_seed_twice_is_refused(tmp_path):
+    for name in ("a", "b"):
+        for seed in range(2):
+            write_run(tmp_path / f"{name}{seed}", seed, keep_checkpoints=5 if name == "b" else 2)
+    with pytest.raises(ValueError, match=r"a0 and .*b0 are the same configuration with the same seed; leave one out"):
+        compare(CompareConfig((str(tmp_path),)))
+
+
+def test_folders_named_anyhow_are_named_by_what_differs(tmp_path):
+    write_run(tmp_path / "monday", 0)
+    write_run(tmp_path / "tuesday", 1)
+    write_run(tmp_path / "x", 0, curriculum="et_pp", target="hog", stage_sizes=[16, 32])
+    names = [arm["name"] for arm in compare(CompareConfig((str(tmp_path),)))["arms"]]
+    assert sorted(names) == ["et_pp · hog", "vanilla · pixel"]
+
+
+# ── comparability ──
+
+
+@pytest.mark.parametrize("flag", roles(PretrainConfig))
+def test_runs_are_comparable_unless_a_flag_of_data_or_model_differs(tmp_path, flag):
+    first, second = differing(PretrainConfig, flag)
+    write_run(tmp_path / "a", **first)
+    write_run(tmp_path / "b", **({"seed": 1} | second))
+    report = compare(CompareConfig((str(tmp_path),), baseline=(str(tmp_path / "a"),), force=True))
+    assert bool(report["forced"]) == roles(PretrainConfig)[flag].match
+    assert all(sentence.startswith(f"{flag} is ") for sentence in report["forced"][:1])
+
+
+@pytest.mark.parametrize("flag", roles(FinetuneConfig))
+def test_evaluations_are_comparable_unless_a_judged_flag_or_the_data_differ(tmp_path, flag):
+    for name, values in zip("ab", differing(FinetuneConfig, flag), strict=True):
+        run = write_run(tmp_path / name, curriculum="vanilla" if name == "a" else "et", protocol="finetune")
+        result = json.loads((run / "eval-finetune.json").read_text())
+        result["flags"] = to_dict(FinetuneConfig(**values))
+        (run / "eval-finetune.json").write_text(json.dumps(result))
+    refused = roles(FinetuneConfig)[flag].judged or flag == "data_path"
+    assert not (refused and flag in COMPARABLE)
+    sentences = compare(CompareConfig((str(tmp_path),), force=True))["forced"]
+    assert bool(sentences) == refused
+    assert not refused or any(f"evaluation finetune: --{flag} is " in sentence for sentence in sentences)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"data_path": "elsewhere"}, "data_path is photos"),
+        ({"patch_size": 4}, "patch_size is 8"),
+        ({"embed_dim": 96}, "embed_dim is 1024"),
+        ({"model": "mae_vit_tiny_patch16", "patch_size": 8}, "model is mae_vit_large_patch16"),
+        ({"environment": {"num_images": 7}}, "data set has 1000 images"),
+        ({"k": 5}, "evaluation knn: --k is 20"),
+        ({"eval_images": 100}, "evaluation knn: num_images is 500"),
+        ({"p": 0.4}, "stopped at 40%"),
+    ],
+)
+def test_what_cant_be_compared_is_refused_and_forced_only_in_writing(tmp_path, changes, named):
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", curriculum="et", stage_sizes=[16, 32], **changes)
+    with pytest.raises(ValueError, match="not comparable") as refused:
+        compare(CompareConfig((str(tmp_path),)))
+    assert named in str(refused.value)
+    report = compare(CompareConfig((str(tmp_path),), force=True))
+    assert any(named in difference for difference in report["forced"])
+    assert f"FORCED although not comparable: {report['forced'][0]}" in markdown(report, {})
+
+
+def test_evaluations_on_other_data_are_refused(tmp_path):
+    write_run(tmp_path / "a")
+    result = json.loads(
+        (write_run(tmp_path / "b", curriculum="et", stage_sizes=[16, 32]) / "eval-knn.json").read_text()
+    )
+    result["flags"]["data_path"] = "elsewhere"
+    (tmp_path / "b" / "eval-knn.json").write_text(json.dumps(result))
+    with pytest.raises(ValueError, match=r"--data_path is photos .* and elsewhere"):
+        compare(CompareConfig((str(tmp_path),)))
