@@ -20,7 +20,7 @@ ROOMS = {
     "engine": "run_folder runtime meters optim storage sharded resume step logger picture pretrain",
     "checkpoint": "",
     "evaluate": "config encoder accuracy augmentation finetune probe reconstruct",
-    "compare": "runs answers compare report",
+    "compare": "runs arms answers compare report",
     "search": "config trials space search report",
     "cli": "",
     "__main__": "",

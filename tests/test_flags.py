@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Annotated
 
 import pytest
-from mae_et.data.config import PrepareConfig
-from mae_et.search.config import SearchConfig
 
 from mae_et.cli import ExportConfig
 from mae_et.compare.compare import CompareConfig
+from mae_et.data.config import PrepareConfig
 from mae_et.evaluate.config import FinetuneConfig, ReconstructConfig
 from mae_et.plan import flags
 from mae_et.plan.config import LauncherFlags, PretrainConfig, RunFlags
 from mae_et.plan.flags import MODEL, POSITIVE, RUN, TASK, OneOf, Range, check, names, parse, roles
 from mae_et.plan.report import PlanConfig
+from mae_et.search.config import SearchConfig
 
 TESTS = Path(__file__).parent
 GOLDEN = TESTS / "golden_flags.txt"

@@ -75,8 +75,9 @@ def load_newest(path: Path) -> tuple[dict, Path]:
     return files.load_newest(path, load if path.suffix == SUFFIX else storage.load)
 
 
-def load_full(path: Path) -> dict:
+def load_full(path: str | Path) -> dict:
     """A checkpoint file or folder with all its tensors, without running code. Raises as `storage.load` does."""
+    path = Path(path)
     return _fill(load(path), path) if path.suffix == SUFFIX else storage.load(path)
 
 
