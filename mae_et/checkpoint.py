@@ -14,21 +14,34 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from . import interop
+from . import record as records
 from .engine import run_folder, sharded
 from .engine.resume import FORMAT
-from .engine.storage import save, save_safetensors
-from .files import CheckpointError, make_folder, write
+from .engine.storage import load_safetensors, save, save_safetensors
+from .export import Exported, write_facebook, write_huggingface, write_timm
+from .files import CheckpointError
 from .interop import METADATA_KEY
-from .plan.shapes import KNOWN_HEADS, ModelShape, choice, target_dim
+from .plan.config import default_statistics
+from .plan.shapes import ModelShape, choice, target_dim
+from .record import RECORD_KEY, WeightsRecord
+from .wrappers import unwrap
 
-__all__ = ["CheckpointError", "Pretrained", "load", "read_pretrained", "write_export"]
+__all__ = [
+    "FORMAT",
+    "CheckpointError",
+    "Pretrained",
+    "load",
+    "read_pretrained",
+    "save",
+    "save_safetensors",
+    "write_export",
+]
 
 log = logging.getLogger(__name__)
 
@@ -41,9 +54,13 @@ ACCEPTED = (
 load = sharded.load_full
 
 
+HF_NORM_EPS = 1e-12
+"""Default of transformers, where a config.json doesn't say."""
+
+
 @dataclass(frozen=True)
 class Pretrained:
-    """Weights in our layout and what is known about them."""
+    """Weights in our layout, and all that belongs to them."""
 
     state: dict[str, Tensor]
     """As `MaskedAutoencoder.state_dict()`; without a decoder only `encoder.*`."""
@@ -57,7 +74,11 @@ class Pretrained:
     """Whether the decoder was trained on normalised pixels; None: not known."""
     target: str | None = None
     """"pixel" or "hog"; None: not known, or no decoder."""
-    record: Mapping[str, Any] = field(default_factory=dict)
+    record: WeightsRecord = field(default_factory=WeightsRecord)
+    """How images must look for them, and what their outputs mean."""
+    head: dict[str, Tensor] = field(default_factory=dict)
+    """Classifier of a fine-tuned model in timm's names: `head.*`, and `fc_norm.*` where it pools patches."""
+    training: Mapping[str, Any] = field(default_factory=dict)
     """What the run's checkpoint says beside its weights (see `resume.identity`); empty for foreign weights."""
 
 
@@ -75,7 +96,9 @@ def read_pretrained(source: str | Path, encoder_only: bool = False, num_heads: i
         pretrained = _read_file(path, encoder_only, num_heads)
         beside = run_folder.run_of(path)
         if path.suffix == ".safetensors" and beside and (checkpoint := run_folder.checkpoint_in(beside)):
-            return replace(pretrained, record=_record(load(checkpoint)))  # of the same run
+            of_the_run = _read_own(load(checkpoint), checkpoint, encoder_only=True)
+            facts = pretrained.record.completed_by(replace(of_the_run.record, classes=None, pooled=None))
+            return replace(pretrained, record=facts, training=of_the_run.training)
         return pretrained
     if timm.is_model(str(source)):
         return _download(str(source))
@@ -104,72 +127,88 @@ def write_export(
     norm_pix_loss: bool | None = None,
     encoder_only: bool = False,
 ) -> None:
-    """Write weights in our layout for others: "timm" a .safetensors file, "facebook" a .pth, "huggingface" a folder.
+    """Write weights in our layout for others, with what belongs to them, see `export`.
 
-    shape: arguments of `create_mae`. norm_pix_loss: default: what `source` knows. encoder_only: leave out the decoder
-    ("timm" always does).
-    Raises ValueError on an unknown format, weights that are no model of this package, or a decoder that the format
-    can't hold; CheckpointError if the file can't be written.
+    format: "timm" a .safetensors file or a folder, "facebook" a .pth, "huggingface" a folder. shape: arguments of
+    `create_mae`. norm_pix_loss: default: what `source` knows. encoder_only: leave out the decoder ("timm" always does)
+    and the classifier of a fine-tuned model.
+    Raises ValueError on an unknown format, weights that are no model of this package, or a decoder or classifier that
+    the format can't hold; CheckpointError if the file can't be written.
     """
     choice("export format", format, EXPORT_FORMATS)
-    if isinstance(source, Pretrained):
-        norm_pix_loss = source.norm_pix_loss if norm_pix_loss is None else norm_pix_loss
-        source = source.state
-    state, out = interop.encoder_only(source) if encoder_only else dict(source), Path(out)
-    shape = _complete(shape, state).to_dict()
-    if not interop.has_decoder(source):
-        shape = {key: value for key, value in shape.items() if not key.startswith("decoder") and key != "target_dim"}
-    # Everything is converted before anything is written.
-    if format == "timm":
-        exported = interop.to_timm(state)
-        make_folder(out.parent)
-        save_safetensors(exported, out, {METADATA_KEY: json.dumps(shape)})
-    elif format == "facebook":
-        exported = interop.to_facebook(state, shape["img_size"])
-        make_folder(out.parent)
-        save({"model": exported, METADATA_KEY: shape}, out)  # others read `model` alone
-    else:
-        if encoder_only:
-            shape = {key: value for key, value in shape.items() if not key.startswith("decoder")}
-        config = interop.huggingface_config(shape, norm_pix_loss)
-        exported = interop.to_huggingface(state, shape["img_size"])
-        make_folder(out)
-        save_safetensors(exported, out / "model.safetensors")
-        write(out / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode()))
+    if not isinstance(source, Pretrained):
+        source = Pretrained(dict(source), shape, interop.has_decoder(source), "")
+    state = interop.encoder_only(source.state) if encoder_only else source.state
+    head = {} if encoder_only else source.head
+    facts = source.record if head else replace(source.record, classes=None, pooled=None)
+    shape = _complete(shape, state)
+    facts = facts.completed_by(WeightsRecord(*default_statistics(shape.in_chans)))
+    decoder = interop.has_decoder(state)
+    norm_pix_loss = source.norm_pix_loss if norm_pix_loss is None else norm_pix_loss
+    weights = Exported(state, head, shape, facts, *((norm_pix_loss, source.target) if decoder else (None, None)))
+    {"timm": write_timm, "facebook": write_facebook, "huggingface": write_huggingface}[format](weights, Path(out))
+
+
+# ── readers ──
 
 
 def _read_file(path: Path, encoder_only: bool, num_heads: int | None) -> Pretrained:
     """A single file: who wrote it is told from its keys."""
-    content, metadata = _load_safetensors(path) if path.suffix == ".safetensors" else (load(path), {})
+    content, metadata = load_safetensors(path) if path.suffix == ".safetensors" else (load(path), {})
     if "format" in content:
         return _read_own(content, path, encoder_only)
-    state = next((content[key] for key in ("model", "state_dict") if isinstance(content.get(key), dict)), content)
-    if not state or not all(isinstance(key, str) and isinstance(t, Tensor) for key, t in state.items()):
-        raise CheckpointError(f"{path}: holds no weights; accepted are {ACCEPTED}")
+    unwrapped = unwrap(content, path)
+    for note in unwrapped.notes:
+        log.info("%s: %s", path, note)
+    state = unwrapped.state
     if any(key.endswith("embeddings.cls_token") for key in state):
         if (path.parent / "config.json").is_file():
-            return _read_huggingface(path.parent, encoder_only)
+            return _read_huggingface(path.parent, encoder_only, path)
         raise ValueError(f"{path}: weights of transformers need the config.json beside them")
-    args = vars(content["args"]) if isinstance(content.get("args"), argparse.Namespace) else {}
-    stored_shape = json.loads(metadata[METADATA_KEY]) if METADATA_KEY in metadata else content.get(METADATA_KEY)
+    told = {key: json.loads(value) for key, value in metadata.items() if key in (METADATA_KEY, RECORD_KEY)}
+    told |= {key: content[key] for key in (METADATA_KEY, RECORD_KEY) if key in content}
+    stored_shape, head = told.get(METADATA_KEY), interop.head_of(state)
     state = _without_decoder(state) if encoder_only else state
     with prefix_errors(path):
         ours = state if "encoder.cls_token" in state else interop.from_facebook(state)
         shape = ModelShape(**(stored_shape or interop.infer_shape(ours, num_heads)))
-    if not (stored_shape or num_heads or shape.embed_dim in KNOWN_HEADS):
-        heads = shape.num_heads
-        log.warning("%s doesn't say how many heads it has: taken to be %d, of 64 each; see --num_heads", path, heads)
-    decoder = interop.has_decoder(ours)
+    if not (stored_shape or num_heads):
+        heads, width = shape.num_heads, shape.embed_dim // shape.num_heads
+        log.warning(
+            "%s doesn't say how many heads it has: taken to be %d, of %d each; see --num_heads", path, heads, width
+        )
+    decoder, args = interop.has_decoder(ours), _as_dict(unwrapped.beside.get("args"))
     if stored_shape:
         origin = f"mae_et {'model' if decoder else 'encoder'} {path}"
     elif decoder or args:
         origin = f"facebookresearch/mae checkpoint {path}"
     else:
         origin = f"encoder of timm or facebookresearch/mae {path}"
+    facts = WeightsRecord.of(told.get(RECORD_KEY, {}), str(path))
+    facts = facts.completed_by(records.from_facebook(args, f"args of {path}")).completed_by(_beside(path))
+    facts = replace(facts, pooled="fc_norm.weight" in head if head else None)
     pixels = target_dim("pixel", shape.patch_size, shape.in_chans)
-    target = "pixel" if decoder and shape.target_dim == pixels else None
-    norm_pix_loss = args.get("norm_pix_loss") if decoder else None
-    return Pretrained(ours, shape, decoder, origin, norm_pix_loss, target)
+    target = args.get("target") or ("pixel" if shape.target_dim == pixels else None)
+    predicts = (args.get("norm_pix_loss"), target) if decoder else (None, None)
+    return Pretrained(ours, shape, decoder, origin, *predicts, facts, head)
+
+
+def _beside(path: Path) -> WeightsRecord:
+    """From the `pretrained_cfg` that timm, or an export for it, keeps beside a file of weights."""
+    for file in (path.with_suffix(".json"), path.with_name("config.json")):
+        if file.is_file():
+            with prefix_errors(file):
+                config = json.loads(file.read_text())
+            if isinstance(config, dict) and isinstance(cfg := config.get("pretrained_cfg", config), dict):
+                return records.from_timm(cfg, f"pretrained_cfg in {file}")
+    return WeightsRecord()
+
+
+def _as_dict(args: Any) -> dict[str, Any]:
+    """The arguments of a script, as facebookresearch/mae and timm keep them."""
+    if isinstance(args, argparse.Namespace):
+        return vars(args)
+    return dict(args) if isinstance(args, Mapping) else {}
 
 
 def _read_own(content: Mapping, path: Path, encoder_only: bool) -> Pretrained:
@@ -178,36 +217,46 @@ def _read_own(content: Mapping, path: Path, encoder_only: bool) -> Pretrained:
         raise CheckpointError(f"{path}: format {content['format']!r} is not known here, only {FORMAT!r}")
     state = interop.encoder_only(content["model"]) if encoder_only else dict(content["model"])
     decoder = interop.has_decoder(state)
-    target = content["target"] if decoder else None
-    norm_pix_loss = content["norm_pix_loss"] if decoder else None
     with prefix_errors(path):
         shape = _complete(content["shape"], state)
-    origin = f"mae_et checkpoint {path}"
-    return Pretrained(state, shape, decoder, origin, norm_pix_loss, target, _record(content))
+    facts = WeightsRecord.of(content, str(path))
+    predicts = (content["norm_pix_loss"], content["target"]) if decoder else (None, None)
+    head = interop.head_of(timm_state(content, content["pooled"])) if "head" in content else {}
+    training = {name: value for name, value in content.items() if name not in ("model", "optimizer", "ema", "head")}
+    return Pretrained(state, shape, decoder, f"mae_et checkpoint {path}", *predicts, facts, head, training)
 
 
-def _record(content: Mapping) -> dict[str, Any]:
-    """What a checkpoint of this package says beside its weights; nothing of another's."""
-    if content.get("format") != FORMAT:
-        return {}
-    return {name: value for name, value in content.items() if name not in ("model", "optimizer", "ema")}
+def timm_state(weights: Mapping[str, Mapping[str, Tensor]], pooled: bool) -> dict[str, Tensor]:
+    """The encoder and head of a fine-tuning checkpoint -> state of a timm classifier."""
+    state = interop.to_timm(weights["model"]) | dict(weights["head"])
+    return {f"fc_{key}" if pooled and key.startswith("norm.") else key: tensor for key, tensor in state.items()}
 
 
-def _read_huggingface(folder: Path, encoder_only: bool) -> Pretrained:
-    """A folder of transformers' ViTMAE: config.json and the weights."""
-    weights = next((folder / n for n in ("model.safetensors", "pytorch_model.bin") if (folder / n).is_file()), None)
+def _read_huggingface(folder: Path, encoder_only: bool, weights: Path | None = None) -> Pretrained:
+    """A folder of transformers' ViTMAE or ViT: config.json, perhaps preprocessor_config.json, and the weights."""
+    names = ("model.safetensors", "pytorch_model.bin")
+    weights = weights or next((folder / name for name in names if (folder / name).is_file()), None)
     if weights is None:
         raise FileNotFoundError(f"{folder}: holds config.json but neither model.safetensors nor pytorch_model.bin")
     with prefix_errors(folder / "config.json"):
         config = json.loads((folder / "config.json").read_text())
-        shape = ModelShape(**interop.shape_from_huggingface_config(config))
-    state = _load_safetensors(weights)[0] if weights.suffix == ".safetensors" else load(weights)
+        is_vit = config.get("model_type") == "vit"
+        shape = interop.shape_from_huggingface_config(config | ({"model_type": "vit_mae"} if is_vit else {}))
+        shape = ModelShape(**shape | {"norm_eps": config.get("layer_norm_eps", HF_NORM_EPS)})
+    state = load_safetensors(weights)[0] if weights.suffix == ".safetensors" else load(weights)
+    head = {k.replace("classifier.", "head."): t for k, t in state.items() if k.startswith("classifier.")}
+    state = {k: t for k, t in state.items() if not (is_vit and k.startswith(("classifier.", "vit.pooler.", "pooler.")))}
     with prefix_errors(weights):
         ours = interop.from_huggingface(_without_decoder(state) if encoder_only else state, shape.img_size)
-    decoder = interop.has_decoder(ours)
-    norm_pix_loss = config.get("norm_pix_loss", False) if decoder else None
-    origin = f"transformers ViTMAE folder {folder}"
-    return Pretrained(ours, shape, decoder, origin, norm_pix_loss, "pixel" if decoder else None)
+    decoder, facts, beside = interop.has_decoder(ours), WeightsRecord(), folder / "preprocessor_config.json"
+    if beside.is_file():
+        with prefix_errors(beside):
+            facts = records.from_preprocessor(json.loads(beside.read_text()), str(beside))
+    if head:
+        facts = replace(facts, classes=records.labels_of_huggingface(config), pooled=False)
+    origin = f"transformers {'ViT' if is_vit else 'ViTMAE'} folder {folder}"
+    predicts = (config.get("norm_pix_loss", False), "pixel") if decoder else (None, None)
+    return Pretrained(ours, shape, decoder, origin, *predicts, facts, head)
 
 
 def _download(name: str) -> Pretrained:
@@ -229,8 +278,9 @@ def _download(name: str) -> Pretrained:
         raise CheckpointError(f"timm model {name}: its weights can't be had: {reason}") from error
     state = interop.from_timm(weights)
     heads, img_size = model.blocks[0].attn.num_heads, model.patch_embed.img_size
-    shape = ModelShape(**interop.infer_shape(state, heads, img_size=img_size))
-    return Pretrained(state, shape, False, f"timm model {name}")
+    shape = ModelShape(**interop.infer_shape(state, heads, img_size=img_size) | {"norm_eps": model.norm.eps})
+    facts = replace(records.from_timm(model.pretrained_cfg, f"timm's pretrained_cfg of {name}"), classes=None)
+    return Pretrained(state, shape, False, f"timm model {name}", record=facts)
 
 
 def _complete(shape: Mapping, state: Mapping[str, Tensor]) -> ModelShape:
@@ -242,17 +292,6 @@ def _complete(shape: Mapping, state: Mapping[str, Tensor]) -> ModelShape:
 def _without_decoder(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Any layout without the keys of its decoder, before it is checked."""
     return {key: tensor for key, tensor in state.items() if not key.startswith(("decoder", "mask_token"))}
-
-
-def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a file."""
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except safetensors.SafetensorError as error:
-        raise CheckpointError(f"{path}: not a safetensors file, or cut short") from error
-    except OSError as error:
-        raise CheckpointError(f"{path}: can't be read: {error.strerror or error}") from error
 
 
 @contextmanager

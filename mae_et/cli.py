@@ -16,7 +16,7 @@ import tyro
 
 from .console import console, logging_to_console
 from .files import CheckpointError
-from .plan.flags import RUN, WEIGHTS, check, parse, to_yaml
+from .plan.flags import POSITIVE, RUN, WEIGHTS, check, parse, to_yaml
 
 #: Mistakes and mishaps that one line explains; anything else is a bug and shows its traceback.
 EXPLAINED = (ValueError, OSError, CheckpointError, FloatingPointError)
@@ -114,7 +114,9 @@ class ExportConfig:
     out: Annotated[str, RUN] = ""
     """File, or folder for huggingface; default: beside the run's checkpoint."""
     encoder_only: Annotated[bool, RUN] = False
-    """Leave out the decoder."""
+    """Leave out the decoder, and the classifier of a fine-tuned model."""
+    num_heads: Annotated[int | None, RUN, POSITIVE] = None
+    """Heads of the encoder, for weights that don't say; default: what is usual for its width, with a warning."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -124,7 +126,8 @@ def _export(argv: list[str]) -> None:
     config = parse(ExportConfig, argv, prog="mae_et export")
     from .checkpoint import read_pretrained, write_export
 
-    pretrained = read_pretrained(config.source, encoder_only=config.encoder_only)
+    with logging_to_console():
+        pretrained = read_pretrained(config.source, config.encoder_only, config.num_heads)
     names = {"timm": "timm.safetensors", "facebook": "facebook.pth", "huggingface": "huggingface"}
     source = Path(config.source)
     folder = source if source.is_dir() else source.parent

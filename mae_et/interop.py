@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .layouts import FACEBOOK, HF_NAMINGS, OURS, OURS_CROSS, TIMM, Layout, State, huggingface
-from .model import NORM_EPS, sincos_table
-from .plan.shapes import KNOWN_HEADS, SizePx, as_size, choice, grid_of, height_width, num_patches, target_dim
+from .model import sincos_table
+from .plan.shapes import KNOWN_HEADS, NORM_EPS, SizePx, as_size, choice, grid_of, height_width, num_patches, target_dim
 
 METADATA_KEY = "mae_et"
 """Where exports for timm (metadata, as JSON) and facebookresearch/mae (beside `model`) hold their shape."""
@@ -64,6 +64,12 @@ def to_huggingface(state: State, img_size: SizePx | None = None, naming: str = "
     choice("naming", naming, HF_NAMINGS)
     prefix = "vit." if has_decoder(state) else ""
     return _write(state, huggingface(*HF_NAMINGS[naming], prefix), img_size)
+
+
+def to_huggingface_classifier(state: State, head: State) -> dict[str, Tensor]:
+    """Our encoder and a linear `head` on its class token -> transformers' ViTForImageClassification."""
+    layout = huggingface(*HF_NAMINGS["hub"], "vit.")
+    return _write(state, layout) | {key.replace("head.", "classifier."): tensor for key, tensor in head.items()}
 
 
 def from_facebook(state: State, img_size: SizePx | None = None) -> dict[str, Tensor]:
@@ -154,7 +160,7 @@ def huggingface_config(shape: Mapping, norm_pix_loss: bool | None = None, mask_r
     """
     mlp_ratio = shape.get("mlp_ratio", 4.0)
     config = {"architectures": ["ViTMAEModel"], "model_type": "vit_mae", "hidden_act": "gelu", "qkv_bias": True}
-    config |= {"layer_norm_eps": NORM_EPS, "mask_ratio": mask_ratio}  # not the default of transformers, 1e-12
+    config |= {"layer_norm_eps": shape.get("norm_eps", NORM_EPS), "mask_ratio": mask_ratio}
     config |= {theirs: shape[ours] for ours, (theirs, _) in HF_ENCODER_CONFIG.items()}
     config |= {"intermediate_size": int(shape["embed_dim"] * mlp_ratio)}
     if "decoder_embed_dim" in shape:
@@ -243,9 +249,9 @@ def _check(state: State, expected: set[str], layout: Layout) -> None:
     missing = sorted(expected - set(state), key=_natural)
     unexpected = sorted(set(state) - expected, key=_natural)
     if missing or unexpected:
-        found = (("missing", missing), ("unexpected", unexpected))
-        found = [f"{len(keys)} {what} (first: {keys[0]})" for what, keys in found if keys]
-        raise ValueError(f"not the weights of {layout.who}: keys {' and '.join(found)}")
+        kinds = (("missing", missing), ("unexpected", unexpected))
+        counts = [f"{len(keys)} {kind} (first: {keys[0]})" for kind, keys in kinds if keys]
+        raise ValueError(f"not the weights of {layout.who}: keys {' and '.join(counts)}")
 
 
 def _check_ours(state: State) -> None:
@@ -262,6 +268,17 @@ def _depth(state: State, blocks: str) -> int:
     """Number of blocks; at least 1, so that a dict without any is a dict with missing keys."""
     numbers = (key[len(blocks) :].split(".")[0] for key in state if key.startswith(blocks))
     return 1 + max((int(number) for number in numbers if number.isdecimal()), default=0)
+
+
+def head_of(state: State) -> dict[str, Tensor]:
+    """Classifier of a plain timm or facebookresearch/mae model: `head.*`, and `fc_norm.*` where it pools patches."""
+    return {key: tensor for key, tensor in state.items() if key.startswith(("head.", "fc_norm."))}
+
+
+def with_head(state: State, head: State) -> dict[str, Tensor]:
+    """An encoder in timm's or facebookresearch/mae's layout, and a classifier as :func:`head_of` gives it."""
+    pooled = "fc_norm.weight" in head
+    return {key: tensor for key, tensor in state.items() if not (pooled and key.startswith("norm."))} | dict(head)
 
 
 def _without_head(state: State) -> dict[str, Tensor]:

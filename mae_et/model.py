@@ -23,8 +23,6 @@ from torch.utils.checkpoint import checkpoint
 from .plan.shapes import ModelShape, grid_of, height_width, model_shape
 from .targets import take_patches
 
-NORM_EPS = 1e-6  # MAE, as in ViT
-
 
 class Output(NamedTuple):
     """What a masked forward pass returns."""
@@ -50,6 +48,7 @@ class MaskedAutoencoder(nn.Module):
             setattr(self, field.name, getattr(shape, field.name))
         self.grid = self.shape.grid
 
+        norm = functools.partial(nn.LayerNorm, eps=shape.norm_eps)
         self.encoder = VisionTransformer(
             img_size=height_width(shape.img_size),
             patch_size=shape.patch_size,
@@ -59,7 +58,7 @@ class MaskedAutoencoder(nn.Module):
             depth=shape.depth,
             num_heads=shape.num_heads,
             mlp_ratio=shape.mlp_ratio,
-            norm_layer=_norm,
+            norm_layer=norm,
             weight_init="skip",  # initialised below
         )
         self.encoder.pos_embed.requires_grad_(False)
@@ -69,13 +68,11 @@ class MaskedAutoencoder(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         block = width, shape.decoder_num_heads, shape.mlp_ratio
         if shape.decoder == "cross":
-            self.decoder_blocks = nn.ModuleList(
-                CrossBlock(*block, norm_layer=_norm) for _ in range(shape.decoder_depth)
-            )
+            self.decoder_blocks = nn.ModuleList(CrossBlock(*block, norm_layer=norm) for _ in range(shape.decoder_depth))
         else:
-            blocks = (Block(*block, qkv_bias=True, norm_layer=_norm) for _ in range(shape.decoder_depth))
+            blocks = (Block(*block, qkv_bias=True, norm_layer=norm) for _ in range(shape.decoder_depth))
             self.decoder_blocks = nn.Sequential(*blocks)
-        self.decoder_norm = _norm(width)
+        self.decoder_norm = norm(width)
         self.decoder_pred = nn.Linear(width, shape.target_dim)
         self._tables: dict[tuple, tuple[Tensor, Tensor]] = {}
         self.register_load_state_dict_post_hook(lambda model, _: model._tables.clear())
@@ -237,10 +234,6 @@ def sincos_table(width: int, grid: tuple[int, int], full_grid: tuple[int, int]) 
 def create_mae(name: str = "mae_vit_base_patch16", **overrides) -> MaskedAutoencoder:
     """A :class:`MaskedAutoencoder` by name, with any of its arguments overridden (None = keep)."""
     return MaskedAutoencoder(**model_shape(name) | {k: v for k, v in overrides.items() if v is not None})
-
-
-def _norm(width: int, **kwargs) -> nn.LayerNorm:
-    return nn.LayerNorm(width, **{"eps": NORM_EPS} | kwargs)
 
 
 # ── cross-attention decoder ──

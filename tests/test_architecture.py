@@ -14,12 +14,13 @@ MAX_LINES = 400
 #: From the ground up. A module may import only modules before it, so a room only rooms before it.
 ROOMS = {
     "plan": "shapes curriculum schedules cost flags config build report",
-    "": "files console spectral targets model layouts interop",
+    "": "files console record spectral targets model layouts interop wrappers",
     "data": "config stream photos folders shards webdataset datasets sources pixels views decode replay loader labelled"
     " prepare",
     "engine": "run_folder runtime meters optim storage sharded resume step logger picture pretrain",
+    "export": "",
     "checkpoint": "",
-    "evaluate": "config encoder accuracy augmentation finetune probe reconstruct",
+    "evaluate": "config encoder classes accuracy augmentation finetune probe reconstruct",
     "compare": "runs arms answers compare report",
     "search": "config trials space search report",
     "cli": "",

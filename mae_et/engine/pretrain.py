@@ -29,6 +29,7 @@ from ..plan.cost import Ledger
 from ..plan.curriculum import Curriculum, Stage
 from ..plan.flags import to_yaml
 from ..plan.shapes import height_width, show_size
+from ..record import RECORD_KEY, WeightsRecord
 from ..spectral import low_frequency_crop
 from ..targets import hog_target, pixel_target, reconstruction_loss, take_patches
 from . import run_folder, runtime, sharded, storage
@@ -164,7 +165,10 @@ def pretrain(config: PretrainConfig) -> Path:
         logging_to_console(verbose=rt.is_main),
         stop_signals() as stop,
     ):
-        source = open_data(config, rt)
+        with rt.main_first():
+            source = open_source(config.data_path, "train", config.holdout)
+        if config.cache_gib:
+            source = CachedSource(source, int(config.cache_gib * 2**30))
         run = PretrainRun.create(config, rt, len(source))
         run.images = fingerprint(source)
         run.step = first_step(config, run.curriculum)
@@ -186,12 +190,6 @@ def pretrain(config: PretrainConfig) -> Path:
             train(run, batches, logger, stop, vanilla.stages[0].flops_per_image)
         finish(run, source, vanilla)
         return run.folder
-
-
-def open_data(config: PretrainConfig, rt: Runtime) -> Source:
-    with rt.main_first():
-        source = open_source(config.data_path, "train", config.holdout)
-    return CachedSource(source, int(config.cache_gib * 2**30)) if config.cache_gib else source
 
 
 def trained_network(model: MaskedAutoencoder, config: PretrainConfig, rt: Runtime) -> nn.Module:
@@ -382,7 +380,9 @@ def finish(run: PretrainRun, source: Source, vanilla: Curriculum) -> None:
     if run.finished:
         weights = run.full_model().state_dict()
         if run.rt.is_main:
-            metadata = {interop.METADATA_KEY: json.dumps(run.model.shape.to_dict())}
+            metadata = {interop.METADATA_KEY: json.dumps(run.model.shape.to_dict(), sort_keys=True)}
+            facts = WeightsRecord(run.config.pixel_mean, run.config.pixel_std)
+            metadata[RECORD_KEY] = json.dumps(facts.to_dict(), sort_keys=True)
             storage.save_safetensors(interop.to_timm(weights), run.folder / run_folder.ENCODER, metadata)
         with evaluation_time(run, len(run.curriculum.stages) - 1):
             draw(run, run.curriculum.stages, run.folder / run_folder.PICTURE)

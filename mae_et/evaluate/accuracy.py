@@ -22,8 +22,9 @@ from ..engine.runtime import Normalize, Runtime
 from ..files import write_json
 from ..plan.flags import to_dict
 from ..plan.shapes import height_width
+from .classes import classes_of, with_classes
 from .config import FinetuneConfig
-from .encoder import PretrainedEncoder, build_classifier, fine_tuned_head, load_encoder
+from .encoder import PretrainedEncoder, build_classifier, load_encoder
 
 log = logging.getLogger(__name__)
 
@@ -34,18 +35,28 @@ def evaluate_only(config: FinetuneConfig, rt: Runtime, began: float) -> Path:
     if not source:
         raise ValueError("--eval needs a fine-tuned model: --finetune or --resume")
     config = dataclasses.replace(config, finetune=source, resume="")
-    state = fine_tuned_head(source)
     encoder = load_encoder(config)
+    if "head.weight" not in encoder.head:
+        raise ValueError(
+            f"{source} has no classifier to --eval: fine-tune it, or judge its features with --linear_probe"
+        )
     val = open_labelled(encoder.data_path, "val", config.eval_images, config.seed, config.holdout)
-    classes = check_classes(config, encoder.data_path, None, val)
-    rows = len(state["head.weight"])
-    if rows != len(classes):
-        raise ValueError(f"{source} tells {rows} classes apart, --data_path {encoder.data_path} has {len(classes)}")
-    pooled = "fc_norm.weight" in state
-    model = build_classifier(encoder, len(classes), pooled, head=state).to(rt.device)
-    crops, normalize = eval_crops(config, encoder, val), Normalize(encoder.mean, encoder.std, rt)
-    accuracy = evaluate(model, crops, normalize, config, len(classes))
-    result = accuracy.result() | {"num_classes": len(classes)} | (accuracy.details(classes) if config.report else {})
+    outputs = len(encoder.head["head.weight"])
+    if encoder.record.classes:
+        classes = list(encoder.record.classes)
+        val = with_classes(val, classes, encoder.data_path, source)
+    else:
+        classes = classes_of(config, val, encoder.data_path)
+        if outputs != len(classes):
+            raise ValueError(
+                f"{source} tells {outputs} classes apart, --data_path {encoder.data_path} has {len(classes)}"
+            )
+        log.warning("%s doesn't name its classes: taken to be those of %s, in order", source, encoder.data_path)
+    model = build_classifier(encoder, outputs, "fc_norm.weight" in encoder.head, head=encoder.head).to(rt.device)
+    encoder.log_record()
+    crops, normalize = eval_crops(encoder, val), Normalize(encoder.mean, encoder.std, rt)
+    accuracy = evaluate(model, crops, normalize, config, outputs)
+    result = accuracy.result() | {"num_classes": outputs} | (accuracy.details(classes) if config.report else {})
     log.info("%s: top-1 %.2f %% of %d images", source, result["top1"], result["num_images"])
     paths = write_result(config, encoder, rt, result, began, encoder.flops_per_image * len(val)) if rt.is_main else []
     rt.barrier()
@@ -68,21 +79,9 @@ def evaluate(
     return accuracy.over(rt)
 
 
-def eval_crops(config: FinetuneConfig, encoder: PretrainedEncoder, source: Source) -> EvalCrops:
-    """Centre crops as the protocol wants them."""
-    size = height_width(encoder.input_size)
-    crop_pct = config.crop_pct or (0.875 if 96 <= max(size) <= 224 else 1.0)
-    return EvalCrops(source, size, encoder.shape.in_chans, crop_pct)
-
-
-def check_classes(config: FinetuneConfig, data_path: str, train: Source | None, val: Source | None) -> list[str]:
-    """Names of the classes. ValueError if the splits, or --nb_classes, disagree."""
-    if train is not None and val is not None and len(train.classes) != len(val.classes):
-        raise ValueError(f"--data_path {data_path}: train has {len(train.classes)} classes, val {len(val.classes)}")
-    classes = (train or val).classes
-    if config.nb_classes not in (None, len(classes)):
-        raise ValueError(f"--nb_classes {config.nb_classes}, but {data_path} has {len(classes)} classes")
-    return classes
+def eval_crops(encoder: PretrainedEncoder, source: Source) -> EvalCrops:
+    """Centre crops as the weights, or flags, want them."""
+    return EvalCrops(source, height_width(encoder.input_size), encoder.shape.in_chans, encoder.record.crop_pct)
 
 
 class Accuracy:
@@ -141,6 +140,8 @@ def write_result(
         **result,
         "checkpoint": config.finetune or config.resume or config.like,
         "origin": encoder.origin,
+        "input_size": encoder.input_size,
+        "record": encoder.record.to_dict(),
         "cost": {"seconds": time.perf_counter() - began, "flops": flops},
         "flags": to_dict(config),
         "environment": run_folder.environment(device=rt.describe(), precision=rt.precision, devices=rt.world_size),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -17,13 +17,13 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from .. import checkpoint, interop
-from ..engine.resume import FORMAT
-from ..engine.run_folder import find_checkpoint, run_of
-from ..model import NORM_EPS, MaskedAutoencoder, sincos_table
+from ..engine.run_folder import run_of
+from ..model import MaskedAutoencoder, sincos_table
 from ..plan.config import check_statistics, default_statistics
 from ..plan.cost import encoder_flops_per_image
 from ..plan.flags import MODEL, names
 from ..plan.shapes import ModelShape, SizePx, grid_of, height_width, model_shape, num_patches
+from ..record import INTERPOLATION, WeightsRecord, default_crop_pct
 from .config import FinetuneConfig
 
 log = logging.getLogger(__name__)
@@ -42,11 +42,30 @@ class PretrainedEncoder:
     """Where the weights come from, for people."""
     input_size: SizePx
     """Full size of what is classified; `shape.img_size` is what the encoder was made for."""
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    record: WeightsRecord
+    """How images must look: `mean`, `std` and `crop_pct` are always known, from flags, the weights or defaults."""
     data_path: str
     folder: Path | None = None
     """Run folder of the checkpoint."""
+    head: dict[str, Tensor] = field(default_factory=dict)
+    """Classifier that came with the weights: `head.*`, and `fc_norm.*` where it pools patches."""
+    sources: dict[str, str] = field(default_factory=dict)
+    """Where each fact of the record comes from."""
+
+    def log_record(self) -> None:
+        """Log how images are normalised and cropped, and who says so."""
+        for name, source in self.sources.items():
+            value = getattr(self.record, name)
+            shown = " ".join(f"{v:.4g}" for v in value) if isinstance(value, tuple) else value
+            log.info("%s %s, from %s", name, shown, source)
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        return self.record.mean
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        return self.record.std
 
     @property
     def num_patches(self) -> int:
@@ -63,10 +82,11 @@ def load_encoder(config: FinetuneConfig) -> PretrainedEncoder:
 
     Raises FileNotFoundError, CheckpointError, or ValueError if flags contradict the checkpoint or don't fit together.
     """
-    source, record = config.finetune or config.like, {}
+    source, facts, trained_on, head = config.finetune or config.like, WeightsRecord(), {}, {}
     if source:
         pretrained = checkpoint.read_pretrained(source, encoder_only=True, num_heads=config.num_heads)
-        shape, record = pretrained.shape, pretrained.record
+        shape, facts, head = pretrained.shape, pretrained.record, pretrained.head
+        trained_on = pretrained.training.get("config", {})
         _check_architecture(config, shape, pretrained.origin)
     elif config.model:
         shape = ModelShape(
@@ -78,23 +98,38 @@ def load_encoder(config: FinetuneConfig) -> PretrainedEncoder:
         state, origin = pretrained.state, pretrained.origin
     else:  # as an encoder is before pretraining, so that only pretraining makes the difference
         state, origin = interop.encoder_only(MaskedAutoencoder(**shape).state_dict()), "scratch"
-    mean, std = default_statistics(shape.in_chans)
-    mean = tuple(config.mean or record.get("mean") or mean)
-    std = tuple(config.std or record.get("std") or std)
-    check_statistics(mean, std, shape.in_chans, f"{shape.in_chans} channels")
-    before = record.get("config", {})
-    data_path = config.data_path or before.get("data_path", "")
+    size = shape.img_size if config.input_size is None else config.input_size
+    grid_of(size, shape.patch_size)  # refuses sizes that don't divide
+    facts, sources = complete_record(config, facts, shape.in_chans, size)
+    data_path = config.data_path or trained_on.get("data_path", "")
     if not data_path:
         raise ValueError("--data_path is needed: the checkpoint doesn't say what it was trained on")
-    kept_out = before.get("holdout", 0)  # the smaller of two holdouts lies in the larger
-    if config.finetune and before.get("data_path") == data_path and kept_out < config.holdout:
+    kept_out = trained_on.get("holdout", 0)  # the smaller of two holdouts lies in the larger
+    if config.finetune and trained_on.get("data_path") == data_path and kept_out < config.holdout:
         log.warning(
             "--holdout %d: %s was pretrained with --holdout %d, on some of these", config.holdout, origin, kept_out
         )
-    size = shape.img_size if config.input_size is None else config.input_size
-    grid_of(size, shape.patch_size)  # refuses sizes that don't divide
     folder = run_of(config.finetune) if config.finetune else None
-    return PretrainedEncoder(shape, state, origin, size, mean, std, data_path, folder)
+    head = head if config.finetune else {}
+    return PretrainedEncoder(shape, state, origin, size, facts, data_path, folder, head, sources)
+
+
+def complete_record(
+    config: FinetuneConfig, facts: WeightsRecord, in_chans: int, size_px: SizePx
+) -> tuple[WeightsRecord, dict[str, str]]:
+    """How images are normalised and cropped: by flags, else by the weights, else by default; and which, by name."""
+    flags = WeightsRecord(config.mean, config.std, crop_pct=config.crop_pct, source="flags")
+    crop_pct = default_crop_pct(size_px)
+    default = WeightsRecord(
+        *default_statistics(in_chans), crop_pct=crop_pct, interpolation=INTERPOLATION, source="default"
+    )
+    complete = flags.completed_by(facts).completed_by(default)
+    check_statistics(complete.mean, complete.std, in_chans, f"{in_chans} channels")
+    sources = {}
+    for name in ("mean", "std", "crop_pct", "interpolation"):
+        known = next(each for each in (flags, facts, default) if getattr(each, name) is not None)
+        sources[name] = known.source or "the weights"
+    return complete, sources
 
 
 def build_classifier(
@@ -121,7 +156,7 @@ def build_classifier(
         num_heads=shape.num_heads,
         mlp_ratio=shape.mlp_ratio,
         drop_path_rate=drop_path,
-        norm_layer=partial(nn.LayerNorm, eps=NORM_EPS),
+        norm_layer=partial(nn.LayerNorm, eps=shape.norm_eps),
     )
     state = {key.removeprefix("encoder."): tensor for key, tensor in encoder.state.items()}
     grids = (grid_of(size, shape.patch_size) for size in (shape.img_size, encoder.input_size))
@@ -171,24 +206,3 @@ def weights_of(model: VisionTransformer) -> dict[str, dict[str, Tensor]]:
     """The encoder in our layout, so that a fine-tuned checkpoint can be probed or exported, and the head beside it."""
     state = model.state_dict()
     return {"model": interop.from_timm(state), "head": {k: v for k, v in state.items() if k.startswith("head.")}}
-
-
-def timm_state(weights: Mapping[str, Mapping[str, Tensor]], pooled: bool) -> dict[str, Tensor]:
-    """What :func:`weights_of` wrote -> state of the classifier."""
-    state = interop.to_timm(weights["model"]) | dict(weights["head"])
-    return {f"fc_{key}" if pooled and key.startswith("norm.") else key: tensor for key, tensor in state.items()}
-
-
-def fine_tuned_head(source: str) -> dict[str, Tensor]:
-    """`head.*` (and `fc_norm.*`) of a fine-tuned model of ours, facebookresearch/mae or timm."""
-    content = checkpoint.load(find_checkpoint("--finetune", source))
-    if content.get("format") == FORMAT:
-        state = timm_state(content, content["pooled"]) if "head" in content else {}
-    else:
-        state = content.get("model", content)
-    head = {key: tensor for key, tensor in state.items() if key.startswith(("head.", "fc_norm."))}
-    if "head.weight" not in head:
-        raise ValueError(
-            f"{source} has no classifier to --eval: fine-tune it, or judge its features with --linear_probe"
-        )
-    return head

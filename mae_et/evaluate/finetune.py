@@ -6,11 +6,10 @@ B batch · C channels · K classes.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from .. import files
+from ..checkpoint import timm_state
 from ..console import logging_to_console
 from ..data.labelled import EvalCrops, TrainCrops, labelled_batches, open_labelled, seeded
 from ..data.loader import CorruptLog, spare_cores
@@ -37,10 +37,12 @@ from ..plan.cost import Ledger
 from ..plan.curriculum import Curriculum, Stage
 from ..plan.flags import to_dict, to_yaml
 from ..plan.shapes import show_size
-from .accuracy import check_classes, eval_crops, evaluate, evaluate_only, output_folder, write_result
+from ..record import WeightsRecord
+from .accuracy import eval_crops, evaluate, evaluate_only, output_folder, write_result
 from .augmentation import augmentation, mixed, mixing
+from .classes import classes_of, with_classes
 from .config import LAYER_DECAY, FinetuneConfig
-from .encoder import PretrainedEncoder, build_classifier, load_encoder, timm_state, weights_of
+from .encoder import PretrainedEncoder, build_classifier, load_encoder, weights_of
 
 log = logging.getLogger(__name__)
 
@@ -122,14 +124,12 @@ class FinetuneRun(Run):
         return {
             "format": FORMAT,
             "config": to_dict(self.config) | {"data_path": self.encoder.data_path},
-            "shape": encoder_shape(self.encoder),
+            "shape": replace(self.encoder.shape, img_size=self.encoder.input_size).to_dict(decoder=False),
             "pooled": self.config.pooled,
-            "classes": self.classes,
             "num_images": self.curriculum.num_images,
             "sampled_images": self.images,
             "batch_size": self.curriculum.stages[0].batch_size,
-            "mean": list(self.encoder.mean),
-            "std": list(self.encoder.std),
+            **WeightsRecord.of(self.encoder.record.to_dict() | {"classes": self.classes}).to_dict(),
         }
 
     def restore(self, path: Path) -> Path:
@@ -152,15 +152,9 @@ class FinetuneRun(Run):
             self.ema.module.load_state_dict(timm_state(state["ema"], self.config.pooled))
         self.step, self.best, self.ledger = state["step"], state["best"], Ledger.from_state_dict(state["ledger"])
         if self.config.precision == "auto":
-            self.rt = self.normalize.rt = dataclasses.replace(self.rt, precision=state["precision"])
+            self.rt = self.normalize.rt = replace(self.rt, precision=state["precision"])
         self.unreported = state.get("unreported")
         return read_from
-
-
-def encoder_shape(encoder: PretrainedEncoder) -> dict[str, Any]:
-    """Arguments of `create_mae` for the encoder alone, at the size of what is classified."""
-    values = dataclasses.replace(encoder.shape, img_size=encoder.input_size).to_dict()
-    return {name: value for name, value in values.items() if not name.startswith("decoder") and name != "target_dim"}
 
 
 def finetune(config: FinetuneConfig) -> Path:
@@ -193,8 +187,10 @@ def finetune(config: FinetuneConfig) -> Path:
 
 def build(config: FinetuneConfig, rt: runtime.Runtime, encoder: PretrainedEncoder, source: Source) -> FinetuneRun:
     """Model, optimiser and plan: one stage, at full size and without masks."""
+    classes = classes_of(config, source, encoder.data_path)
     held_out = open_held_out(config, encoder)
-    classes = check_classes(config, encoder.data_path, source, held_out)
+    if held_out is not None:
+        held_out = with_classes(held_out, classes, encoder.data_path, "the training images")
     torch.manual_seed(derive_seed(config.seed, "head"))
     model = build_classifier(encoder, len(classes), config.pooled, config.drop_path).to(rt.device)
     optimizer = layer_decay_adamw(model, config)
@@ -217,7 +213,7 @@ def build(config: FinetuneConfig, rt: runtime.Runtime, encoder: PretrainedEncode
         encoder,
         folder,
         classes,
-        eval_crops(config, encoder, held_out) if held_out is not None else None,
+        eval_crops(encoder, held_out) if held_out is not None else None,
         fingerprint(source),
     )
 
@@ -261,6 +257,7 @@ def log_plan(run: FinetuneRun) -> None:
     """Log what is going to run."""
     config, encoder, stage = run.config, run.encoder, run.curriculum.stages[0]
     log.info("%s on %s", encoder.origin, run.rt.describe())
+    encoder.log_record()
     log.info(
         "%d × %d blocks, %s px, patch %d · %s images, %d classes in %s",
         *(encoder.shape.embed_dim, encoder.shape.depth, show_size(encoder.input_size), encoder.shape.patch_size),
@@ -369,7 +366,7 @@ def finish(run: FinetuneRun, source: Source, result: dict[str, Any] | None, bega
         log.info("stopped and saved after step %d of %d; go on with --resume auto", run.step, steps)
     paths = [run.folder]
     if rt.is_main:
-        where = dataclasses.replace(config, data_path=encoder.data_path)
+        where = replace(config, data_path=encoder.data_path)
         cores = spare_cores(config.num_workers)
         for line in data_wait_hints(where, run.curriculum, run.ledger, is_jpeg_source(source), cores):
             log.warning(line)

@@ -27,7 +27,8 @@ from ..engine.optim import learning_rate, set_learning_rate
 from ..engine.runtime import Normalize, Runtime
 from ..plan.curriculum import Curriculum, Stage
 from ..plan.shapes import height_width
-from .accuracy import Accuracy, check_classes, eval_crops, write_result
+from .accuracy import Accuracy, eval_crops, write_result
+from .classes import classes_of, with_classes
 from .config import FinetuneConfig
 from .encoder import PretrainedEncoder, build_classifier, load_encoder
 
@@ -54,12 +55,14 @@ def probe(config: FinetuneConfig) -> dict[str, dict[str, Any]]:
         began = time.perf_counter()
         encoder = load_encoder(config)
         train, val = (open_labelled(encoder.data_path, s, n, config.seed, config.holdout) for s, n in _splits(config))
-        classes = check_classes(config, encoder.data_path, train, val)
+        classes = classes_of(config, train, encoder.data_path)
+        val = with_classes(val, classes, encoder.data_path, "the training images")
         if config.knn and config.k > len(train):
             raise ValueError(f"--k {config.k} neighbours, but there are {len(train)} training images")
         model = build_classifier(encoder, 0, pooled=False).to(rt.device).requires_grad_(False).eval()
         layers = _layers(config, encoder)
-        held_out, labels = extract(model, eval_crops(config, encoder, val), layers, encoder, config, rt)
+        encoder.log_record()
+        held_out, labels = extract(model, eval_crops(encoder, val), layers, encoder, config, rt)
         images, known, results = len(val), None, {}
         for protocol in config.probes:
             log.info("%s of %s on %s", protocol.protocol, encoder.origin, rt.describe())
@@ -68,7 +71,7 @@ def probe(config: FinetuneConfig) -> dict[str, dict[str, Any]]:
                 images += seen
             else:
                 if known is None:
-                    known = extract(model, eval_crops(config, encoder, train), layers, encoder, config, rt)
+                    known = extract(model, eval_crops(encoder, train), layers, encoder, config, rt)
                     images += len(train)
                 scores = _score(protocol, rt, known, held_out, len(classes))
             result = _result(protocol, scores, labels, classes, len(train))

@@ -18,6 +18,7 @@ from ..plan.config import default_statistics
 from ..plan.curriculum import Stage, StageRow
 from ..plan.schedules import SCHEDULES, patch_counts, scale_size
 from ..plan.shapes import TARGETS, ModelShape, height_width
+from ..record import WeightsRecord
 from .config import ReconstructConfig
 
 log = logging.getLogger(__name__)
@@ -41,9 +42,9 @@ def reconstruct(config: ReconstructConfig) -> Path:
     normalized = _check_decoder(config, pretrained)
     model = MaskedAutoencoder(**pretrained.shape)
     model.load_state_dict(pretrained.state)
-    record = pretrained.record
-    mean, std = default_statistics(model.in_chans)
-    mean, std = record.get("mean", mean), record.get("std", std)
+    record = pretrained.training
+    facts = pretrained.record.completed_by(WeightsRecord(*default_statistics(model.in_chans)))
+    mean, std = facts.mean, facts.std
     draw_reconstruction(
         model,
         Normalize(mean, std, Runtime(torch.device("cpu"), "fp32"))(_read_images(config, pretrained)),
@@ -99,7 +100,7 @@ def _foreign_stages(shape: ModelShape) -> list[Stage]:
 
 def _read_images(config: ReconstructConfig, pretrained: checkpoint.Pretrained) -> torch.Tensor:
     """Centre crops, uint8 [B, C, H, W], of --images or of the run's own images: held-out ones, if there are any."""
-    trained_on = pretrained.record.get("config", {})
+    trained_on = pretrained.training.get("config", {})
     data_path = config.images or trained_on.get("data_path")
     if not data_path:
         raise ValueError(f"--images is needed: {config.run} doesn't say what it was trained on")

@@ -12,6 +12,7 @@ from typing import Any
 SizePx = int | tuple[int, int]
 """Side of a square in pixels, or (height, width)."""
 
+NORM_EPS = 1e-6  # MAE, as in ViT
 #: How an image becomes small, and where. Only `fourier` is exact; tests state how far the others are from it.
 OPERATORS = {
     "fourier": "exact spectral crop, on the device, from the full-size image",
@@ -150,6 +151,8 @@ class ModelShape(Mapping):
     """Number the patches of a smaller grid from zero, instead of in coordinates of the full grid."""
     decoder: str = "self"
     """A key of DECODERS."""
+    norm_eps: float = NORM_EPS
+    """Of all layer norms."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "img_size", as_size(self.img_size))
@@ -190,11 +193,16 @@ class ModelShape(Mapping):
             + _linear_parameters(self.decoder_embed_dim, self.target_dim)
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for files; own ways of this package are left out where MAE's are taken."""
+    def to_dict(self, decoder: bool = True) -> dict[str, Any]:
+        """Plain values for files; own ways of this package are left out where MAE's are taken.
+
+        decoder: False leaves out the decoder's arguments.
+        """
         values = dataclasses.asdict(self)
-        for name, maes in (("own_positions", False), ("decoder", "self")):
-            if values[name] == maes:
+        if not decoder:
+            values = {k: v for k, v in values.items() if not k.startswith("decoder") and k != "target_dim"}
+        for name, maes in (("own_positions", False), ("decoder", "self"), ("norm_eps", NORM_EPS)):
+            if values.get(name) == maes:
                 del values[name]
         return values
 

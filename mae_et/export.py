@@ -1,0 +1,101 @@
+"""Weights in the files of others, with all that belongs to them: timm, facebookresearch/mae, transformers."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from . import interop, record
+from .engine.storage import save, save_safetensors
+from .files import make_folder, write_text
+from .interop import METADATA_KEY
+from .plan.shapes import NORM_EPS, ModelShape
+from .record import RECORD_KEY, WeightsRecord
+
+log = logging.getLogger(__name__)
+
+
+def metadata_of(shape: Mapping, facts: WeightsRecord) -> dict[str, str]:
+    """Metadata of a safetensors file: the shape and the record, as JSON."""
+    values = {METADATA_KEY: shape, RECORD_KEY: facts.to_dict()}
+    return {key: json.dumps(dict(value), sort_keys=True) for key, value in values.items()}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What is exported: weights in our layout, and what belongs to them."""
+
+    state: dict[str, Tensor]
+    head: dict[str, Tensor]
+    """Classifier of a fine-tuned model, see `interop.head_of`."""
+    shape: ModelShape
+    record: WeightsRecord
+    norm_pix_loss: bool | None = None
+    target: str | None = None
+
+    @property
+    def stored_shape(self) -> dict[str, Any]:
+        """The shape as files hold it: without a decoder, without its arguments."""
+        return self.shape.to_dict(decoder=interop.has_decoder(self.state))
+
+
+def write_timm(weights: Exported, out: Path) -> None:
+    """The encoder, and a classifier if there is one.
+
+    out: a .safetensors file, beside which its `pretrained_cfg` is written as .json; or a folder, for
+    `timm.create_model("local-dir:FOLDER", pretrained=True)`. Warns where timm would build other norms.
+    """
+    if weights.shape.norm_eps != NORM_EPS:
+        eps = weights.shape.norm_eps
+        log.warning("these weights want norms with eps %g, timm builds %g: its features will differ", eps, NORM_EPS)
+    tensors = interop.with_head(interop.to_timm(weights.state), weights.head)
+    config = json.dumps(record.timm_config(weights.record, weights.shape), indent=2) + "\n"
+    is_file = out.suffix == ".safetensors"
+    make_folder(out.parent if is_file else out)
+    file, beside = (out, out.with_suffix(".json")) if is_file else (out / "model.safetensors", out / "config.json")
+    save_safetensors(tensors, file, metadata_of(weights.stored_shape, weights.record))
+    write_text(beside, config)
+
+
+def write_facebook(weights: Exported, out: Path) -> None:
+    """A .pth as its scripts load it: they read `model` alone."""
+    tensors = interop.with_head(interop.to_facebook(weights.state, weights.shape.img_size), weights.head)
+    make_folder(out.parent)
+    args = record.to_facebook(weights.record, weights.shape)
+    args |= {name: value for name in ("norm_pix_loss", "target") if (value := getattr(weights, name)) is not None}
+    beside = {METADATA_KEY: weights.stored_shape, RECORD_KEY: weights.record.to_dict()}
+    save({"model": tensors, "args": args, **beside}, out)
+
+
+def write_huggingface(weights: Exported, out: Path) -> None:
+    """A folder for `from_pretrained` and `AutoImageProcessor`: ViTMAE, or ViTForImageClassification with a classifier.
+
+    Raises ValueError on what transformers can't build, before anything is written.
+    """
+    shape, facts, head = weights.shape, weights.record, weights.head
+    if head:
+        if facts.pooled:
+            raise ValueError(
+                "transformers' ViTForImageClassification classifies the class token, this classifier the mean of the "
+                "patches: fine-tune with --cls_token, export for timm, or give --encoder_only"
+            )
+        config = interop.huggingface_config(shape.to_dict(decoder=False))
+        config |= {"architectures": ["ViTForImageClassification"], "model_type": "vit"}
+        del config["mask_ratio"]
+        names = facts.classes or tuple(f"LABEL_{i}" for i in range(len(head["head.weight"])))
+        config |= {"id2label": {str(i): name for i, name in enumerate(names)}}
+        config |= {"label2id": {name: i for i, name in enumerate(names)}}
+        tensors = interop.to_huggingface_classifier(interop.encoder_only(weights.state), head)
+    else:
+        config = interop.huggingface_config(weights.stored_shape, weights.norm_pix_loss)
+        tensors = interop.to_huggingface(weights.state, shape.img_size)
+    make_folder(out)
+    save_safetensors(tensors, out / "model.safetensors")
+    write_text(out / "config.json", json.dumps(config, indent=2))
+    write_text(out / "preprocessor_config.json", json.dumps(record.to_preprocessor(facts, shape), indent=2))

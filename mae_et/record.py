@@ -1,0 +1,180 @@
+"""What belongs to weights and is no tensor: one record that travels with them through every door. No torch.
+
+Each door has its own words for it: timm's `pretrained_cfg`, transformers' `preprocessor_config.json`, the `args` of
+facebookresearch/mae. Heads and the eps of norms belong to `ModelShape`, which travels beside it; what a decoder
+predicts, to `Pretrained`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .plan.shapes import ModelShape, SizePx, as_size, height_width
+
+RECORD_KEY = "mae_et_record"
+"""Where safetensors (metadata, as JSON) and exports for facebookresearch/mae hold a record."""
+INTERPOLATION = "bicubic"
+"""How this package resizes in evaluation, as MAE does."""
+#: Pillow's numbers, which transformers uses, by timm's names.
+RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
+
+
+@dataclass(frozen=True)
+class WeightsRecord:
+    """How images must look for the weights, and what their outputs mean. None: not known."""
+
+    mean: tuple[float, ...] | None = None
+    """Per channel, of pixels in [0, 1]."""
+    std: tuple[float, ...] | None = None
+    value_range: tuple[float, float] | None = None
+    """Pixel values that become 0 and 1; None: all that their type can hold."""
+    crop_pct: float | None = None
+    """Share of the resized image's side that the centre crop keeps in evaluation."""
+    interpolation: str | None = None
+    """Of that resize: bicubic, bilinear, lanczos or nearest."""
+    classes: tuple[str, ...] | None = None
+    """Names of a classifier's outputs, in order."""
+    pooled: bool | None = None
+    """Whether a classifier takes the mean of the patch tokens, rather than the class token."""
+    source: str = field(default="", compare=False)
+    """Where the facts come from, for people."""
+
+    @classmethod
+    def of(cls, facts: Mapping[str, Any], source: str = "") -> WeightsRecord:
+        """From plain values, as :meth:`to_dict` writes them; what else is there is left alone."""
+        names = [f.name for f in dataclasses.fields(cls) if f.name != "source"]
+        known = {name: facts[name] for name in names if facts.get(name) is not None}
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}, source=source)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON and safe checkpoints, of what is known."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "source"}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if v is not None}
+
+    def completed_by(self, other: WeightsRecord) -> WeightsRecord:
+        """This record, with what it doesn't know taken from another."""
+        return WeightsRecord.of(other.to_dict() | self.to_dict(), self.source or other.source)
+
+
+def default_crop_pct(size_px: SizePx) -> float:
+    """0.875 from 96 to 224 px, as MAE has it at 224; 1 for other sizes."""
+    return 0.875 if 96 <= max(height_width(size_px)) <= 224 else 1.0
+
+
+# ── timm ──
+
+
+def from_timm(cfg: Mapping[str, Any], source: str) -> WeightsRecord:
+    """From a `pretrained_cfg`."""
+    labels = cfg.get("label_names")
+    facts = {name: cfg.get(name) for name in ("mean", "std", "crop_pct", "interpolation")}
+    for name in ("mean", "std"):
+        facts[name] = None if facts[name] is None else tuple(facts[name])
+    return WeightsRecord.of(facts | {"classes": tuple(labels) if labels else None}, source)
+
+
+def to_timm(record: WeightsRecord, shape: ModelShape) -> dict[str, Any]:
+    """A `pretrained_cfg`."""
+    height, width = height_width(shape.img_size)
+    cfg = {
+        "input_size": [shape.in_chans, height, width],
+        "fixed_input_size": True,
+        "mean": record.mean,
+        "std": record.std,
+        "crop_pct": record.crop_pct or default_crop_pct(shape.img_size),
+        "interpolation": record.interpolation or INTERPOLATION,
+        "num_classes": len(record.classes or ()),
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+    }
+    cfg |= {"label_names": list(record.classes)} if record.classes else {}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in cfg.items() if v is not None}
+
+
+def timm_config(record: WeightsRecord, shape: ModelShape) -> dict[str, Any]:
+    """config.json of a timm model folder, for `timm.create_model("local-dir:FOLDER", pretrained=True)`."""
+    height, width = height_width(shape.img_size)
+    arguments = {"img_size": [height, width], "patch_size": shape.patch_size, "in_chans": shape.in_chans}
+    arguments |= {name: shape[name] for name in ("embed_dim", "depth", "num_heads", "mlp_ratio")}
+    return {
+        "architecture": "vit_base_patch16_224",
+        "num_classes": len(record.classes or ()),
+        "num_features": shape.embed_dim,
+        "global_pool": "avg" if record.pooled else "token",
+        "model_args": arguments,
+        "pretrained_cfg": to_timm(record, shape),
+    }
+
+
+# ── transformers ──
+
+
+def from_preprocessor(config: Mapping[str, Any], source: str) -> WeightsRecord:
+    """From a preprocessor_config.json."""
+    if not config.get("do_normalize", True):
+        mean, std = (0.0,) * 3, (1.0,) * 3
+    else:
+        mean, std = config.get("image_mean"), config.get("image_std")
+    size, crop = config.get("size"), config.get("crop_size")
+    names = {number: name for name, number in RESAMPLE.items()}
+    crop_pct = 1.0 if size is not None else None
+    if config.get("do_center_crop") and size is not None:
+        shortest = size if isinstance(size, int) else size.get("shortest_edge") or size.get("height")
+        kept = crop if isinstance(crop, int) else (crop or {}).get("height")
+        crop_pct = kept / shortest if kept and shortest else None
+    facts = {"mean": mean, "std": std, "crop_pct": crop_pct, "interpolation": names.get(config.get("resample"))}
+    return WeightsRecord.of({k: list(v) if isinstance(v, tuple) else v for k, v in facts.items()}, source)
+
+
+def to_preprocessor(record: WeightsRecord, shape: ModelShape) -> dict[str, Any]:
+    """preprocessor_config.json: resize, centre crop and normalise as evaluation does."""
+    height, width = height_width(shape.img_size)
+    crop_pct = record.crop_pct or default_crop_pct(shape.img_size)
+    config = {
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": record.mean is not None,
+        "image_mean": record.mean and list(record.mean),
+        "image_std": record.std and list(record.std),
+        "do_resize": True,
+        "resample": RESAMPLE[record.interpolation or INTERPOLATION],
+    }
+    if height == width:  # transformers crops the centre after a resize of the shorter side
+        config |= {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": int(height / crop_pct)}}
+        config |= {"do_center_crop": True, "crop_size": {"height": height, "width": width}}
+    else:
+        config |= {"image_processor_type": "ViTImageProcessor", "size": {"height": height, "width": width}}
+    return {k: v for k, v in config.items() if v is not None}
+
+
+def labels_of_huggingface(config: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """Class names in the order of their numbers, from `id2label` of a config.json; None for numbers alone."""
+    labels = {int(number): name for number, name in (config.get("id2label") or {}).items()}
+    names = tuple(labels[number] for number in sorted(labels))
+    return None if not names or names == tuple(f"LABEL_{i}" for i in range(len(names))) else names
+
+
+# ── facebookresearch/mae ──
+
+
+def from_facebook(args: Mapping[str, Any], source: str) -> WeightsRecord:
+    """From the `args` of a checkpoint. Its code knows no mean but ImageNet's."""
+    facts = {name: args.get(name) for name in ("mean", "std", "crop_pct", "classes")}
+    facts["pooled"] = args.get("global_pool")
+    return WeightsRecord.of({k: list(v) if isinstance(v, tuple) else v for k, v in facts.items()}, source)
+
+
+def to_facebook(record: WeightsRecord, shape: ModelShape) -> dict[str, Any]:
+    """`args` of a checkpoint: its own words where it has some, and ours for the rest."""
+    args = {"input_size": shape.img_size, "global_pool": record.pooled}
+    args |= {"nb_classes": len(record.classes) if record.classes else None}
+    args |= {name: record.to_dict().get(name) for name in ("mean", "std", "crop_pct", "classes")}
+    return {name: value for name, value in args.items() if value is not None}
+
+
+def check_size(size_px: Any) -> SizePx:
+    """A size from a file, written one way."""
+    return as_size(tuple(size_px) if isinstance(size_px, list) else size_px)
