@@ -30,7 +30,7 @@ def write_image(path, value=0):
     if path.suffix.lower() == ".npy":
         np.save(path, np.full((4, 6), value, np.uint8))
     else:
-        Image.new("L", (6, 4), value).save(path)
+        Image.new("L", (6, 4), value).convert("RGB" if path.suffix.lower() == ".qoi" else "L").save(path)
     return path
 
 
