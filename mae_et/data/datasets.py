@@ -108,6 +108,8 @@ class TimmSource:
             if targets is None:
                 targets = [self.read(index)[1] for index in range(len(self))]
             self.labels = np.asarray(targets, dtype=np.int64)
+            if self.labels.min(initial=0) < 0:  # -1, as the hub has it for test images whose labels are kept back
+                self.labels = self.classes = None
 
     def __reduce__(self) -> tuple:
         return TimmSource, (self._data_path, self._split)
@@ -196,7 +198,7 @@ def _hub_layout(data_path: str, repository: str, cache: str | None, split: str) 
         wanted = TRAIN_NAMES if split == "train" else VAL_NAMES
         hub_split = next((own for name in wanted for own in splits if own.lower() == name), None)
         if hub_split is None:
-            raise FileNotFoundError(f"--data_path {data_path} ({split}): it has the splits {', '.join(splits)}")
+            raise FileNotFoundError(f"--data_path {data_path} ({split}): its splits are {', '.join(splits)}")
         features = datasets.load_dataset(repository, split=hub_split, cache_dir=cache).features
     except (OSError, ValueError) as error:  # unknown name, no network
         if str(error).startswith("--data_path"):

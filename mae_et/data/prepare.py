@@ -62,7 +62,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
 def pack(source: Source, folder: Path, config: PrepareConfig) -> dict[str, Any]:
     """Pack one split into `folder` and return its index. Finished shards are verified and kept."""
     settings = {name: value for name, value in asdict(config).items() if name not in ("source", "out", "num_workers")}
-    settings["value_range"] = None if config.value_range is None else list(config.value_range)
+    settings["value_range"] = None if config.value_range is None else [float(value) for value in config.value_range]
     settings["names_sha256"] = _names_sha256(source)
     shards = _finished(folder, settings)
     first = shards[-1]["end"] if shards else 0
