@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import struct
 import zlib
 
 import numpy as np
@@ -16,10 +17,10 @@ from PIL import Image
 from torchvision.transforms import RandomResizedCrop, v2
 
 from mae_et.data import decode, pixels
-from mae_et.data.decode import center_crop, center_crops, train_crop, train_crops
+from mae_et.data.decode import center_crop, center_crops, jpeg_objection, train_crop, train_crops
 from mae_et.data.labelled import EvalCrops
 from mae_et.data.photos import _photograph
-from mae_et.data.pixels import CorruptImage, to_image
+from mae_et.data.pixels import CorruptImage, measure_value_range, to_image
 from mae_et.data.views import draw_view
 from mae_et.plan.shapes import OPERATORS
 
@@ -226,6 +227,118 @@ def test_what_does_not_fit_is_damage(item, in_chans, message):
         to_image(item, in_chans)
 
 
+# -------------------------------------------------------------------------------------------------------- value range
+
+SENTINEL = np.linspace(776, 1009, 12 * 20 * 13).astype(np.uint16).reshape(12, 20, 13)  # EuroSAT's values
+
+
+def deep_png(pixels: np.ndarray) -> bytes:
+    """A 16-bit colour PNG, which Pillow can't write: [H, W, C] uint16, C = 2 (grey and alpha), 3 or 4."""
+    height, width, channels = pixels.shape
+    rows = pixels.astype(">u2").reshape(height, -1).view(np.uint8)
+    data = zlib.compress(np.pad(rows, ((0, 0), (1, 0))).tobytes())
+    header = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", data), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks
+    )
+
+
+RED = SENTINEL[..., :3]
+DEEP = {
+    "array": (SENTINEL, SENTINEL),
+    "npy": (npy(SENTINEL), SENTINEL),
+    "float npy": (npy(SENTINEL.astype(np.float32)), SENTINEL),
+    "signed npy": (npy(SENTINEL.astype(np.int32)), SENTINEL),
+    "bands": (tiff(SENTINEL, planarconfig="contig", photometric="minisblack"), SENTINEL),
+    "float bands": (tiff(SENTINEL.astype(np.float32), planarconfig="contig", photometric="minisblack"), SENTINEL),
+    "colour tiff": (tiff(RED, photometric="rgb"), RED),
+    "colour png": (deep_png(RED), RED),
+    "transparent png": (deep_png(np.concatenate([RED, RED[..., :1]], axis=2)), RED),
+    "grey and alpha png": (deep_png(RED[..., :2]), RED[..., :1]),
+    "grey png": (encode(RED[..., 0]), RED[..., :1]),
+    "grey tiff": (encode(RED[..., 0], "TIFF"), RED[..., :1]),
+    "float tiff": (encode(RED[..., 0].astype(np.float32), "TIFF"), RED[..., :1]),
+    "32-bit tiff": (encode(RED[..., 0].astype(np.int32), "TIFF"), RED[..., :1]),
+    "pillow": (Image.fromarray(RED[..., 0]), RED[..., :1]),
+}
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_a_value_range_makes_256_levels_of_whatever_is_stored(name):
+    item, stored = DEEP[name]
+    expected = np.round((stored.astype(float) - 776) * 255 / (1009 - 776)).astype(np.uint8)
+    channels = stored.shape[2]
+    pixels = np.asarray(to_image(item, channels, (776, 1009))).reshape(stored.shape)
+    assert np.array_equal(pixels, expected)
+    assert len(np.unique(pixels)) > 100
+    size = stored.shape[:2]
+    view = center_crop(item, size, channels, value_range=(776, 1009))
+    assert np.array_equal(view.numpy(), expected.transpose(2, 0, 1))
+    for operator in OPERATORS:
+        out = train_crop(item, SMALL, FULL, operator, (1.0, 1.0), 0, 3, channels, (776, 1009))
+        assert out.max() > 230 and out.min() < 25
+    if "float" not in name and "32-bit" not in name and "signed" not in name:  # as it was: almost black
+        assert len(np.unique(np.asarray(to_image(item, channels)))) <= 3
+
+
+def test_values_outside_of_the_range_are_clipped_and_nan_is_black():
+    values = np.array([[-9.0, 0.0, 0.5, 1.0, 7.0, np.nan, np.inf, -np.inf]], dtype=np.float32)
+    assert np.asarray(to_image(values, 1, (0.0, 1.0))).tolist() == [[0, 0, 128, 255, 255, 0, 255, 0]]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_value_range_changes_nothing_of_8_bits(name):
+    if "16" not in name:
+        for in_chans in (1, 3):
+            plain, ranged = (np.asarray(to_image(FORMATS[name], in_chans, r)) for r in (None, (10.0, 20.0)))
+            assert np.array_equal(plain, ranged)
+
+
+class Items:
+    """An unlabelled source of these items."""
+
+    classes = labels = None
+
+    def __init__(self, items: list) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def read(self, index: int) -> tuple[object, None]:
+        return self.items[index], None
+
+    def name(self, index: int) -> str:
+        return f"item {index}"
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_the_range_of_a_source_is_measured(name, caplog):
+    source = Items([DEEP[name][0], b"broken", FORMATS["rgb jpeg"]] * 50)
+    low, high = measure_value_range(source)
+    assert (low, high) == measure_value_range(source)
+    assert 776 <= low <= 782 and 1003 <= high <= 1009
+    assert "pixels lie between 776 and" in caplog.text
+    sixteen_bits = "float" not in name and "32-bit tiff" not in name and "signed" not in name
+    assert ("would be 2 of 256 levels" in caplog.text) == (sixteen_bits or name == "32-bit tiff")
+
+
+def test_a_range_that_the_type_tells_is_not_measured(caplog):
+    for name in ("rgb jpeg", "rgb png", "16-bit png", "array uint16", "npy rgb", "multi-page tiff"):
+        assert measure_value_range(Items([FORMATS[name]] * 3)) is None
+    assert measure_value_range(Items([b"broken"])) is measure_value_range(Items([])) is None
+    assert measure_value_range(Items([np.full((4, 4), 900, np.uint16)])) is None  # of a constant nothing can be made
+    assert not caplog.records
+
+
+def test_outliers_do_not_set_the_range():
+    image = np.linspace(100, 300, 10_000).astype(np.float32).reshape(100, 100)
+    image[0, 0], image[99, 99], image[50, 0] = -1e9, 1e9, np.nan
+    low, high = measure_value_range(Items([image] * 5))
+    assert 100 <= low < 101 and 299 < high <= 300
+
+
 # ------------------------------------------------------------------------------------------------------------- damage
 
 
@@ -274,8 +387,37 @@ def test_damage_is_reported_as_such(name):
     assert "\n" not in str(error.value)
 
 
+def holes(data: bytes) -> list[bytes]:
+    """A JPEG with 300 bytes missing, at 36 places."""
+    starts = range(1000, len(data) - 1000, (len(data) - 2000) // 36)
+    return [data[:start] + data[start + 300 :] for start in list(starts)[:36]]
+
+
+@pytest.mark.skipif(decode.simplejpeg is None, reason="Pillow does not see it")
+@pytest.mark.parametrize("operator", ["fourier", "scaled"])
+def test_what_the_strict_decoder_objects_to_is_told_with_the_crop(operator):
+    whole = encode(Image.fromarray(_photograph("coffee")).resize((300, 200)), "JPEG", quality=85)
+    for item, damaged in [(whole, False), *((item, True) for item in holes(whole))]:
+        objections: list[str] = []
+        try:
+            crops = train_crops(item, SMALL, FULL, operator, (0.2, 1.0), 0, [1, 2], 3, objections=objections)
+        except CorruptImage:
+            assert damaged
+            continue
+        assert bool(objections) == bool(jpeg_objection(item)) == damaged
+        assert len(objections) in (0, 1)
+        assert all(map(torch.equal, crops, train_crops(item, SMALL, FULL, operator, (0.2, 1.0), 0, [1, 2], 3)))
+    for item in (b"", b"\xff\xd8", FORMATS["cmyk jpeg"], FORMATS["grey jpeg"], FORMATS["rgb png"], RGB):
+        assert bool(jpeg_objection(item)) == (item == b"\xff\xd8")
+
+
 @settings(max_examples=500, deadline=None, derandomize=True)
-@given(st.sampled_from(["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "npy", "bands"]), st.data())
+@given(
+    st.sampled_from(
+        ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "npy", "bands", "AVIF", "DDS", "JPEG2000", "TGA"]
+    ),
+    st.data(),
+)
 def test_any_corruption_is_an_image_or_damage(kind, data):
     """Nothing but ValueError ever leaves the decoder, whichever bytes are hit."""
     small = RGB.resize((24, 16))
@@ -287,9 +429,9 @@ def test_any_corruption_is_an_image_or_damage(kind, data):
             st.integers(0, 255)
         )
     item = bytes(item[: data.draw(st.integers(0, len(item)))] if data.draw(st.booleans()) else item)
-    for in_chans in (3, 13):
+    for in_chans, value_range in ((3, None), (13, None), (3, (0.0, 9.0)), (13, (0.0, 9.0))):
         try:
-            out = crop(item, operator="scaled", in_chans=in_chans)
+            out = train_crop(item, SMALL, FULL, "scaled", (0.2, 1.0), 0, 0, in_chans, value_range)
         except ValueError:
             continue
         assert out.shape == (in_chans, *SMALL)
@@ -596,30 +738,25 @@ def test_center_crop_covers_any_shape(height, width, out_height, out_width, crop
     assert (out == 77).all()  # nothing outside the picture was padded in
 
 
-class Pictures:
-    """An unlabelled source in which every third image can't be read."""
+class Pictures(Items):
+    """Ten images, of which every third can't be read."""
 
-    classes = labels = None
-
-    def __len__(self) -> int:
-        return 10
+    def __init__(self) -> None:
+        super().__init__([b"broken" if i % 3 == 0 else np.full((20, 30, 3), i, np.uint8) for i in range(10)])
 
     def read(self, index: int) -> tuple[np.ndarray | bytes, None]:
         if index == 3:
             raise OSError("gone")
-        return (b"broken" if index % 3 == 0 else np.full((20, 30, 3), index, np.uint8)), None
-
-    def name(self, index: int) -> str:
-        return f"picture {index}"
+        return super().read(index)
 
 
 def test_center_crops_are_spread_evenly_and_name_what_is_left_out():
     crops, skipped = center_crops(Pictures(), 5, (8, 12), 3)  # numbers 0, 2, 4, 6, 8
     assert crops.dtype == torch.uint8 and crops.shape == (3, 3, 8, 12)
     assert crops[:, 0, 0, 0].tolist() == [2, 4, 8]
-    assert [text.partition(":")[0] for text in skipped] == ["picture 0", "picture 6"]
+    assert [text.partition(":")[0] for text in skipped] == ["item 0", "item 6"]
     everything, skipped = center_crops(Pictures(), 99, (8, 12), 3)
-    assert everything[:, 0, 0, 0].tolist() == [1, 2, 4, 5, 7, 8] and "picture 3: gone" in skipped
+    assert everything[:, 0, 0, 0].tolist() == [1, 2, 4, 5, 7, 8] and "item 3: gone" in skipped
     nothing, skipped = center_crops(Pictures(), 1, (8, 12), 3)
     assert nothing.shape == (0, 3, 8, 12) and len(skipped) == 1
 
@@ -627,7 +764,7 @@ def test_center_crops_are_spread_evenly_and_name_what_is_left_out():
 def test_crops_of_an_unlabelled_source_have_label_minus_one():
     crops = EvalCrops(Pictures(), (8, 8), 3, 1.0)
     assert [crops[index][1] for index in (1, 2)] == [-1, -1]
-    with pytest.raises(ValueError, match="--data_path: picture 0"):
+    with pytest.raises(ValueError, match="--data_path: item 0"):
         crops[0]
 
 

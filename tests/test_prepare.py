@@ -199,6 +199,57 @@ def test_out_must_not_be_inside_the_source(folder):
         packed(folder, folder / "out")
 
 
+def test_values_of_more_than_8_bits_are_spread_over_a_jpegs_levels(tmp_path, caplog):
+    """Measured in the training images once, used for all splits, part of the settings; or as it is given."""
+    for split in ("train", "val"):
+        for i in range(3):
+            file = tmp_path / "in" / split / f"{i}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.linspace(776, 1009, 1200).astype(np.uint16).reshape(30, 40)).save(file)
+
+    def levels(out: Path) -> tuple[int, int]:
+        return to_image(open_source(out, "val").read(0)[0], 1).getextrema()
+
+    packed(tmp_path / "in", tmp_path / "measured")
+    low, high = levels(tmp_path / "measured")
+    assert low < 10 and high > 245
+    assert "pixels lie between 776 and 100" in caplog.text
+    settings = json.loads((tmp_path / "measured" / "val" / INDEX).read_text())["settings"]
+    assert settings["value_range"] == pytest.approx([776, 1009], abs=2)
+    packed(tmp_path / "in", tmp_path / "measured")  # verified and kept
+    packed(tmp_path / "in", tmp_path / "given", value_range=(0, 1009 * 2))
+    low, high = levels(tmp_path / "given")
+    assert 90 < low < 110 and 120 < high < 135
+    with pytest.raises(ValueError, match="--value_range must be LOW HIGH with LOW < HIGH"):
+        packed(tmp_path / "in", tmp_path / "wrong", value_range=(5, 5))
+    with pytest.raises(ValueError, match=r"begun with --value_range \[0.0, 2018.0\]"):
+        packed(tmp_path / "in", tmp_path / "given", value_range=(0, 100))
+
+
+def test_a_folder_begun_before_there_was_a_value_range_goes_on(folder, tmp_path):
+    packed(folder, tmp_path / "out")
+    for sidecar in (tmp_path / "out").glob("*/*.tar.json"):
+        shard = json.loads(sidecar.read_text())
+        del shard["settings"]["value_range"]
+        sidecar.write_text(json.dumps(shard))
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/*.tar")}
+    packed(folder, tmp_path / "out")
+    assert times == {path: path.stat().st_mtime_ns for path in times}
+
+
+def test_a_jpeg_with_a_hole_is_packed_and_named(tmp_path, caplog):
+    pytest.importorskip("simplejpeg")
+    buffer = io.BytesIO()
+    picture(3, (300, 200)).save(buffer, "JPEG", quality=95)
+    data = buffer.getvalue()
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "hole.jpg").write_bytes(data[: len(data) // 2] + data[len(data) // 2 + 100 :])
+    (tmp_path / "in" / "whole.jpg").write_bytes(data)
+    assert packed(tmp_path / "in", tmp_path / "out")["images"] == 2
+    (warning,) = [r.getMessage() for r in caplog.records if "decoded all the same" in r.getMessage()]
+    assert "hole.jpg: Corrupt JPEG data" in warning
+
+
 def test_nothing_readable_is_an_error(tmp_path):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "1.jpg").write_bytes(b"no")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import logging
 import os
 import pickle
 import shutil
@@ -11,16 +12,19 @@ import struct
 import subprocess
 import sys
 import tarfile
+import types
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from timm.data import create_dataset
 from torchvision.datasets import FashionMNIST
 
 from mae_et.data import photos, to_image
 from mae_et.data.folders import EXTENSIONS, FolderSource
+from mae_et.data.labelled import open_labelled
 from mae_et.data.sources import count_images, open_held_out, open_source, subset
 from mae_et.plan.config import PretrainConfig
 
@@ -30,7 +34,7 @@ def write_image(path, value=0):
     if path.suffix.lower() == ".npy":
         np.save(path, np.full((4, 6), value, np.uint8))
     else:
-        Image.new("L", (6, 4), value).save(path)
+        Image.new("L", (6, 4), value).convert("RGB" if path.suffix.lower() == ".qoi" else "L").save(path)
     return path
 
 
@@ -288,7 +292,7 @@ def test_images_are_counted_or_taken_from_the_flag(labelled):
 
 def test_counting_images_loads_no_torch():
     """`plan` counts images, and begins in a fraction of the seconds that torch takes to load."""
-    modules = "config datasets folders photos shards sources webdataset".split()
+    modules = "config datasets folders photos shards sources tars webdataset".split()
     code = (
         f"import sys, {', '.join(f'mae_et.data.{module}' for module in modules)}; "
         "mae_et.data.sources.open_source('photos'); mae_et.data.open_source; "
@@ -301,6 +305,147 @@ def test_counting_images_loads_no_torch():
 def test_only_two_splits(tmp_path):
     with pytest.raises(ValueError, match="train or val"):
         open_source("photos", "test")
+
+
+# ----------------------------------------------------------------------------------------- splits, litter and endings
+
+
+def files(root, *paths):
+    for path in paths:
+        write_image(root / path)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("train", "others", "val"),
+    [
+        ("train", ["valid", "test"], "valid"),  # ultralytics' and Roboflow's names
+        ("Training", ["Testing"], "Testing"),
+        ("TRAIN", ["Dev", "TEST"], "Dev"),
+        ("training", ["evaluation"], "evaluation"),
+        ("train", ["eval", "validation"], "validation"),
+    ],
+)
+def test_splits_have_many_names(tmp_path, caplog, train, others, val):
+    files(tmp_path, *(f"{split}/{c}/{split}.png" for split in (train, *others) for c in ("cat", "dog")))
+    with caplog.at_level(logging.INFO):
+        assert names(open_source(tmp_path)) == [f"{c}/{train}.png" for c in ("cat", "dog")]
+        held_out = open_source(tmp_path, "val")
+    assert names(held_out) == [f"{c}/{val}.png" for c in ("cat", "dog")]
+    assert held_out.classes == ["cat", "dog"]
+    assert f"held-out images are those of {tmp_path / val}" in caplog.text
+
+
+def test_a_class_called_train_is_not_taken_for_the_split(tmp_path):
+    files(tmp_path, "car/1.png", "plane/2.png", "train/3.png")
+    for split in ("train", "val"):
+        with pytest.raises(ValueError, match=r"train/ is the training images, or a class like car/ .*1 more") as error:
+            open_source(tmp_path, split)
+        assert str(tmp_path / "train") in one_line(error)
+    assert len(open_source(tmp_path / "train")) == 1  # the first way out, and the second
+    (tmp_path / "all" / "train").mkdir(parents=True)
+    for name in ("car", "plane", "train"):
+        (tmp_path / name).rename(tmp_path / "all" / "train" / name)
+    assert open_source(tmp_path / "all").classes == ["car", "plane", "train"]
+
+
+def test_folders_beside_the_splits_are_named(tmp_path, caplog):
+    files(tmp_path, "train/cat/1.png", "train/dog/2.png", "extra/3.png")
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "1.xml").write_text("<xml>")
+    assert open_source(tmp_path).classes == ["cat", "dog"]  # class folders: no doubt which the split is
+    assert "training images are those of train/; not extra/" in caplog.text and "annotations" not in caplog.text
+    files(tmp_path, "val/cat/4.png")
+    assert len(open_source(tmp_path)) == 2
+
+
+@pytest.mark.parametrize(
+    ("paths", "message"),
+    [
+        (["train2017/1.png", "val2017/2.png"], "train2017/ and val2017/ look like splits"),
+        (["images_train/1.png", "images_val/2.png", "x/3.png"], "images_train/ and images_val/ look like splits"),
+        (["train-set/1.png", "Test/2.png"], "train-set/ and Test/ look like splits"),
+        (["test/1.png", "train_station/2.png"], "test/ looks like held-out images, and there is no train/"),
+        (["Valid/a/1.png"], "Valid/ looks like held-out images, and there is no train/"),
+        (["Train/1.png", "training/2.png"], "Train/ and training/ both look like training images"),
+    ],
+)
+def test_what_looks_like_splits_and_is_not_understood_is_refused(tmp_path, paths, message):
+    with pytest.raises(ValueError, match=message) as error:
+        open_source(files(tmp_path, *paths))
+    one_line(error)
+
+
+def test_a_held_out_folder_that_is_not_understood_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"\(val2017 isn't one of these names\)"):
+        open_source(files(tmp_path, "train/1.png", "val2017/2.png"), "val")
+
+
+def test_splits_inside_of_folders_are_warned_of(tmp_path, caplog):
+    assert len(open_source(files(tmp_path, "images/train/1.png", "images/val/2.png", "train_station/3.png"))) == 3
+    assert "images of train/ and of val/" in caplog.text.replace("val/ and of train/", "train/ and of val/")
+
+
+@pytest.mark.parametrize("name", ["photos", "torch/cifar10", "hfds/mine", "wds/mine", "tfds/mine"])
+def test_a_folder_called_as_a_data_set_is_refused_with_both_ways_out(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    files(tmp_path, f"{name}/1.png")
+    with pytest.raises(ValueError, match=r"is the name of a data set, and there is a path") as error:
+        open_source(name)
+    assert f"./{name} for that" in one_line(error)
+    assert len(open_source(f"./{name}")) == 1
+    if name == "photos":
+        assert "or photos: for the data set" in one_line(error)
+        assert len(open_source("photos:")) == 3264
+    if name.startswith("wds/"):
+        assert f"wds/{tmp_path / 'mine'}" in one_line(error)
+    with pytest.raises(ValueError, match="choose torch/"):  # with a colon it is never the folder
+        open_source("torch/nothing:")
+
+
+LITTER = (
+    *("@eaDir/1.jpg/SYNOPHOTO_THUMB_M.jpg", "#recycle/2.jpg", "#snapshot/3.jpg", "$RECYCLE.BIN/S-1/4.jpg"),
+    *("System Volume Information/5.jpg", "lost+found/6.jpg", ".ipynb_checkpoints/7.png", "._8.jpg", ".Trashes/9.jpg"),
+    *("__MACOSX/10.jpg", "@Recycle/11.jpg", "cat/@eaDir/12.jpg/x.jpg", ".AppleDouble/13.jpg", "@__thumb/14.jpg"),
+)
+
+
+def test_what_systems_and_network_storage_leave_behind_is_no_image_and_no_class(tmp_path, caplog):
+    files(tmp_path / "train", "cat/1.png", "dog/2.png", *LITTER)
+    (tmp_path / "train" / "cat" / "Thumbs.db").write_bytes(b"thumbs")
+    files(tmp_path, "@eaDir/train/3.jpg")
+    source = open_source(tmp_path)
+    assert (source.classes, names(source)) == (["cat", "dog"], ["cat/1.png", "dog/2.png"])
+    assert not caplog.records
+    with tarfile.open(tmp_path / "all.tar", "w") as tar:
+        tar.add(tmp_path / "train", arcname="./")
+    source = open_source(tmp_path / "all.tar")
+    assert (source.classes, len(source)) == (["cat", "dog"], 2)
+
+
+def test_all_that_pillow_reads_is_taken_and_the_others_are_counted(tmp_path, caplog):
+    endings = "jpg jpeg jpe JFIF avif jp2 j2k tga tif png webp bmp".split()
+    for i, ending in enumerate(endings):
+        write_image(tmp_path / f"{i}.{ending}")
+    for name in ("a.heic", "b.HEIC", "c.dng", "labels.json", "README", "notes.txt"):
+        (tmp_path / name).write_bytes(b"something")
+    assert len(open_source(tmp_path)) == len(endings)
+    assert "left out 2 .heic, 1 .dng, which" in caplog.text
+    (tmp_path / "phone").mkdir()
+    (tmp_path / "a.heic").rename(tmp_path / "phone" / "a.heic")
+    with pytest.raises(FileNotFoundError, match=r"no images in .*, not for 1 \.heic"):
+        open_source(tmp_path / "phone")
+
+
+def test_a_stray_picture_beside_class_folders_is_named(tmp_path, caplog):
+    files(tmp_path, "train/cat/1.png", "train/dog/2.png", "train/preview.png", "train/zebra.png")
+    source = open_source(tmp_path)
+    assert (len(source), source.labels) == (4, None)
+    assert "preview.png lies in" in caplog.text and "(and 1 more)" in caplog.text
+    for holdout in (0, 1):  # through a subset, too
+        with pytest.raises(ValueError, match=r"sub-folder per class.*; preview\.png lies in .*train itself") as error:
+            open_labelled(str(tmp_path), "train", None, seed=0, holdout=holdout)
+        one_line(error)
 
 
 # ---------------------------------------------------------------------------------------------------------- IDX files
@@ -485,31 +630,197 @@ def test_hugging_face_splits_and_columns(monkeypatch):
     one_line(error)
 
 
-def test_tar_files(labelled, tmp_path_factory):
+class Image_:  # a feature of the package datasets, known by the name of its type
+    pass
+
+
+class ClassLabel:
+    pass
+
+
+Image_.__name__ = "Image"
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A stand-in for the hub: {split: number of images} and columns; the reader insists on those it is told."""
+
+    def upload(splits: dict[str, int], features: dict[str, object], labels=(0, 1, 0, 1)) -> None:
+        class Reader:
+            def __init__(self, split, image_key, label_key):
+                if split not in splits:
+                    raise ValueError(f'Unknown split "{split}". Should be one of {list(splits)}.')
+                if not isinstance(features.get(image_key), Image_):
+                    raise TypeError("argument of type 'NoneType' is not iterable")  # what the package says
+                self.label_key, self.size = label_key, splits[split]
+                is_label = isinstance(features.get(label_key), ClassLabel)
+                self.class_to_idx = {"a": 0, "b": 1} if is_label else {}
+
+            def __getitem__(self, index):
+                if self.label_key not in features:
+                    raise KeyError(self.label_key)
+                return io.BytesIO(b"image %d" % index), labels[index] if self.class_to_idx else {"bytes": b""}
+
+            def __len__(self):
+                return self.size
+
+            def filename(self, index):
+                return None
+
+        def create(name, root, split, input_key="image", target_key="label"):
+            reader = Reader(split, input_key, target_key)
+            return type("Dataset", (list,), {"reader": reader})(range(len(reader)))
+
+        package = types.SimpleNamespace(
+            get_dataset_split_names=lambda name: list(splits),
+            load_dataset=lambda name, split, cache_dir: types.SimpleNamespace(features=features),
+        )
+        monkeypatch.setitem(sys.modules, "datasets", package)
+        monkeypatch.setattr("timm.data.create_dataset", create)
+
+    return upload
+
+
+@pytest.mark.parametrize(
+    ("features", "classes"),
+    [
+        ({"img": Image_(), "label": ClassLabel()}, ["a", "b"]),  # cifar10
+        ({"img": Image_(), "fine_label": ClassLabel(), "coarse_label": ClassLabel()}, ["a", "b"]),  # cifar100
+        ({"path": "text", "image": Image_(), "labels": ClassLabel()}, ["a", "b"]),  # beans
+        ({"scan": Image_(), "id": "number"}, None),
+        ({"image": Image_()}, None),
+    ],
+)
+def test_hugging_face_columns_and_splits_of_other_names(hub, features, classes):
+    hub({"train": 4, "test": 3}, features)
+    train, val = open_source("hfds/x"), open_source("hfds/x", "val")
+    assert (len(train), len(val)) == (4, 3)
+    assert train.classes == val.classes == classes
+    assert train.read(1) == (b"image 1", 1 if classes else None)
+    assert (train.labels is None) == (classes is None)
+
+
+def test_hugging_face_prefers_validation_to_test_and_names_what_is_missing(hub):
+    hub({"training": 4, "test": 3, "dev": 2}, {"image": Image_(), "label": ClassLabel()})
+    assert (len(open_source("hfds/x")), len(open_source("hfds/x", "val"))) == (4, 2)
+    hub({"train": 4}, {"image": Image_(), "label": ClassLabel()})
+    with pytest.raises(FileNotFoundError, match=r"\(val\): its splits are train") as error:
+        open_source("hfds/x", "val")
+    one_line(error)
+    hub({"train": 4}, {"text": "text", "label": ClassLabel()})
+    with pytest.raises(ValueError, match="none of its columns text, label holds images") as error:
+        open_source("hfds/x")
+    one_line(error)
+    hub({"train": 4, "test": 2}, {"image": Image_(), "label": ClassLabel()}, labels=(-1, -1, -1, -1))
+    assert open_source("hfds/x", "val").labels is None  # test labels that are kept back
+
+
+# ---------------------------------------------------------------------------------------------------------- FILE.tar
+
+
+def pack(file, *folders):
+    with tarfile.open(file, "w") as tar:
+        for folder in folders:
+            tar.add(folder, arcname=".")
+    return file
+
+
+@pytest.mark.parametrize(
+    ("train", "val"), [("train.tar", "val.tar"), ("Train.TAR", "Test.TAR"), ("pets-training.tar", "pets-valid.tar")]
+)
+def test_tar_files(labelled, tmp_path_factory, train, val):
     root = tmp_path_factory.mktemp("tars")
-    for split in ("train", "val"):
-        with tarfile.open(root / f"{split}.tar", "w") as tar:
-            tar.add(labelled / split, arcname=".")
+    for split, name in (("train", train), ("val", val)):
+        pack(root / name, labelled / split)
+    pack(root / "train_station.tar", labelled / "val")
     for split, length in (("train", 9), ("val", 6)):
-        source, folder = open_source(root / "train.tar", split), open_source(labelled, split)
+        source, folder = open_source(root / train, split), open_source(labelled, split)
         assert len(source) == length
         assert source.classes == ["ant", "bee", "cat"]
         assert np.array_equal(source.labels, folder.labels)
         assert [source.read(i) for i in range(length)] == [folder.read(i) for i in range(length)]
         assert "bee/0.png" in source.name(length // 3)
         assert pickle.loads(pickle.dumps(source)).read(2) == source.read(2)  # after a read, too
-    (root / "val.tar").unlink()
+    (root / val).unlink()
     with pytest.raises(FileNotFoundError, match=r"val\.tar") as error:
-        open_source(root / "train.tar", "val")
+        open_source(root / train, "val")
     one_line(error)
+
+
+def test_tars_have_the_order_and_the_classes_that_timm_gave_them(tmp_path):
+    """Runs begun with timm's reader go on: natural order of paths and classes, the innermost folder is the class."""
+    for i, name in enumerate(("b10", "b9", "A", "deep/c")):
+        files(tmp_path / "in", f"{name}/{i}.png", f"{name}/x10.png", f"{name}/x9.jpeg")
+    theirs = create_dataset("", root=str(pack(tmp_path / "all.tar", tmp_path / "in")), cache_tarfiles=False).reader
+    ours = open_source(tmp_path / "all.tar")
+    assert ours.classes == sorted(theirs.class_name_to_idx, key=theirs.class_name_to_idx.get) == ["A", "b9", "b10", "c"]
+    assert ours.labels.tolist() == theirs.targets.tolist()
+    for index in range(len(theirs)):
+        assert ours.name(index) == f"{tmp_path / 'all.tar'}[{theirs.filename(index)}]"
+        with theirs[index][0] as file:
+            assert ours.read(index)[0] == file.read()
+
+
+def test_a_tar_of_tars_has_a_class_for_each(tmp_path):
+    for name in ("n01", "n02"):
+        files(tmp_path / name, "1.jpg", "2.webp")
+        (tmp_path / "in").mkdir(exist_ok=True)
+        pack(tmp_path / "in" / f"{name}.tar", tmp_path / name)
+    source = open_source(pack(tmp_path / "imagenet.tar", tmp_path / "in"))
+    assert (source.classes, source.labels.tolist()) == (["n01", "n02"], [0, 1, 0, 1])
+    assert source.read(2)[0] == (tmp_path / "n01" / "2.webp").read_bytes()
+
+
+def test_classes_of_a_held_out_tar_are_those_of_train(labelled):
+    shutil.rmtree(labelled / "val" / "ant")
+    pack(labelled / "train.tar", labelled / "train"), pack(labelled / "val.tar", labelled / "val")
+    val = open_source(labelled / "train.tar", "val")
+    assert (val.classes, val.labels.tolist()) == (["ant", "bee", "cat"], [1, 1, 2, 2])
+    files(labelled / "val", "dog/1.png")
+    pack(labelled / "val.tar", labelled / "val")
+    with pytest.raises(ValueError, match=r"class folders dog of .*val\.tar are not in .*train\.tar") as error:
+        open_source(labelled / "train.tar", "val")
+    one_line(error)
+
+
+def test_images_in_no_folder_of_a_tar_have_no_labels(tmp_path, caplog):
+    files(tmp_path / "in", "1.png", "2.png")
+    assert open_source(pack(tmp_path / "flat.tar", tmp_path / "in")).labels is None
+    assert not caplog.records
+    files(tmp_path / "in", "cat/3.png")
+    assert open_source(pack(tmp_path / "mixed.tar", tmp_path / "in")).classes is None
+    with pytest.raises(ValueError, match=r"1\.png of .*mixed\.tar lies in no folder"):
+        open_labelled(str(tmp_path / "mixed.tar"), "train", None, seed=0)
+
+
+def test_a_tar_with_splits_inside_is_warned_of(labelled, caplog):
+    assert len(open_source(pack(labelled / "all.tar", labelled))) == 15
+    assert "are taken" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (gzip.compress(bytes(2048), mtime=0), "is compressed"),
+        (b"", "is no complete tar (it is empty)"),
+        (b"\n<!DOCTYPE html><html>404</html>", "is no complete tar (it is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "it is a Git LFS pointer"),
+        (b"PK\x03\x04" + bytes(600), "it is a zip file"),
+        (b"something else" * 100, "is no complete tar"),
+        (bytes(1024), "no images in it"),
+    ],
+)
+def test_what_is_no_tar_is_said_in_one_line(tmp_path, content, message):
+    (tmp_path / "train.tar").write_bytes(content)
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        open_source(tmp_path / "train.tar")
+    assert message in one_line(error) and str(tmp_path / "train.tar") in one_line(error)
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="open files are listed on Linux only")
 def test_tar_files_are_not_left_open(labelled, tmp_path):
     """Workers forked after a read would share one file offset and read each other's bytes."""
-    with tarfile.open(tmp_path / "train.tar", "w") as tar:
-        tar.add(labelled / "train", arcname=".")
-    source = open_source(tmp_path / "train.tar")
+    source = open_source(pack(tmp_path / "train.tar", labelled / "train"))
     source.read(0)
     open_files = [os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]
     assert not any(path.endswith("train.tar") for path in open_files)

@@ -227,6 +227,29 @@ def test_data_of_which_nothing_can_be_read_stop_the_run():
         batches(Noise(4, damaged=(0, 1, 2, 3)), curriculum(4, (2, 1)), limit=0.9)
 
 
+def test_jpegs_that_pillow_decodes_all_the_same_are_used_named_and_never_stop_the_run(caplog):
+    """libjpeg warns of bytes that don't belong there, or are missing, and goes on; so does Pillow."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (48, 40), "teal").save(buffer, "JPEG")
+    data = buffer.getvalue()
+
+    class Holes(Noise):
+        def read(self, index):
+            return (data[:-2] + b"\x01" * (9 + index) + data[-2:] if index < 30 else data), None
+
+    source, plan = Holes(40), curriculum(40, (20, 6))
+    for workers in (0, 1):
+        damage = CorruptLog(40, limit=0.0)
+        images = TrainImages(source, plan, 32, "lanczos", in_chans=3, seed=7)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="mae_et.data.loader"):
+            assert len(list(train_batches(images, SampleStream(plan, 7, 20), damage, workers))) == 6
+        assert damage.decoded == set(range(30)) and not damage.seen
+        named = [record.getMessage() for record in caplog.records if "decoded all the same" in record.getMessage()]
+        assert len(named) == 20  # and then only every doubling: the 32nd, the 64th …
+        assert "(1 so far): noise/" in named[0] and "Corrupt JPEG data" in named[0]
+
+
 # ------------------------------------------------------------------------------------------------- replay and views
 
 

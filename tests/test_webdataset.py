@@ -98,6 +98,38 @@ def test_splits_labels_and_random_access(folder):
     assert train.name(7).lower().endswith(".tar[00007.jpg]") and str(folder) in train.name(7)
 
 
+@pytest.mark.parametrize(
+    ("train", "val"),
+    [
+        ("Training/0.tar", "Testing/0.tar"),
+        ("train/0.tar", "valid/0.tar"),
+        ("x-training-0.tar", "x-dev-0.tar"),
+        ("a-0.tar", "a-EVAL-0.tar"),
+    ],
+)
+def test_other_names_of_splits(tmp_path, caplog, train, val):
+    write_tar(tmp_path / train, samples(0, 3))
+    write_tar(tmp_path / val, samples(3, 2))
+    if "valid" in val:
+        write_tar(tmp_path / val.replace("valid", "test"), samples(5, 4))
+    with caplog.at_level(logging.INFO):
+        assert len(open_source(f"wds/{tmp_path}")) == 3
+        assert len(open_source(f"wds/{tmp_path}", "val")) == 2
+    assert "held-out images are those of" in caplog.text and val.split("/")[0] in caplog.text
+
+
+def test_held_out_shards_of_a_pattern_in_any_case(tmp_path):
+    write_tar(tmp_path / "Set-Train-0.tar", samples(0, 3))
+    write_tar(tmp_path / "Set-Test-0.tar", samples(3, 2))
+    assert len(open_source(f"wds/{tmp_path}/Set-Train-{{0..0}}.tar", "val")) == 2
+
+
+def test_litter_in_shards_is_no_image(tmp_path):
+    litter = [("@eaDir/a.jpg/SYNO_THUMB.jpg", b"x"), ("__MACOSX/a.jpg", b"x"), (".Trash/b.jpg", b"x")]
+    write_tar(tmp_path / "0.tar", [("./a.jpg", b"a"), *litter])
+    assert contents(open_source(f"wds/{tmp_path}")) == [(b"a", None)]
+
+
 def test_patterns_with_braces(tmp_path):
     for split, count in (("train", 12), ("val", 2)):
         for n in range(count):

@@ -30,11 +30,15 @@ class PrepareConfig:
     """Size at which a shard is full, in 1e6 bytes."""
     in_chans: Annotated[int, RUN, JPEG_CHANNELS] = 3
     """Channels: 3 (colour) or 1 (grey)."""
+    value_range: Annotated[tuple[float, float] | None, RUN] = None
+    """Values of pixels that become black and white, for images of more than 8 bits; default: measured."""
     num_workers: Annotated[int | None, RUN, NOT_NEGATIVE] = None
     """Processes that decode and encode; default: the cores there are, at most 10."""
 
     def __post_init__(self) -> None:
         check(self)
+        if self.value_range is not None and not self.value_range[0] < self.value_range[1]:
+            raise ValueError(f"--value_range must be LOW HIGH with LOW < HIGH, got {self.value_range}")
         source, out = Path(self.source.removeprefix("wds/")), Path(self.out).resolve()
         if source.is_dir() and source.resolve() in (out, *out.parents):
             raise ValueError(f"OUT {self.out} is inside SRC {self.source}: its shards would become data")

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import gzip
+import logging
 import math
 import os
 import re
 import struct
 import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from .folders import TRAIN_NAMES, VAL_NAMES
+
+log = logging.getLogger(__name__)
 
 _IDX_NAME = re.compile(r"(?P<set>.*-)?(?P<split>train|t10k|test)-(?P<kind>images|labels)[-.]idx[13]-ubyte(\.gz)?$")
 
@@ -86,20 +93,23 @@ _TORCH_NAMES = (*_TORCH_DOWNLOADABLE, "imagenet", "places365", "inaturalist", "i
 
 
 class TimmSource:
-    """Map-style data sets of `timm.data.create_dataset`: torch/NAME[:ROOT], hfds/NAME[:CACHE], FILE.tar."""
+    """Map-style data sets of `timm.data.create_dataset`: torch/NAME[:ROOT] and hfds/NAME[:CACHE]."""
 
     def __init__(self, data_path: str, split: str) -> None:
         self._data_path, self._split = data_path, split
-        self._dataset = _create_timm_dataset(data_path, split)
+        kind = data_path.partition("/")[0].lower()
+        self._dataset = (_create_hfds if kind == "hfds" else _create_torch)(data_path, split)
         # timm's own readers hand out open files; through the data set it would replace unreadable ones by neighbours
         self._reader = getattr(self._dataset, "reader", None)
-        self.classes = _timm_classes(self._dataset, self._reader)
+        self.classes = _class_names(self._dataset, self._reader)
         self.labels: np.ndarray | None = None
         if self.classes is not None:
             targets = getattr(self._reader or self._dataset, "targets", None)
             if targets is None:
                 targets = [self.read(index)[1] for index in range(len(self))]
             self.labels = np.asarray(targets, dtype=np.int64)
+            if self.labels.min(initial=0) < 0:  # -1, as the hub has it for test images whose labels are kept back
+                self.labels = self.classes = None
 
     def __reduce__(self) -> tuple:
         return TimmSource, (self._data_path, self._split)
@@ -121,25 +131,10 @@ class TimmSource:
         return f"{self._data_path}[{inside or index}]"
 
 
-def _create_timm_dataset(data_path: str, split: str):
+def _create_torch(data_path: str, split: str) -> Any:
     from timm.data import create_dataset  # seconds to import, and only needed here
 
-    prefix = data_path.partition("/")[0].lower()
-    if prefix not in ("torch", "hfds"):
-        # without cache_tarfiles forked workers do not share (and move) one file offset
-        return create_dataset("", root=data_path, load_bytes=True, cache_tarfiles=False)
     name, _, root = data_path.partition(":")
-    if prefix == "hfds":
-        try:
-            dataset = create_dataset(name, root=root or None, split="train" if split == "train" else "validation")
-            dataset.reader[0]
-            return dataset
-        except ImportError as error:
-            raise ValueError(f"--data_path {data_path} needs the package datasets: pip install datasets") from error
-        except KeyError as error:
-            raise ValueError(f"--data_path {data_path}: no column {error}; timm reads image and label") from error
-        except (OSError, ValueError) as error:  # unknown name, no network, no such split
-            raise FileNotFoundError(f"--data_path {data_path} ({split}): {_one_line(error)}") from error
     torch_name = name.partition("/")[2].lower()
     if torch_name not in _TORCH_NAMES:
         raise ValueError(f"--data_path {data_path}: choose torch/ and one of {', '.join(_TORCH_NAMES)}")
@@ -158,17 +153,82 @@ def _create_timm_dataset(data_path: str, split: str):
         ) from error
 
 
+# What columns are called in data sets on the Hugging Face hub, the usual name first.
+_IMAGE_COLUMNS = ("image", "img", "images", "picture", "photo", "pixel_values")
+_LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "category", "target")
+
+
+def _create_hfds(data_path: str, split: str) -> Any:
+    from timm.data import create_dataset
+
+    name, _, cache = data_path.partition(":")
+
+    def create(hub_split: str, **columns: str) -> Any:
+        dataset = create_dataset(name, root=cache or None, split=hub_split, **columns)
+        dataset.reader[0]
+        return dataset
+
+    try:
+        return create("train" if split == "train" else "validation")
+    except ImportError as error:
+        raise ValueError(f"--data_path {data_path} needs the package datasets: pip install datasets") from error
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        OSError,
+    ) as error:
+        usual = error  # other columns, no such split, unknown name, no network
+    try:
+        hub_split, columns = _hub_layout(data_path, name.partition("/")[2], cache or None, split)
+        return create(hub_split, **columns)
+    except ImportError:
+        if isinstance(usual, KeyError):
+            message = f"--data_path {data_path}: no column {usual}; timm reads image and label"
+            raise ValueError(message) from usual
+        raise FileNotFoundError(f"--data_path {data_path} ({split}): {_one_line(usual)}") from usual
+
+
+def _hub_layout(data_path: str, repository: str, cache: str | None, split: str) -> tuple[str, dict[str, str]]:
+    """Split and columns of a Hugging Face data set that are meant, where they aren't called as timm expects."""
+    import datasets
+
+    try:
+        splits = datasets.get_dataset_split_names(repository)
+        wanted = TRAIN_NAMES if split == "train" else VAL_NAMES
+        hub_split = next((own for name in wanted for own in splits if own.lower() == name), None)
+        if hub_split is None:
+            raise FileNotFoundError(f"--data_path {data_path} ({split}): its splits are {', '.join(splits)}")
+        features = datasets.load_dataset(repository, split=hub_split, cache_dir=cache).features
+    except (OSError, ValueError) as error:  # unknown name, no network
+        if str(error).startswith("--data_path"):
+            raise
+        raise FileNotFoundError(f"--data_path {data_path} ({split}): {_one_line(error)}") from error
+    image = _column(features, "Image", _IMAGE_COLUMNS)
+    if image is None:
+        raise ValueError(f"--data_path {data_path}: none of its columns {', '.join(features)} holds images")
+    label = _column(features, "ClassLabel", _LABEL_COLUMNS)
+    log.info("--data_path %s: split %s, images in %s, labels in %s", data_path, hub_split, image, label or "none")
+    return hub_split, {"input_key": image, "target_key": label or image}  # without labels timm's target isn't looked at
+
+
+def _column(features: Mapping[str, Any], kind: str, usual_names: Sequence[str]) -> str | None:
+    """The column of a kind of feature, by a usual name or else the first one."""
+    columns = [name for name, feature in features.items() if type(feature).__name__ == kind]
+    return next((name for name in usual_names if name in columns), columns[0] if columns else None)
+
+
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _timm_classes(dataset, reader) -> list[str] | None:
+def _class_names(dataset: Any, reader: Any) -> list[str] | None:
     """Class names in the order of the labels: a list in torchvision, a dict in timm's readers; None without labels."""
     for holder in (dataset, reader):
         names = getattr(holder, "classes", None)
         if names:  # ImageNet's names are tuples of synonyms
             return [name if isinstance(name, str) else name[0] for name in names]
-        numbers = getattr(holder, "class_to_idx", None) or getattr(holder, "class_name_to_idx", None)
+        numbers = getattr(holder, "class_to_idx", None)
         if numbers:
             return sorted(numbers, key=numbers.get)
     return None

@@ -27,6 +27,7 @@ from ..plan.shapes import OPERATORS, choice
 from .pixels import (
     MODES,
     CorruptImage,
+    ValueRange,
     check_size,
     convert,
     corrupt_image_errors,
@@ -73,17 +74,18 @@ def train_crop(
     augment: int,
     seed: int,
     in_chans: int,
+    value_range: ValueRange | None = None,
 ) -> torch.Tensor:
     """MAE's augmentation of one sample: random resized crop, flip, and RandAugment where `augment` > 0.
 
     `size_px` and `full_px` are (height, width); `crop_scale` bounds the area of the crop as a share of the image;
-    `augment` is RandAugment's magnitude, 0..30. Returns uint8 [C, *full_px] for the operator `fourier` and
-    [C, *size_px] otherwise. A function of its arguments alone: the geometry depends only on `seed`, `crop_scale` and
-    the size of the image, and torch's global generator is left as it was.
+    `augment` is RandAugment's magnitude, 0..30; `value_range` is that of :func:`to_image`. Returns uint8 [C, *full_px]
+    for the operator `fourier` and [C, *size_px] otherwise. A function of its arguments alone: the geometry depends only
+    on `seed`, `crop_scale` and the size of the image, and torch's global generator is left as it was.
 
     Raises CorruptImage if no image can be made of `item`, ValueError for arguments that do not fit together.
     """
-    return train_crops(item, size_px, full_px, operator, crop_scale, augment, [seed], in_chans)[0]
+    return train_crops(item, size_px, full_px, operator, crop_scale, augment, [seed], in_chans, value_range)[0]
 
 
 def train_crops(
@@ -95,8 +97,13 @@ def train_crops(
     augment: int,
     seeds: Sequence[int],
     in_chans: int,
+    value_range: ValueRange | None = None,
+    objections: list[str] | None = None,
 ) -> list[torch.Tensor]:
-    """As :func:`train_crop`, one crop for each seed, of an image that is decoded once."""
+    """As :func:`train_crop`, one crop for each seed, of an image that is decoded once.
+
+    objections: takes what the strict JPEG decoder objects to in an image that Pillow decodes all the same.
+    """
     choice("operator", operator, OPERATORS)
     if not 0 <= augment <= 30:
         raise ValueError(f"augment is {augment}; a RandAugment magnitude lies in 0..30")
@@ -108,7 +115,7 @@ def train_crops(
     is_scaled = operator == "scaled"
     # A JPEG's luminance is not quite what Pillow makes of its colours, so grey takes the short way only scaled.
     jpeg = _open_jpeg(item) if in_chans == 3 or (is_scaled and in_chans == 1) else None
-    image = to_image(item, in_chans) if jpeg is None else None
+    image = to_image(item, in_chans, value_range) if jpeg is None else None
     upright_px = _size_px(image) if jpeg is None else jpeg.upright_px
     views = [draw_view(seed, upright_px, crop_scale) for seed in seeds]
     divisor = 1
@@ -116,7 +123,7 @@ def train_crops(
         if is_scaled:
             finest = min(_reduction(view.box, size_px) for view in views)
             divisor = next((d for d in (8, 4, 2) if d <= finest), 1)
-        image = _decode_jpeg(jpeg, in_chans, divisor)
+        image = _decode_jpeg(jpeg, in_chans, divisor, objections)
 
     crops = []
     for view in views:
@@ -142,7 +149,13 @@ def train_crops(
     return crops
 
 
-def center_crop(item: Item, size_px: tuple[int, int], in_chans: int, crop_pct: float = 1.0) -> torch.Tensor:
+def center_crop(
+    item: Item,
+    size_px: tuple[int, int],
+    in_chans: int,
+    crop_pct: float = 1.0,
+    value_range: ValueRange | None = None,
+) -> torch.Tensor:
     """The view used in evaluation: bicubic resize until `size_px` / `crop_pct` is covered, then the centre.
 
     `size_px` is (height, width), `crop_pct` lies in (0, 1]; MAE evaluates 224 with 224/256.
@@ -150,7 +163,7 @@ def center_crop(item: Item, size_px: tuple[int, int], in_chans: int, crop_pct: f
     """
     if not 0 < crop_pct <= 1:
         raise ValueError(f"crop_pct is {crop_pct}; it must lie in (0, 1]")
-    image = to_image(item, in_chans)
+    image = to_image(item, in_chans, value_range)
     height, width = _size_px(image)
     cover_height, cover_width = int(size_px[0] / crop_pct), int(size_px[1] / crop_pct)
     if cover_height * width >= cover_width * height:  # the height decides; integers, so that no rounding loses a pixel
@@ -162,7 +175,13 @@ def center_crop(item: Item, size_px: tuple[int, int], in_chans: int, crop_pct: f
     return _to_tensor(_cut(image, (left, top, left + size_px[1], top + size_px[0])))
 
 
-def center_crops(source: Source, count: int, size_px: tuple[int, int], in_chans: int) -> tuple[torch.Tensor, list[str]]:
+def center_crops(
+    source: Source,
+    count: int,
+    size_px: tuple[int, int],
+    in_chans: int,
+    value_range: ValueRange | None = None,
+) -> tuple[torch.Tensor, list[str]]:
     """Centre crops of up to `count` images, spread evenly over a source, to look at: uint8 [B, C, *size_px].
 
     Images that can't be read are left out; the second result names each with the reason.
@@ -171,7 +190,7 @@ def center_crops(source: Source, count: int, size_px: tuple[int, int], in_chans:
     count = min(count, len(source))
     for index in (place * len(source) // count for place in range(count)):
         try:
-            crops.append(center_crop(source.read(index)[0], size_px, in_chans))
+            crops.append(center_crop(source.read(index)[0], size_px, in_chans, value_range=value_range))
         except (CorruptImage, OSError) as error:
             skipped.append(f"{source.name(index)}: {error}")
     return torch.stack(crops) if crops else torch.empty(0, in_chans, *size_px, dtype=torch.uint8), skipped
@@ -288,6 +307,18 @@ def _open_jpeg(item: Item) -> _Jpeg | None:
     return _Jpeg(item, image.mode, orientation_of(image), image.size)
 
 
+def jpeg_objection(item: Item) -> str:
+    """What a strict decoder objects to in a JPEG, such as a hole in its data; "" for nothing, and for other images."""
+    if simplejpeg is None or not isinstance(item, bytes) or not item.startswith(b"\xff\xd8"):
+        return ""
+    try:
+        if simplejpeg.decode_jpeg_header(item)[2] in _SIMPLE_MODES:
+            simplejpeg.decode_jpeg(item, "GRAY", min_height=1, min_width=1, min_factor=1)  # at an eighth
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def _may_be_turned(data: bytes) -> bool:
     """False if a JPEG has no APP1 segment before its pixels; Pillow needs a tenth of a decode to open a file."""
     place = 2
@@ -304,16 +335,17 @@ def _reduction(box: tuple[int, int, int, int], size_px: tuple[int, int]) -> floa
     return min((bottom - top) / size_px[0], (right - left) / size_px[1])
 
 
-def _decode_jpeg(jpeg: _Jpeg, in_chans: int, divisor: int) -> np.ndarray:
-    """Pixels [h, w, C] as they are stored, at 1/divisor of their size, rounded up.
+def _decode_jpeg(jpeg: _Jpeg, in_chans: int, divisor: int, objections: list[str] | None) -> np.ndarray:
+    """Pixels [h, w, C] as they are stored, at 1/divisor of their size, rounded up; `objections` of simplejpeg.
 
-    Only 1/2, 1/4 and 1/8 are used: libjpeg has fast code for these, while its 5/8 to 7/8 are slower than decoding
-    everything.
+    simplejpeg refuses what libjpeg warns of, such as a hole in the data; Pillow decides what can't be used. Only 1/2,
+    1/4 and 1/8 are used: libjpeg has fast code for these, while its 5/8 to 7/8 are slower than decoding everything.
     """
     width, height = jpeg.stored_px
+    objection = None
     # In pictures of a few pixels several scales round to the same size, so that simplejpeg could take the wrong one.
     if simplejpeg is not None and jpeg.mode in ("L", "RGB") and min(width, height) >= 16:
-        with contextlib.suppress(ValueError):  # Pillow decides what is damage
+        try:
             return simplejpeg.decode_jpeg(
                 jpeg.data,
                 "RGB" if in_chans == 3 else "GRAY",
@@ -321,12 +353,16 @@ def _decode_jpeg(jpeg: _Jpeg, in_chans: int, divisor: int) -> np.ndarray:
                 min_width=-(-width // divisor),
                 min_factor=1,
             )
+        except ValueError as error:
+            objection = str(error)
     with corrupt_image_errors():
         # Pillow takes the smallest of its scales 1/8, 1/4, 1/2, 1 that keeps both sides at least this large
         image = open_header(jpeg.data)
         image.draft(MODES[in_chans], (width // divisor, height // divisor))
         image.load()
         pixels = np.array(convert(image, in_chans))
+    if objection and objections is not None:
+        objections.append(objection)
     return pixels if pixels.ndim == 3 else pixels[..., None]
 
 

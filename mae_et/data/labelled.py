@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-from .decode import center_crop, train_crop
+from .decode import center_crop, train_crops
 from .loader import Corruption, CorruptLog, first_readable, worker_options
-from .pixels import CorruptImage
-from .sources import Item, Source, open_source, subset
+from .pixels import CorruptImage, ValueRange
+from .sources import Item, Source, open_source, subset, why_unlabelled
 from .stream import Sample, SampleStream, derive_seed
 
 CROP_SCALE = (0.08, 1.0)  # MAE, Tables 9 and 10: the usual random resized crop, wider than in pretraining
@@ -48,9 +48,10 @@ def open_labelled(data_path: str, split: str, num_images: int | None, seed: int,
     """
     source = open_source(data_path, split, holdout)
     if source.labels is None or source.classes is None:
+        reason = why_unlabelled(source)
         raise ValueError(
             f"--data_path {data_path} ({split}) has no labels: fine-tuning and probes need a sub-folder per class, or "
-            "a data set that comes with labels"
+            f"a data set that comes with labels{f'; {reason}' if reason else ''}"
         )
     if num_images is None:
         return source
@@ -74,7 +75,9 @@ class TrainCrops(Dataset):
         std: Sequence[float],
         augmentation: Augmentation,
         seed: int,
+        value_range: ValueRange | None = None,
     ) -> None:
+        self.value_range = value_range
         self.source, self.size_px, self.in_chans, self.seed = source, size_px, len(mean), seed
         a = augmentation
         common = {
@@ -95,12 +98,15 @@ class TrainCrops(Dataset):
     def __getitem__(self, sample: Sample) -> tuple[Tensor, int, list[Corruption]]:
         seed = derive_seed(self.seed, "augment", sample.number)
         (crop, label), damaged = first_readable(
-            self.source, sample.index, lambda item, label: (self._crop(item, seed), label)
+            self.source, sample.index, lambda item, label, objections: (self._crop(item, seed, objections), label)
         )
         return crop, label, damaged
 
-    def _crop(self, item: Item, seed: int) -> Tensor:
-        crop = train_crop(item, self.size_px, self.size_px, "fourier", CROP_SCALE, 0, seed, self.in_chans)
+    def _crop(self, item: Item, seed: int, objections: list[str]) -> Tensor:
+        size_px = self.size_px
+        (crop,) = train_crops(
+            item, size_px, size_px, "fourier", CROP_SCALE, 0, [seed], self.in_chans, self.value_range, objections
+        )
         with seeded(derive_seed(seed, "colours")):
             if self.colours is not None:  # policies are for RGB; grey stays grey on the way there and back
                 picture = self.colours(to_pil_image(crop).convert("RGB"))
@@ -114,8 +120,16 @@ class EvalCrops(Dataset):
     A damaged image is an error: accuracy counts them all.
     """
 
-    def __init__(self, source: Source, size_px: tuple[int, int], in_chans: int, crop_pct: float) -> None:
+    def __init__(
+        self,
+        source: Source,
+        size_px: tuple[int, int],
+        in_chans: int,
+        crop_pct: float,
+        value_range: ValueRange | None = None,
+    ) -> None:
         self.source, self.size_px, self.in_chans, self.crop_pct = source, size_px, in_chans, crop_pct
+        self.value_range = value_range
 
     def __len__(self) -> int:
         return len(self.source)
@@ -123,7 +137,7 @@ class EvalCrops(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         item, label = self.source.read(index)
         try:
-            crop = center_crop(item, self.size_px, self.in_chans, self.crop_pct)
+            crop = center_crop(item, self.size_px, self.in_chans, self.crop_pct, self.value_range)
         except CorruptImage as error:
             raise ValueError(f"--data_path: {self.source.name(index)}: {error}") from error
         return crop, -1 if label is None else label

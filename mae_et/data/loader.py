@@ -8,8 +8,8 @@ import logging
 import multiprocessing.util
 import os
 import signal
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,32 +18,47 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from ..plan.curriculum import Curriculum
 from ..plan.shapes import SizePx, height_width
 from .decode import train_crops
-from .pixels import CorruptImage
+from .pixels import CorruptImage, ValueRange
 from .replay import MissingSamples, replayed
 from .sources import Item, Source
 from .stream import Sample, SampleStream, derive_seed
 
 log = logging.getLogger(__name__)
 
-Corruption = tuple[int, str, str]  # index, name, reason
+MAX_NAMED = 20  # decoded all the same; after these only every doubling of their number is named
 MAX_CORRUPT_IN_A_ROW = 100
 Made = TypeVar("Made")
 
 
-def first_readable(
-    source: Source, index: int, make: Callable[[Item, int | None], Made]
-) -> tuple[Made, list[Corruption]]:
-    """`make(item, label)` of image `index` or, if none can be made of it, of the next one that can, always the same.
+class Corruption(NamedTuple):
+    """An image that could not be used, or not as it was meant."""
 
-    Also returns the images that were passed over. ValueError if there are MAX_CORRUPT_IN_A_ROW of them.
+    index: int
+    name: str
+    reason: str
+    decoded: bool = False
+    """It was used: Pillow decodes what the strict decoder objects to."""
+
+
+def first_readable(
+    source: Source, index: int, make: Callable[[Item, int | None, list[str]], Made]
+) -> tuple[Made, list[Corruption]]:
+    """`make(item, label, objections)` of image `index`, or of the next one of which it can be made, always the same.
+
+    Also returns the images that were passed over, and the one used if the decoder has objections.
+    ValueError if MAX_CORRUPT_IN_A_ROW can't be used.
     """
     damaged: list[Corruption] = []
     for offset in range(min(MAX_CORRUPT_IN_A_ROW, len(source))):
         place = (index + offset) % len(source)
+        objections: list[str] = []
         try:
-            return make(*source.read(place)), damaged
+            made = make(*source.read(place), objections)
         except (CorruptImage, OSError) as error:
-            damaged.append((place, source.name(place), str(error)))
+            damaged.append(Corruption(place, source.name(place), str(error)))
+            continue
+        damaged += [Corruption(place, source.name(place), reason, decoded=True) for reason in objections]
+        return made, damaged
     raise ValueError(f"--data_path: {len(damaged)} damaged images in a row, from {damaged[0][1]}: {damaged[0][2]}")
 
 
@@ -51,10 +66,18 @@ class TrainImages(Dataset):
     """Samples -> augmented crops. A damaged image is replaced by the next one that can be read, the same each time."""
 
     def __init__(
-        self, source: Source, curriculum: Curriculum, full_size_px: SizePx, operator: str, in_chans: int, seed: int
+        self,
+        source: Source,
+        curriculum: Curriculum,
+        full_size_px: SizePx,
+        operator: str,
+        in_chans: int,
+        seed: int,
+        value_range: ValueRange | None = None,
     ) -> None:
         self.source, self.stages = source, curriculum.stages
         self.full_px, self.operator, self.in_chans, self.seed = height_width(full_size_px), operator, in_chans, seed
+        self.value_range = value_range
 
     def __getitems__(self, samples: list[Sample]) -> list[tuple[list[Tensor], list[Corruption]]]:
         """Crops of a micro-batch, image by image: views of one image are neighbours, and it is decoded once."""
@@ -65,7 +88,7 @@ class TrainImages(Dataset):
         stage = self.stages[views[0].stage]
         seeds = [derive_seed(self.seed, "augment", sample.number) for sample in views]
 
-        def crops(item: Item, _label: int | None) -> list[Tensor]:
+        def crops(item: Item, _label: int | None, objections: list[str]) -> list[Tensor]:
             return train_crops(
                 item,
                 size_px=stage.height_width,
@@ -75,21 +98,33 @@ class TrainImages(Dataset):
                 augment=stage.augment,
                 seeds=seeds,
                 in_chans=self.in_chans,
+                value_range=self.value_range,
+                objections=objections,
             )
 
         return first_readable(self.source, views[0].index, crops)
 
 
 class CorruptLog:
-    """Counts damaged images, names each once, and stops the run above a share of the data set."""
+    """Counts damaged images, names each once, and stops the run above a share of the data set.
+
+    Those that are decoded all the same count apart and never stop it: libjpeg also warns of harmless bytes.
+    """
 
     def __init__(self, num_images: int, limit: float) -> None:
         self.num_images, self.limit = num_images, limit
         self.seen: set[int] = set()
+        self.decoded: set[int] = set()
 
-    def add(self, damaged: list[Corruption]) -> None:
-        for index, name, reason in damaged:
-            if index in self.seen:
+    def add(self, damaged: Iterable[Corruption]) -> None:
+        for index, name, reason, decoded in itertools.starmap(Corruption, damaged):
+            if index in (self.decoded if decoded else self.seen):
+                continue
+            if decoded:
+                self.decoded.add(index)
+                count = len(self.decoded)
+                if count <= MAX_NAMED or count.bit_count() == 1:
+                    log.warning("damaged image decoded all the same (%d so far): %s: %s", count, name, reason)
                 continue
             self.seen.add(index)
             log.warning("damaged image skipped (%d so far): %s: %s", len(self.seen), name, reason)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import math
 import struct
 import tokenize
@@ -15,16 +16,23 @@ from collections.abc import Iterator
 
 import numpy as np
 import tifffile
+import torch
 from PIL import Image, UnidentifiedImageError
+from torchvision.io import ImageReadMode, decode_png
 
-from .sources import Item
+from .sources import Item, Source
+
+log = logging.getLogger(__name__)
+
+ValueRange = tuple[float, float]
+"""Stored values (low, high) that become 0 and 255; what lies outside is clipped, NaN becomes 0."""
 
 MAX_PIXELS = 89_478_485
 """Larger images are refused as damaged: Pillow's own limit against decompression bombs, here an error."""
 
 MODES = {1: "L", 3: "RGB"}
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_NPY_MAGIC = b"\x93NUMPY"
+_NPY_MAGIC, _PNG_MAGIC = b"\x93NUMPY", b"\x89PNG"
 _ORIENTATION_TAG = 0x0112  # EXIF
 _BITS_TAG, _PLANES_TAG = 258, 284  # TIFF
 UPRIGHT = {  # EXIF orientation -> the transposition that brings the stored pixels upright
@@ -37,7 +45,8 @@ UPRIGHT = {  # EXIF orientation -> the transposition that brings the stored pixe
     8: Image.Transpose.ROTATE_90,
 }
 # What Pillow's decoders raise on broken files. OSError covers truncation and UnidentifiedImageError; broken PNG chunks
-# are SyntaxError or zlib.error; cut headers show up as struct.error, EOFError, IndexError, KeyError, TypeError.
+# are SyntaxError or zlib.error; cut headers show up as struct.error, EOFError, IndexError, KeyError, TypeError; AVIF
+# raises RuntimeError, of which DDS's NotImplementedError is one.
 _PILLOW_ERRORS = (
     OSError,
     SyntaxError,
@@ -46,13 +55,13 @@ _PILLOW_ERRORS = (
     LookupError,
     TypeError,
     OverflowError,
+    RuntimeError,
     struct.error,
     zlib.error,
     Image.DecompressionBombError,
 )
-# tifffile checks little: broken tags end in divisions by zero, failed assertions or RuntimeError (of which
-# NotImplementedError is one).
-_TIFFFILE_ERRORS = (*_PILLOW_ERRORS, ArithmeticError, AssertionError, RuntimeError)
+# tifffile checks little: broken tags end in divisions by zero or failed assertions.
+_TIFFFILE_ERRORS = (*_PILLOW_ERRORS, ArithmeticError, AssertionError)
 
 
 class CorruptImage(ValueError):
@@ -60,26 +69,46 @@ class CorruptImage(ValueError):
     type or channels that do not fit."""
 
 
-def to_image(item: Item, in_chans: int) -> Image.Image | np.ndarray:
+def to_image(item: Item, in_chans: int, value_range: ValueRange | None = None) -> Image.Image | np.ndarray:
     """Decode, turn upright (EXIF) and bring to `in_chans` channels of 8 bits.
 
     Returns a Pillow image of mode "L" (1 channel) or "RGB" (3), else a uint8 array [H, W, C]. For 1 and 3 channels
     transparency is composited on white; 4 channels keep alpha as it is stored. Other counts can only come from arrays:
-    .npy files, multi-band TIFF, or a source that returns them. 16 bits are scaled by 1/257, never clipped. Of several
-    frames the first is taken.
+    .npy files, multi-band TIFF, or a source that returns them. Of several frames the first is taken.
+
+    16 bits are scaled by 1/257, never clipped; with a `value_range`, they and all other integers and floats are scaled
+    from that range. 8 bits are what they are.
 
     Raises CorruptImage for unreadable bytes, and if the channels or the pixel type do not fit `in_chans`.
     """
-    if isinstance(item, bytes):
-        if item.startswith(_NPY_MAGIC):
-            item = _read_npy(item)
-        elif item.startswith(_TIFF_MAGIC):
-            item = _open_tiff(item, in_chans)
-        else:
-            item = open_header(item)
-    if isinstance(item, np.ndarray):
-        return _array_to_channels(item, in_chans)
-    return _pillow_to_channels(item, in_chans)
+    opened = _open(item, in_chans, all_bits=value_range is not None)
+    if isinstance(opened, np.ndarray):
+        return _array_to_channels(opened, in_chans, value_range)
+    return _pillow_to_channels(opened, in_chans, value_range)
+
+
+def measure_value_range(source: Source, samples: int = 64) -> ValueRange | None:
+    """Measure the range of values that images of more than 8 bits use, in a sample spread evenly over a source.
+
+    Returns the quantiles 0.1 % and 99.9 % of up to 4096 pixels of each image. None where the pixels' type says the
+    range: for 8 bits, and for 16 of which a quarter or more is used, so that 64 of 256 levels or more are left.
+    """
+    values = []
+    for index in (place * len(source) // samples for place in range(min(samples, len(source)))):
+        with contextlib.suppress(CorruptImage, OSError):  # named when its turn comes
+            pixels = _more_than_8_bits(source.read(index)[0])
+            if pixels is not None:
+                flat = pixels.reshape(-1)[:: max(1, pixels.size // 4096)]
+                values.append(flat[np.isfinite(flat)])
+    if not values:
+        return None
+    low, high = np.quantile(np.concatenate(values), (0.001, 0.999), method="nearest").tolist()
+    is_16_bits = all(part.dtype == np.uint16 for part in values)
+    if high <= low or (is_16_bits and high - low >= 65535 / 4):
+        return None
+    levels = f"; as they are, these would be {1 + round((high - low) / 257)} of 256 levels" if is_16_bits else ""
+    log.warning("pixels lie between %g and %g, measured in %d images%s", low, high, len(values), levels)
+    return float(low), float(high)
 
 
 @contextlib.contextmanager
@@ -120,7 +149,33 @@ def orientation_of(image: Image.Image) -> int:
     return value if value in UPRIGHT else 1
 
 
-def _pillow_to_channels(image: Image.Image, in_chans: int) -> Image.Image | np.ndarray:
+def _open(item: Item, in_chans: int, all_bits: bool) -> Image.Image | np.ndarray:
+    """Decode .npy, TIFF and, for all its bits, 16-bit colour PNG to an array; read only the header of the others."""
+    if not isinstance(item, bytes):
+        return item
+    if item.startswith(_NPY_MAGIC):
+        return _read_npy(item, all_bits)
+    if item.startswith(_TIFF_MAGIC):
+        return _open_tiff(item, in_chans, all_bits)
+    if all_bits and item.startswith(_PNG_MAGIC) and item[24:26] in (b"\x10\x02", b"\x10\x04", b"\x10\x06"):
+        return _read_deep_png(item, in_chans)  # of which Pillow drops 8 bits
+    return open_header(item)
+
+
+def _more_than_8_bits(item: Item) -> np.ndarray | None:
+    """The pixels of an image of more than 8 bits as they are stored, else None."""
+    opened = _open(item, 3, all_bits=True)
+    if isinstance(opened, Image.Image):
+        if not (opened.mode.startswith("I") or opened.mode == "F"):
+            return None
+        with corrupt_image_errors():
+            opened = np.asarray(opened)
+        if opened.dtype == np.int32 and opened.min() >= 0 and opened.max() <= 65535:
+            opened = opened.astype(np.uint16)  # some versions of Pillow open 16 bits so
+    return None if opened.dtype.itemsize == 1 or opened.dtype.kind not in "uif" else opened
+
+
+def _pillow_to_channels(image: Image.Image, in_chans: int, value_range: ValueRange | None) -> Image.Image | np.ndarray:
     if in_chans not in (1, 3, 4):
         raise CorruptImage(
             f"--in_chans {in_chans} needs arrays with {in_chans} channels (.npy or multi-band TIFF);"
@@ -131,7 +186,8 @@ def _pillow_to_channels(image: Image.Image, in_chans: int) -> Image.Image | np.n
         # after `load`, because Pillow turns TIFF upright itself there and then drops the tag
         orientation = orientation_of(image)
     if image.mode.startswith("I") or image.mode == "F":
-        image = Image.fromarray(_to_uint8(_integer_pixels(image)))
+        pixels = _integer_pixels(image) if value_range is None else np.asarray(image)
+        image = Image.fromarray(_to_uint8(pixels, value_range))
     with corrupt_image_errors():
         image = convert(image, in_chans)
     if orientation in UPRIGHT:
@@ -157,19 +213,25 @@ def _integer_pixels(image: Image.Image) -> np.ndarray:
     pixels = np.asarray(image)
     bits = max(getattr(image, "tag_v2", {}).get(_BITS_TAG, (16,)))  # a TIFF may hold 32, and then any range
     if pixels.dtype.kind == "f" or bits > 16 or pixels.min() < 0 or pixels.max() > 65535:
-        raise CorruptImage(f"pixels of mode {image.mode} have no known range; save them as 8 or 16 unsigned bits")
+        raise CorruptImage(
+            f"pixels of mode {image.mode} have no known range; save them as 8 or 16 unsigned bits or give --value_range"
+        )
     return pixels.astype(np.uint16)
 
 
-def _to_uint8(pixels: np.ndarray) -> np.ndarray:
+def _to_uint8(pixels: np.ndarray, value_range: ValueRange | None) -> np.ndarray:
     if pixels.dtype == np.uint8:
         return pixels
+    if value_range is not None and pixels.dtype.kind in "uif":
+        low, high = value_range
+        levels = (pixels.astype(np.float64) - low) * (255 / (high - low))
+        return np.nan_to_num(levels, nan=0, posinf=255, neginf=0).clip(0, 255).round().astype(np.uint8)
     if pixels.dtype.kind != "u" or pixels.dtype.itemsize != 2:
-        raise CorruptImage(f"pixels are {pixels.dtype}; only uint8 and uint16 have a known range")
+        raise CorruptImage(f"pixels are {pixels.dtype}; only uint8 and uint16 have a known range; give --value_range")
     return ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)  # v/257 rounded: 0 -> 0, 65535 -> 255
 
 
-def _array_to_channels(pixels: np.ndarray, in_chans: int) -> Image.Image | np.ndarray:
+def _array_to_channels(pixels: np.ndarray, in_chans: int, value_range: ValueRange | None) -> Image.Image | np.ndarray:
     if pixels.ndim == 2:
         pixels = pixels[..., None]
     if pixels.ndim != 3:
@@ -178,14 +240,17 @@ def _array_to_channels(pixels: np.ndarray, in_chans: int) -> Image.Image | np.nd
     channels = pixels.shape[2]
     if channels != in_chans and {channels, in_chans} != {1, 3}:
         raise CorruptImage(f"--in_chans is {in_chans}, but an image array of shape {list(pixels.shape)} has {channels}")
-    pixels = np.ascontiguousarray(_to_uint8(pixels))
+    pixels = np.ascontiguousarray(_to_uint8(pixels, value_range))
     if in_chans not in MODES:
         return pixels
     return Image.fromarray(pixels[..., 0] if channels == 1 else pixels).convert(MODES[in_chans])
 
 
-def _read_npy(data: bytes) -> np.ndarray:
-    """[H, W] or [H, W, C] from the bytes of a .npy file, without copying and without unpickling."""
+def _read_npy(data: bytes, all_types: bool) -> np.ndarray:
+    """[H, W] or [H, W, C] from the bytes of a .npy file, without copying and without unpickling.
+
+    Unsigned integers, or `all_types` of integers and floats.
+    """
     stream = io.BytesIO(data)
     read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     try:
@@ -193,20 +258,31 @@ def _read_npy(data: bytes) -> np.ndarray:
         shape, is_fortran, dtype = read_header[version](stream)
     except (ValueError, KeyError, SyntaxError, TypeError, tokenize.TokenError) as error:
         raise CorruptImage(f"not a readable .npy file ({error})") from error
-    if dtype.kind != "u":
-        raise CorruptImage(f"a .npy image holds {dtype}; only uint8 and uint16 have a known range")
+    if dtype.kind not in ("uif" if all_types else "u"):
+        raise CorruptImage(f"a .npy image holds {dtype}; only uint8 and uint16 have a known range; give --value_range")
     expected_bytes = math.prod(shape) * dtype.itemsize
     if len(data) - stream.tell() != expected_bytes:
         raise CorruptImage(f".npy of shape {list(shape)} needs {expected_bytes} bytes, has {len(data) - stream.tell()}")
     return np.frombuffer(data, dtype, offset=stream.tell()).reshape(shape, order="F" if is_fortran else "C")
 
 
-def _open_tiff(data: bytes, in_chans: int) -> Image.Image | np.ndarray:
+def _read_deep_png(data: bytes, in_chans: int) -> np.ndarray:
+    """uint16 [H, W, C] from a PNG of 16 bits; alpha is kept only where 4 channels are asked for."""
+    try:
+        pixels = decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.UNCHANGED)
+    except RuntimeError as error:
+        raise CorruptImage(f"not a readable PNG ({str(error).splitlines()[0]})") from error
+    channels = pixels.movedim(0, 2).numpy()
+    return channels[..., :-1] if channels.shape[2] in (2, 4) and in_chans != 4 else channels
+
+
+def _open_tiff(data: bytes, in_chans: int, all_bits: bool) -> Image.Image | np.ndarray:
     if in_chans in MODES:
         with contextlib.suppress(CorruptImage):  # Pillow knows more compressions, tifffile more layouts of bands
             image = open_header(data)
             bits, planes = image.tag_v2.get(_BITS_TAG, (8,)), image.tag_v2.get(_PLANES_TAG, 1)
-            if max(bits) <= 8 or planes == 1:  # Pillow takes separate planes of 16 bits for planes of 8
+            # Pillow takes separate planes of 16 bits for planes of 8, and makes 8 bits of colours of 16
+            if max(bits) <= 8 or (planes == 1 and not (all_bits and len(bits) > 1)):
                 return image
     return _read_tiff(data)
 

@@ -11,7 +11,7 @@ import json
 import logging
 import tarfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,8 +22,9 @@ from torch.utils.data import DataLoader, Dataset
 from ..console import console
 from ..files import make_folder, write, write_text
 from .config import PrepareConfig
+from .decode import jpeg_objection
 from .loader import worker_options
-from .pixels import MODES, CorruptImage, open_header, orientation_of, to_image
+from .pixels import MODES, CorruptImage, measure_value_range, open_header, orientation_of, to_image
 from .shards import FORMAT, INDEX, ShardSource
 from .sources import Item, Source, open_source
 
@@ -36,6 +37,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     Raises FileNotFoundError, ValueError, OSError or CheckpointError, in one line.
     """
     total = {"images": 0, "damaged": 0, "source_bytes": 0, "bytes": 0}
+    value_range = config.value_range
     for split in ("train", "val"):
         try:
             source = open_source(config.source, split)
@@ -46,7 +48,9 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
             continue
         folder = Path(config.out) / split
         make_folder(folder)
-        index = pack(source, folder, config)
+        if split == "train" and value_range is None:
+            value_range = measure_value_range(source)
+        index = pack(source, folder, replace(config, value_range=value_range))
         ShardSource(folder)  # opens as --data_path will open it
         total["images"] += sum(len(shard["keys"]) for shard in index["shards"])
         total["damaged"] += len(index["damaged"])
@@ -58,6 +62,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
 def pack(source: Source, folder: Path, config: PrepareConfig) -> dict[str, Any]:
     """Pack one split into `folder` and return its index. Finished shards are verified and kept."""
     settings = {name: value for name, value in asdict(config).items() if name not in ("source", "out", "num_workers")}
+    settings["value_range"] = None if config.value_range is None else [float(value) for value in config.value_range]
     settings["names_sha256"] = _names_sha256(source)
     shards = _finished(folder, settings)
     first = shards[-1]["end"] if shards else 0
@@ -88,21 +93,22 @@ def pack(source: Source, folder: Path, config: PrepareConfig) -> dict[str, Any]:
 
 
 class Encoder(Dataset):
-    """Index -> (JPEG bytes, bytes it had before, label, reason if it is damaged)."""
+    """Index -> (JPEG bytes, bytes it had before, label, reason if it is damaged, objection to what is decoded)."""
 
     def __init__(self, source: Source, config: PrepareConfig) -> None:
         self.source, self.config = source, config
 
-    def __getitem__(self, index: int) -> tuple[bytes, int, int | None, str]:
+    def __getitem__(self, index: int) -> tuple[bytes, int, int | None, str, str]:
         label = None if self.source.labels is None else int(self.source.labels[index])
         try:
             item, _ = self.source.read(index)
-            return self._encode(item), len(item) if isinstance(item, bytes) else 0, label, ""
+            size = len(item) if isinstance(item, bytes) else 0
+            return self._encode(item), size, label, "", jpeg_objection(item)
         except (CorruptImage, OSError) as error:
-            return b"", 0, label, str(error)
+            return b"", 0, label, str(error), ""
 
     def _encode(self, item: Item) -> bytes:
-        image = to_image(item, self.config.in_chans)
+        image = to_image(item, self.config.in_chans, self.config.value_range)
         ratio = self.config.short_side / min(image.size)
         if ratio >= 1 and _is_plain_jpeg(item, self.config.in_chans):
             return item
@@ -126,7 +132,7 @@ def _write_shard(
     folder: Path,
     number: int,
     first: int,
-    encoded: Iterator[tuple[bytes, int, int | None, str]],
+    encoded: Iterator[tuple[bytes, int, int | None, str, str]],
     source: Source,
     config: PrepareConfig,
     advance: Callable[[], None],
@@ -141,12 +147,14 @@ def _write_shard(
         with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             while shard["end"] < len(source) and tar.offset < config.shard_mb * 1e6:
                 key = shard["end"]
-                data, source_bytes, label, reason = next(encoded)
+                data, source_bytes, label, reason, objection = next(encoded)
                 shard["end"] += 1
                 advance()
                 if reason:
                     shard["damaged"].append((source.name(key), reason))
                     continue
+                if objection:
+                    log.warning("damaged image decoded all the same: %s: %s", source.name(key), objection)
                 shard["source_bytes"] += source_bytes
                 shard["keys"].append(key)
                 shard["offsets"].append(tar.offset + tarfile.BLOCKSIZE)
@@ -187,7 +195,7 @@ def _finished(folder: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
     shards: list[dict[str, Any]] = []
     while (sidecar := _sidecar(folder, f"{len(shards):05}.tar")).exists():
         shard = json.loads(sidecar.read_text())
-        before = shard.pop("settings")
+        before = {"value_range": None} | shard.pop("settings")  # of earlier versions
         if before != settings:
             name = next(name for name in settings if before.get(name) != settings[name])
             difference = "of other images" if name == "names_sha256" else f"with --{name} {before.get(name)}"

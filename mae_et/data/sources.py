@@ -16,9 +16,10 @@ from PIL import Image
 
 from ..plan.config import PretrainConfig
 from .datasets import IdxSource, TimmSource, has_idx_files
-from .folders import open_folder, val_sibling
+from .folders import FolderSource, held_out_sibling, no_held_out_images, open_folder
 from .photos import PhotoTiles
 from .shards import INDEX, ShardSource
+from .tars import TAR, TarSource
 from .webdataset import open_webdataset
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,9 @@ KINDS = (
 
 Item = bytes | Image.Image | np.ndarray
 """An image as a source holds it: file bytes, a Pillow image, or a uint8/uint16 array [H, W] or [H, W, C]."""
+
+#: What a data path of a data set begins with.
+MAGIC = ("photos", "torch", "hfds", "wds", "tfds", "hfids")
 
 
 class Source(Protocol):
@@ -58,12 +62,16 @@ def open_source(data_path: str | os.PathLike[str], split: str = "train", holdout
 
     1. `photos`: tiles of the photographs inside scikit-image and scikit-learn
     2. `torch/NAME[:ROOT]`: a torchvision data set through timm, under ROOT (else $MAE_ET_DATA, else ./data), downloaded
-       if it is not there; `hfds/NAME[:CACHE]`: a Hugging Face data set through timm; `FILE.tar`: images in a tar,
-       class = folder, whose split "val" is the val.tar beside it; `wds/FOLDER` or `wds/PATTERN`: WebDataset shards
-    3. a folder of IDX files (the MNIST family, gzipped or not)
-    4. a folder that `python -m mae_et prepare` has written
-    5. a folder with train/ and val/ (or validation/, test/): sub-folders are classes, images directly inside have none
-    6. any other folder of images, nested or not: unlabelled, and without a split "val"
+       if it is not there; `hfds/NAME[:CACHE]`: a Hugging Face data set through timm; `wds/FOLDER` or `wds/PATTERN`:
+       WebDataset shards
+    3. `FILE.tar`: images in a tar, class = folder, whose split "val" is the val.tar beside it
+    4. a folder of IDX files (the MNIST family, gzipped or not)
+    5. a folder that `python -m mae_et prepare` has written
+    6. a folder with train/ and val/ (or another name of a split, see `folders`): sub-folders are classes, images
+       directly inside have none
+    7. any other folder of images, nested or not: unlabelled, and without a split "val"
+
+    Names of 1 and 2 that are also paths are refused: ./photos is the folder, photos: (with a colon) the data set.
 
     holdout: so many training images, equally many of each class, are "val" instead, and not in "train".
 
@@ -75,9 +83,16 @@ def open_source(data_path: str | os.PathLike[str], split: str = "train", holdout
     if split not in ("train", "val"):
         raise ValueError(f"split is {split!r}; choose train or val")
     data_path = os.path.expanduser(os.fspath(data_path))
-    if data_path == "photos":
+    prefix, slash, name = data_path.partition("/")
+    prefix = prefix.lower() if slash or data_path in ("photos", "photos:") else ""
+    if prefix in MAGIC and os.path.exists(data_path):
+        data_set = f"wds/{os.path.abspath(name)}" if prefix == "wds" else f"{data_path}:"
+        raise ValueError(
+            f"--data_path {data_path} is the name of a data set, and there is a path ./{data_path}, too; give "
+            f"./{data_path} for that, or {data_set} for the data set"
+        )
+    if prefix in ("photos", "photos:") and not slash:
         return PhotoTiles(split)
-    prefix = data_path.partition("/")[0].lower()
     if prefix == "wds":
         return open_webdataset(data_path, split)
     if prefix in ("tfds", "hfids"):
@@ -87,15 +102,34 @@ def open_source(data_path: str | os.PathLike[str], split: str = "train", holdout
     root = Path(data_path)
     if not root.exists():
         raise FileNotFoundError(f"--data_path {data_path} does not exist; give {KINDS}")
-    if root.suffix == ".tar":
-        return TimmSource(str(root if split == "train" else val_sibling(root, ".tar", data_path)), split)
+    if root.is_file() and TAR.fullmatch(root.name):
+        return _open_tar(root, split, data_path)
     if not root.is_dir():
         raise ValueError(f"--data_path {data_path} is a file; give {KINDS}")
     if has_idx_files(root):
         return IdxSource(root, split)
     if is_prepared(root):
-        return ShardSource(root / "train" if split == "train" else val_sibling(root / "train", "", data_path))
+        if not (root / split).exists():
+            raise FileNotFoundError(no_held_out_images(root, data_path, "/"))
+        return ShardSource(root / split)
     return open_folder(root, split)
+
+
+def _open_tar(file: Path, split: str, data_path: str) -> TarSource:
+    if split == "train":
+        return TarSource(file)
+    val = held_out_sibling(file)
+    if val is None:
+        raise FileNotFoundError(no_held_out_images(file.parent, data_path, ".tar"))
+    log.info("held-out images are those of %s", val)
+    return TarSource(val, train=TarSource(file))
+
+
+def why_unlabelled(source: Source) -> str:
+    """The image that keeps folders from being classes, in words; "" if there is no such image."""
+    while isinstance(source, Subset | CachedSource):
+        source = source.source
+    return source.why_unlabelled if isinstance(source, FolderSource | TarSource) else ""
 
 
 def open_held_out(data_path: str | os.PathLike[str], holdout: int = 0) -> Source:
@@ -163,16 +197,16 @@ class Subset:
     def __init__(self, source: Source, indices: np.ndarray) -> None:
         self.classes = source.classes
         self.labels = None if source.labels is None else source.labels[indices]
-        self._source, self.indices = source, indices
+        self.source, self.indices = source, indices
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def read(self, index: int) -> tuple[Item, int | None]:
-        return self._source.read(int(self.indices[index]))
+        return self.source.read(int(self.indices[index]))
 
     def name(self, index: int) -> str:
-        return self._source.name(int(self.indices[index]))
+        return self.source.name(int(self.indices[index]))
 
 
 class CachedSource:
@@ -185,7 +219,7 @@ class CachedSource:
 
     def __init__(self, source: Source, max_bytes: int) -> None:
         self.classes, self.labels = source.classes, source.labels
-        self._source = source
+        self.source = source
         data, ends = bytearray(), [0]
         for index in range(len(source)):
             try:
@@ -200,13 +234,13 @@ class CachedSource:
         log.info("%d of %d images in memory, %.2f GiB", len(ends) - 1, len(source), len(data) / 2**30)
 
     def __len__(self) -> int:
-        return len(self._source)
+        return len(self.source)
 
     def read(self, index: int) -> tuple[Item, int | None]:
         if index + 1 >= len(self._ends) or self._ends[index] == self._ends[index + 1]:
-            return self._source.read(index)
+            return self.source.read(index)
         data = self._data[self._ends[index] : self._ends[index + 1]].tobytes()
         return data, None if self.labels is None else int(self.labels[index])
 
     def name(self, index: int) -> str:
-        return self._source.name(index)
+        return self.source.name(index)

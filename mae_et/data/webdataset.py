@@ -15,8 +15,6 @@ import json
 import logging
 import os
 import re
-import tarfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,20 +22,19 @@ from typing import Any
 import numpy as np
 
 from ..files import CheckpointError, make_folder, write_text
-from .folders import EXTENSIONS, VAL_NAMES
+from .folders import EXTENSIONS, TRAIN_NAMES, VAL_NAMES, has_word, is_litter, split_word
 from .shards import Members, check_shard, shard_numbers
+from .tars import TAR, regular_members
 
 log = logging.getLogger(__name__)
 
 INDEX = ".mae_et-index.json"
-FORMAT = "mae_et webdataset 1"
+FORMAT = "mae_et webdataset 2"  # 2: more endings, no litter
 LABEL_FIELDS = ("label", "cls", "class")  # of key.json, first match; key.cls goes before
 MAX_LABEL_BYTES = 1 << 16  # what is larger is no label
 MAX_CLASSES = 1 << 20
 SCAN_THREADS = 8  # reading headers of remote files is mostly waiting
 
-_TAR = re.compile(r"[^.].*\.(tar|tar\.(gz|bz2|xz|zst)|tgz|tbz2|txz)", re.IGNORECASE)
-_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 _MEMBER = re.compile(r"(?P<key>(?:.*/)?[^./]+)\.(?P<extension>[^/]*)", re.DOTALL)
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _SERIES = re.compile(r"(\d+)\.\.(\d+)")
@@ -78,6 +75,8 @@ def open_webdataset(data_path: str, split: str) -> WebDatasetSource:
     """
     where = os.path.expanduser(data_path.partition("/")[2])
     files = find_shards(where, split)
+    if split == "val" and files:
+        log.info("held-out images are those of %s%s", files[0], f" to {files[-1].name}" if len(files) > 1 else "")
     entries = read_entries(files)
     if not any(entry["keys"] for entry in entries):
         problem = f"no images in {len(files)} shards" if files else f"no shards of {split}"
@@ -100,7 +99,11 @@ def class_names(entries: list[dict[str, Any]]) -> list[str] | None:
     names = set(labels)
     if None in names:
         if len(names) > 1:
-            log.warning("%d of %d images have no label: all count as unlabelled", labels.count(None), len(labels))
+            keys = [key for entry in entries for key in entry["keys"]]
+            log.warning(
+                "%d of %d images have no label: all count as unlabelled; the first is %s",
+                *(labels.count(None), len(labels), keys[labels.index(None)]),
+            )
         return None
     if not all(name.isdecimal() for name in names):
         return sorted(names)
@@ -116,21 +119,23 @@ def class_names(entries: list[dict[str, Any]]) -> list[str] | None:
 def find_shards(where: str, split: str) -> list[Path]:
     """The tars of a split, sorted; there may be none.
 
-    Of a folder: the tars in train/, or in val/, validation/ or test/ (first match). Where there is no such sub-folder:
-    the folder's own tars, of which those with one of these three words in their name are held out. A pattern, such as
-    {a,b}/train-{000..146}.tar, names training shards; the held-out ones have another word in place of `train`.
+    Of a folder: the tars in train/, or in val/, validation/ or test/ (the first of VAL_NAMES). Where there is no such
+    sub-folder: the folder's own tars, of which those with one of these words in their name are held out. A pattern,
+    such as {a,b}/train-{000..146}.tar, names training shards; the held-out ones have another word in place of `train`.
     FileNotFoundError if a tar of a pattern is missing.
     """
     if os.path.isdir(where):
         folder = Path(where)
-        names = ["train"] if split == "train" else VAL_NAMES
-        within = (_tars(folder / name) for name in names if (folder / name).is_dir())
+        names = TRAIN_NAMES if split == "train" else VAL_NAMES
+        inner = sorted(os.listdir(folder), reverse=True)
+        folders = [folder / name for wanted in names for name in inner if name.lower() == wanted]
+        inside = (_tars(path) for path in folders if path.is_dir())
         own = _tars(folder)
         if split == "train":
-            by_name = [[tar for tar in own if not any(_has_word(tar.name, name) for name in VAL_NAMES)]]
+            by_name = [[tar for tar in own if not any(has_word(tar.name, name) for name in VAL_NAMES)]]
         else:
-            by_name = [[tar for tar in own if _has_word(tar.name, name)] for name in VAL_NAMES]
-        return next(filter(None, itertools.chain(within, by_name)), [])
+            by_name = [[tar for tar in own if has_word(tar.name, name)] for name in VAL_NAMES]
+        return next(filter(None, itertools.chain(inside, by_name)), [])
     if split == "train":
         files = sorted({Path(file) for file in expand(where)})
         for file in files:
@@ -140,7 +145,9 @@ def find_shards(where: str, split: str) -> list[Path]:
     pattern = glob.escape(where)
     while _BRACES.search(pattern):
         pattern = _BRACES.sub("*", pattern)
-    held_out = (_word("train").sub(name, pattern) for name in VAL_NAMES if _has_word(where, "train"))
+    word = next((name for name in TRAIN_NAMES if has_word(where, name)), None)
+    any_case = ("".join(f"[{letter}{letter.upper()}]" for letter in name) for name in VAL_NAMES if word)
+    held_out = (split_word(word).sub(name, pattern) for name in any_case)
     return next(filter(None, (sorted(map(Path, glob.glob(each))) for each in held_out)), [])
 
 
@@ -159,15 +166,7 @@ def expand(pattern: str) -> list[str]:
 
 
 def _tars(folder: Path) -> list[Path]:
-    return sorted(folder / name for name in os.listdir(folder) if _TAR.fullmatch(name))
-
-
-def _word(word: str) -> re.Pattern:
-    return re.compile(rf"(?<![a-z]){word}(?![a-z])", re.IGNORECASE)
-
-
-def _has_word(text: str, word: str) -> bool:
-    return _word(word).search(text) is not None
+    return sorted(folder / name for name in os.listdir(folder) if TAR.fullmatch(name))
 
 
 # ── what is in a shard ──
@@ -182,9 +181,10 @@ def scan(file: Path) -> dict[str, Any]:
     status = file.stat()
     images: dict[str, dict[str, tuple[str, int, int]]] = {}  # key -> extension -> name, offset, size
     labels: dict[str, dict[str, str | None]] = {}  # key -> extension -> label
-    for member, tar in _regular_members(file):
+    for member, tar in regular_members(file):
+        *folders, _ = member.name.split("/")
         parts = _MEMBER.fullmatch(member.name)
-        if parts is None:
+        if parts is None or any(step.strip(".") and is_litter(step) for step in folders):
             continue
         key, extension = parts["key"], parts["extension"].lower()
         if extension in images.get(key, ()) or extension in labels.get(key, ()):
@@ -207,27 +207,6 @@ def scan(file: Path) -> dict[str, Any]:
             entry[column].append(value)
         entry["labels"].append(label.get("cls") or label.get("json"))
     return entry
-
-
-def _regular_members(file: Path) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
-    """Members of a tar that are files, in order. ValueError unless it is whole, uncompressed and not sparse."""
-    with file.open("rb") as raw:
-        if raw.read(8).startswith(_COMPRESSED):
-            raise ValueError(f"--data_path: {file} is compressed, and images are read at offsets; unpack it to a .tar")
-        try:
-            with tarfile.open(file, "r:") as tar:
-                while (member := tar.next()) is not None:
-                    tar.members.clear()  # or tarfile keeps every header in memory
-                    if tar.offset <= member.offset or member.issparse():
-                        raise tarfile.ReadError(f"{member.name} is sparse or has a negative size")
-                    if member.isreg():
-                        yield member, tar
-                # tarfile takes any broken header for the end, which is really a block of zeros
-                raw.seek(tar.offset)
-                if raw.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                    raise tarfile.ReadError(f"no end mark at byte {tar.offset}")
-        except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
-            raise ValueError(f"--data_path: {file} is no complete tar ({error})") from error
 
 
 def _normal(value: object) -> str | None:
