@@ -149,14 +149,19 @@ def train_crops(
     return crops
 
 
+#: Pillow's filters by timm's names.
+INTERPOLATIONS = {name: Image.Resampling[name.upper()] for name in ("nearest", "bilinear", "bicubic", "lanczos")}
+
+
 def center_crop(
     item: Item,
     size_px: tuple[int, int],
     in_chans: int,
     crop_pct: float = 1.0,
     value_range: ValueRange | None = None,
+    interpolation: str = "bicubic",
 ) -> torch.Tensor:
-    """The view used in evaluation: bicubic resize until `size_px` / `crop_pct` is covered, then the centre.
+    """The view used in evaluation: resize until `size_px` / `crop_pct` is covered, then the centre.
 
     `size_px` is (height, width), `crop_pct` lies in (0, 1]; MAE evaluates 224 with 224/256.
     Returns uint8 [C, *size_px]. Raises CorruptImage if no such image can be made of `item`, ValueError for `crop_pct`.
@@ -170,7 +175,7 @@ def center_crop(
         resized_px = cover_height, max(cover_width, cover_height * width // height)
     else:
         resized_px = max(cover_height, cover_width * height // width), cover_width
-    image = _resize(image, resized_px, Image.Resampling.BICUBIC)
+    image = _resize(image, resized_px, INTERPOLATIONS[interpolation])
     top, left = (round((resized - size) / 2) for resized, size in zip(resized_px, size_px, strict=True))
     return _to_tensor(_cut(image, (left, top, left + size_px[1], top + size_px[0])))
 

@@ -127,9 +127,10 @@ class EvalCrops(Dataset):
         in_chans: int,
         crop_pct: float,
         value_range: ValueRange | None = None,
+        interpolation: str = "bicubic",
     ) -> None:
         self.source, self.size_px, self.in_chans, self.crop_pct = source, size_px, in_chans, crop_pct
-        self.value_range = value_range
+        self.value_range, self.interpolation = value_range, interpolation
 
     def __len__(self) -> int:
         return len(self.source)
@@ -137,7 +138,7 @@ class EvalCrops(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         item, label = self.source.read(index)
         try:
-            crop = center_crop(item, self.size_px, self.in_chans, self.crop_pct, self.value_range)
+            crop = center_crop(item, self.size_px, self.in_chans, self.crop_pct, self.value_range, self.interpolation)
         except CorruptImage as error:
             raise ValueError(f"--data_path: {self.source.name(index)}: {error}") from error
         return crop, -1 if label is None else label

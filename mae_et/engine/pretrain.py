@@ -20,6 +20,7 @@ from .. import files, interop
 from ..console import console, logging_to_console
 from ..data.decode import center_crops
 from ..data.loader import CorruptLog, TrainImages, spare_cores, train_batches
+from ..data.pixels import ValueRange, measure_value_range
 from ..data.sources import CachedSource, Source, is_jpeg_source, open_held_out, open_source
 from ..data.stream import SampleStream, derive_seed, mask_noise, rank_rows
 from ..model import MaskedAutoencoder
@@ -50,6 +51,8 @@ class PretrainRun(Run):
     model: MaskedAutoencoder
     images: dict[str, str] = field(default_factory=dict)
     """Fingerprint of the data."""
+    value_range: ValueRange | None = None
+    """Of pixels of more than 8 bits, as configured or measured."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -124,6 +127,7 @@ class PretrainRun(Run):
             "ledger": self.ledger.state_dict(),
             "precision": self.rt.precision,
             "sampled_images": self.images,
+            "value_range": self.value_range,
         }
         keep = self.config.keep_checkpoints
         if self.is_sharded and not full:
@@ -171,6 +175,10 @@ def pretrain(config: PretrainConfig) -> Path:
             source = CachedSource(source, int(config.cache_gib * 2**30))
         run = PretrainRun.create(config, rt, len(source))
         run.images = fingerprint(source)
+        # An older run, which has no such key, took pixels as they are.
+        run.value_range = config.value_range or (
+            state.get("value_range") if state else rt.from_main(measure_value_range(source) if rt.is_main else None)
+        )
         run.step = first_step(config, run.curriculum)
         if state:
             run.restore(state, resume or branch, "--resume" if resume else "--branch", read_from)
@@ -238,7 +246,9 @@ def check_micro_batches(run: PretrainRun) -> None:
 def open_loader(run: PretrainRun, source: Source) -> Iterator[Tensor]:
     config, rt = run.config, run.rt
     return train_batches(
-        TrainImages(source, run.curriculum, config.input_size, config.lowfreq, config.in_chans, config.seed),
+        TrainImages(
+            *(source, run.curriculum, config.input_size, config.lowfreq, config.in_chans, config.seed, run.value_range)
+        ),
         SampleStream(run.curriculum, config.seed, config.batch_size, run.step, rt.rank, rt.world_size),
         CorruptLog(len(source), config.damaged_limit),
         config.num_workers,
@@ -256,7 +266,8 @@ def open_folder(run: PretrainRun, resume: Path | None, read_from: Path | None) -
         files.promote(read_from, resume)
     lasting = dataclasses.replace(config, resume="", overwrite=False)  # it is a recipe: no one-off flags
     files.write_text(run.folder / run_folder.CONFIG, to_yaml(lasting))
-    environment = run_folder.environment(**run.rt.facts(), num_images=run.curriculum.num_images)
+    facts = {"num_images": run.curriculum.num_images, "value_range": run.value_range}
+    environment = run_folder.environment(**run.rt.facts(), **facts)
     files.write_json(run.folder / run_folder.ENVIRONMENT, environment)
 
 
@@ -357,7 +368,7 @@ def draw(run: PretrainRun, stages: list[Stage] | tuple[Stage, ...], path: Path) 
     if not run.rt.is_main:
         return
     source = open_held_out(config.data_path, config.holdout)
-    images, _ = center_crops(source, 6, height_width(config.input_size), config.in_chans)
+    images, _ = center_crops(source, 6, height_width(config.input_size), config.in_chans, run.value_range)
     if not len(images):
         log.warning("no picture: none of the held-out images tried can be read")
         return
@@ -381,7 +392,7 @@ def finish(run: PretrainRun, source: Source, vanilla: Curriculum) -> None:
         weights = run.full_model().state_dict()
         if run.rt.is_main:
             metadata = {interop.METADATA_KEY: json.dumps(run.model.shape.to_dict(), sort_keys=True)}
-            facts = WeightsRecord(run.config.pixel_mean, run.config.pixel_std)
+            facts = WeightsRecord(run.config.pixel_mean, run.config.pixel_std, run.value_range)
             metadata[RECORD_KEY] = json.dumps(facts.to_dict(), sort_keys=True)
             storage.save_safetensors(interop.to_timm(weights), run.folder / run_folder.ENCODER, metadata)
         with evaluation_time(run, len(run.curriculum.stages) - 1):

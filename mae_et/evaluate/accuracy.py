@@ -22,6 +22,7 @@ from ..engine.runtime import Normalize, Runtime
 from ..files import write_json
 from ..plan.flags import to_dict
 from ..plan.shapes import height_width
+from ..record import INTERPOLATION
 from .classes import classes_of, with_classes
 from .config import FinetuneConfig
 from .encoder import PretrainedEncoder, build_classifier, load_encoder
@@ -81,7 +82,11 @@ def evaluate(
 
 def eval_crops(encoder: PretrainedEncoder, source: Source) -> EvalCrops:
     """Centre crops as the weights, or flags, want them."""
-    return EvalCrops(source, height_width(encoder.input_size), encoder.shape.in_chans, encoder.record.crop_pct)
+    record = encoder.record
+    size = height_width(encoder.input_size)
+    return EvalCrops(
+        source, size, encoder.shape.in_chans, record.crop_pct, record.value_range, record.interpolation or INTERPOLATION
+    )
 
 
 class Accuracy:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +17,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from .. import checkpoint, interop
+from ..data.pixels import measure_value_range
+from ..data.sources import Source
 from ..engine.run_folder import run_of
+from ..engine.runtime import Runtime
 from ..model import MaskedAutoencoder, sincos_table
 from ..plan.config import check_statistics, default_statistics
 from ..plan.cost import encoder_flops_per_image
@@ -51,6 +54,15 @@ class PretrainedEncoder:
     """Classifier that came with the weights: `head.*`, and `fc_norm.*` where it pools patches."""
     sources: dict[str, str] = field(default_factory=dict)
     """Where each fact of the record comes from."""
+    ours: bool = False
+    """Whether a run of this package trained it: then what its record lacks, it did without."""
+
+    def with_value_range(self, train: Source, rt: Runtime) -> PretrainedEncoder:
+        """The range of the images' values, measured on training images where nobody states one."""
+        if self.record.value_range or self.ours:
+            return self
+        measured = rt.from_main(measure_value_range(train) if rt.is_main else None)
+        return replace(self, record=replace(self.record, value_range=measured)) if measured else self
 
     def log_record(self) -> None:
         """Log how images are normalised and cropped, and who says so."""
@@ -111,14 +123,16 @@ def load_encoder(config: FinetuneConfig) -> PretrainedEncoder:
         )
     folder = run_of(config.finetune) if config.finetune else None
     head = head if config.finetune else {}
-    return PretrainedEncoder(shape, state, origin, size, facts, data_path, folder, head, sources)
+    return PretrainedEncoder(
+        shape, state, origin, size, facts, data_path, folder, head, sources, bool(trained_on) and not config.like
+    )
 
 
 def complete_record(
     config: FinetuneConfig, facts: WeightsRecord, in_chans: int, size_px: SizePx
 ) -> tuple[WeightsRecord, dict[str, str]]:
     """How images are normalised and cropped: by flags, else by the weights, else by default; and which, by name."""
-    flags = WeightsRecord(config.mean, config.std, crop_pct=config.crop_pct, source="flags")
+    flags = WeightsRecord(config.mean, config.std, config.value_range, config.crop_pct, source="flags")
     crop_pct = default_crop_pct(size_px)
     default = WeightsRecord(
         *default_statistics(in_chans), crop_pct=crop_pct, interpolation=INTERPOLATION, source="default"
@@ -126,7 +140,9 @@ def complete_record(
     complete = flags.completed_by(facts).completed_by(default)
     check_statistics(complete.mean, complete.std, in_chans, f"{in_chans} channels")
     sources = {}
-    for name in ("mean", "std", "crop_pct", "interpolation"):
+    for name in ("mean", "std", "value_range", "crop_pct", "interpolation"):
+        if getattr(complete, name) is None:
+            continue
         known = next(each for each in (flags, facts, default) if getattr(each, name) is not None)
         sources[name] = known.source or "the weights"
     return complete, sources

@@ -173,7 +173,7 @@ def finetune(config: FinetuneConfig) -> Path:
             return evaluate_only(config, rt, began)
         encoder = load_encoder(config)
         source = open_labelled(encoder.data_path, "train", config.train_images, config.seed, config.holdout)
-        run = build(config, rt, encoder, source)
+        run = build(config, rt, encoder.with_value_range(source, rt), source)
         open_folder(run)
         if rt.is_main:
             log_plan(run)
@@ -245,7 +245,7 @@ def open_loader(run: FinetuneRun, source: Source) -> Iterator[tuple[Tensor, Tens
     policy = augmentation(config, len(encoder.mean))
     size = run.curriculum.stages[0].height_width
     return labelled_batches(
-        TrainCrops(source, size, encoder.mean, encoder.std, policy, config.seed),
+        TrainCrops(source, size, encoder.mean, encoder.std, policy, config.seed, encoder.record.value_range),
         SampleStream(run.curriculum, config.seed, run.micro_size, run.step, rt.rank, rt.world_size),
         CorruptLog(len(source), config.damaged_limit),
         config.num_workers,

@@ -55,6 +55,7 @@ def probe(config: FinetuneConfig) -> dict[str, dict[str, Any]]:
         began = time.perf_counter()
         encoder = load_encoder(config)
         train, val = (open_labelled(encoder.data_path, s, n, config.seed, config.holdout) for s, n in _splits(config))
+        encoder = encoder.with_value_range(train, rt)
         classes = classes_of(config, train, encoder.data_path)
         val = with_classes(val, classes, encoder.data_path, "the training images")
         if config.knn and config.k > len(train):
@@ -262,7 +263,7 @@ def _train_augmented(
     steps = max(1, round(config.epochs * len(source) / batch))
     size = height_width(encoder.input_size)
     plan = Curriculum((Stage(size, encoder.num_patches, 0, batch, steps, encoder.flops_per_image),), len(source))
-    crops = TrainCrops(source, size, encoder.mean, encoder.std, Augmentation(), config.seed)
+    crops = TrainCrops(source, size, encoder.mean, encoder.std, Augmentation(), config.seed, encoder.record.value_range)
     micro = config.micro_batch
     batches = labelled_batches(
         crops,

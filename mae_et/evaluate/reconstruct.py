@@ -110,7 +110,9 @@ def _read_images(config: ReconstructConfig, pretrained: checkpoint.Pretrained) -
         source = open_held_out(data_path, holdout)
     except (FileNotFoundError, ValueError) as error:
         raise ValueError(str(error).replace("--data_path", "--images")) from error  # here called --images
-    images, skipped = center_crops(source, config.num_images, height_width(shape.img_size), shape.in_chans)
+    images, skipped = center_crops(
+        source, config.num_images, height_width(shape.img_size), shape.in_chans, pretrained.record.value_range
+    )
     for line in skipped:
         log.warning("skipped %s", line)
     if not len(images):

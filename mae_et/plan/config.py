@@ -54,6 +54,8 @@ class DataFlags:
     """Mean per channel in [0, 1]; default: ImageNet's for 3 channels, else 0.5."""
     std: Annotated[tuple[float, ...] | None, DATA] = None
     """Standard deviation per channel; default: ImageNet's for 3 channels, else 0.25."""
+    value_range: Annotated[tuple[float, float] | None, DATA] = None
+    """Pixel values that become black and white, of images with more than 8 bits; default: measured if they use few."""
     num_workers: Annotated[int | None, RUN, NOT_NEGATIVE] = None
     """Loader processes per device; default: the cores there are, at most 10."""
     pin_mem: Annotated[bool, RUN] = True
@@ -129,6 +131,12 @@ def check_shared(config: DataFlags | RunFlags | LauncherFlags) -> None:
     check(config)
     if config.resume and config.overwrite:
         raise ValueError("--resume goes on with a run and --overwrite replaces it; give one of them")
+    for name in ("mean", "std"):
+        if (values := getattr(config, name)) is not None and max(values) > 1:
+            raise ValueError(f"--{name} {' '.join(f'{v:g}' for v in values)}: pixels are in [0, 1] here; divide by 255")
+    if config.value_range is not None and not config.value_range[0] < config.value_range[1]:
+        low, high = config.value_range
+        raise ValueError(f"--value_range must be LOW HIGH with LOW < HIGH, got {low:g} {high:g}")
     if config.job_dir:
         object.__setattr__(config, "output_dir", config.job_dir)
         object.__setattr__(config, "job_dir", "")  # or it would overrule --output_dir where this is a recipe
