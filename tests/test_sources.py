@@ -397,6 +397,8 @@ def test_a_folder_called_as_a_data_set_is_refused_with_both_ways_out(tmp_path, m
     if name == "photos":
         assert "or photos: for the data set" in one_line(error)
         assert len(open_source("photos:")) == 3264
+        assert len(open_source(str(files(tmp_path, "photos/july/2.png") / "photos"))) == 2
+        assert len(open_source("photos/july")) == 1  # this is no name of a data set
     if name.startswith("wds/"):
         assert f"wds/{tmp_path / 'mine'}" in one_line(error)
     with pytest.raises(ValueError, match="choose torch/"):  # with a colon it is never the folder

@@ -102,7 +102,7 @@ def open_folder(root: Path, split: str) -> FolderSource:
             f"{f', not for {left_out}' if left_out else ''}; tars of a WebDataset are wds/FOLDER"
         )
     if left_out:
-        log.warning("--data_path %s: left out %s, which are no images that can be read", folder, left_out)
+        log.warning("--data_path %s: left out %s, which can't be read as images", folder, left_out)
     if folder is root:
         warn_of_inner_splits(str(root), paths)
         return FolderSource(folder, paths, labels=None, classes=None)

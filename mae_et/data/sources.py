@@ -28,13 +28,11 @@ KINDS = (
     "a folder of images, a folder with train/ and val/, a .tar, photos, wds/FOLDER, torch/NAME[:ROOT] or "
     "hfds/NAME[:CACHE]"
 )
-
-
 Item = bytes | Image.Image | np.ndarray
 """An image as a source holds it: file bytes, a Pillow image, or a uint8/uint16 array [H, W] or [H, W, C]."""
 
-#: What a data path of a data set begins with.
-MAGIC = ("photos", "torch", "hfds", "wds", "tfds", "hfids")
+#: Of data paths that are no paths of files.
+PREFIXES = ("torch", "hfds", "wds", "tfds", "hfids")
 
 
 class Source(Protocol):
@@ -84,14 +82,14 @@ def open_source(data_path: str | os.PathLike[str], split: str = "train", holdout
         raise ValueError(f"split is {split!r}; choose train or val")
     data_path = os.path.expanduser(os.fspath(data_path))
     prefix, slash, name = data_path.partition("/")
-    prefix = prefix.lower() if slash or data_path in ("photos", "photos:") else ""
-    if prefix in MAGIC and os.path.exists(data_path):
+    prefix = prefix.lower() if slash else ""
+    if (data_path == "photos" or prefix in PREFIXES) and os.path.exists(data_path):
         data_set = f"wds/{os.path.abspath(name)}" if prefix == "wds" else f"{data_path}:"
         raise ValueError(
             f"--data_path {data_path} is the name of a data set, and there is a path ./{data_path}, too; give "
             f"./{data_path} for that, or {data_set} for the data set"
         )
-    if prefix in ("photos", "photos:") and not slash:
+    if data_path in ("photos", "photos:"):
         return PhotoTiles(split)
     if prefix == "wds":
         return open_webdataset(data_path, split)
