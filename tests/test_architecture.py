@@ -15,9 +15,9 @@ MAX_LINES = 400
 ROOMS = {
     "plan": "shapes curriculum schedules cost flags config build report",
     "": "files console record spectral targets model layouts interop wrappers",
-    "data": "config stream photos folders shards webdataset datasets sources pixels views decode replay loader labelled"
-    " prepare",
-    "engine": "run_folder runtime meters optim storage sharded resume step logger picture pretrain",
+    "data": "config stream photos folders tars shards webdataset datasets sources pixels views decode replay loader"
+    " labelled prepare",
+    "engine": "run_folder runtime meters optim storage sharded resume step logger picture run pretrain",
     "export": "",
     "checkpoint": "",
     "evaluate": "config encoder classes accuracy augmentation finetune probe reconstruct",

@@ -149,10 +149,6 @@ def train_crops(
     return crops
 
 
-#: Pillow's filters by timm's names.
-INTERPOLATIONS = {name: Image.Resampling[name.upper()] for name in ("nearest", "bilinear", "bicubic", "lanczos")}
-
-
 def center_crop(
     item: Item,
     size_px: tuple[int, int],
@@ -175,7 +171,7 @@ def center_crop(
         resized_px = cover_height, max(cover_width, cover_height * width // height)
     else:
         resized_px = max(cover_height, cover_width * height // width), cover_width
-    image = _resize(image, resized_px, INTERPOLATIONS[interpolation])
+    image = _resize(image, resized_px, Image.Resampling[interpolation.upper()])
     top, left = (round((resized - size) / 2) for resized, size in zip(resized_px, size_px, strict=True))
     return _to_tensor(_cut(image, (left, top, left + size_px[1], top + size_px[0])))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,8 @@ from .pixels import CorruptImage, ValueRange
 from .sources import Item, Source, open_source, subset, why_unlabelled
 from .stream import Sample, SampleStream, derive_seed
 
+CORRUPT = -2
+"""Label of an image that can't be read."""
 CROP_SCALE = (0.08, 1.0)  # MAE, Tables 9 and 10: the usual random resized crop, wider than in pretraining
 
 
@@ -115,9 +117,8 @@ class TrainCrops(Dataset):
 
 
 class EvalCrops(Dataset):
-    """Index -> uint8 centre crop [C, H, W] and label, -1 if the source has none.
-
-    A damaged image is an error: accuracy counts them all.
+    """Index -> uint8 centre crop [C, H, W] and label: -1 if the source has none, CORRUPT for a blank in place of an
+    image that can't be read. More of these than the share `damaged_limit` of the source are an error.
     """
 
     def __init__(
@@ -128,7 +129,9 @@ class EvalCrops(Dataset):
         crop_pct: float,
         value_range: ValueRange | None = None,
         interpolation: str = "bicubic",
+        damaged_limit: float = 0.0,
     ) -> None:
+        self.corrupt = CorruptLog(len(source), damaged_limit)
         self.source, self.size_px, self.in_chans, self.crop_pct = source, size_px, in_chans, crop_pct
         self.value_range, self.interpolation = value_range, interpolation
 
@@ -136,12 +139,30 @@ class EvalCrops(Dataset):
         return len(self.source)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        item, label = self.source.read(index)
         try:
-            crop = center_crop(item, self.size_px, self.in_chans, self.crop_pct, self.value_range, self.interpolation)
-        except CorruptImage as error:
-            raise ValueError(f"--data_path: {self.source.name(index)}: {error}") from error
+            return self._crop(index)
+        except (CorruptImage, OSError):  # named by eval_batches, in the process that logs
+            return torch.zeros(self.in_chans, *self.size_px, dtype=torch.uint8), CORRUPT
+
+    def _crop(self, index: int) -> tuple[Tensor, int]:
+        item, label = self.source.read(index)
+        crop = center_crop(item, self.size_px, self.in_chans, self.crop_pct, self.value_range, self.interpolation)
         return crop, -1 if label is None else label
+
+    def book(self, indices: Iterable[int]) -> None:
+        """Count and name images that can't be read. ValueError if there are too many of them."""
+        for index in indices:
+            try:
+                self._crop(index)
+                reason = "could not be read before"
+            except (CorruptImage, OSError) as error:
+                reason = str(error)
+            self.corrupt.add([Corruption(index, self.source.name(index), reason)])
+
+    def look(self, samples: int = 256) -> None:
+        """Try images spread evenly over the source, before hours of training. ValueError if too many can't be read."""
+        places = (place * len(self) // samples for place in range(min(samples, len(self))))
+        self.book([index for index in places if self[index][1] == CORRUPT])
 
 
 def labelled_batches(
@@ -156,12 +177,31 @@ def labelled_batches(
 
 
 def eval_batches(
-    dataset: EvalCrops, rank: int, world_size: int, num_workers: int | None, pin_memory: bool, batch_size: int = 256
+    dataset: EvalCrops,
+    rank: int,
+    world_size: int,
+    num_workers: int | None,
+    pin_memory: bool,
+    batch_size: int = 256,
+    keep_places: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """A rank's share of the centre crops, each image once: uint8 [b, C, H, W] and labels int64 [b], in order."""
+    """A rank's share of the centre crops, each image once: uint8 [b, C, H, W] and labels int64 [b], in order.
+
+    Images that can't be read are named and left out; with `keep_places` they stay as blanks with the label CORRUPT.
+    """
     indices = range(len(dataset) * rank // world_size, len(dataset) * (rank + 1) // world_size)
     processes = worker_options(num_workers if len(indices) > batch_size else 0)  # they cost more than a few images
-    yield from DataLoader(dataset, batch_size=batch_size, sampler=indices, pin_memory=pin_memory, **processes)
+    loader = DataLoader(dataset, batch_size=batch_size, sampler=indices, pin_memory=pin_memory, **processes)
+    first = indices.start
+    for images, labels, *_ in loader:
+        corrupt = labels == CORRUPT
+        if corrupt.any():
+            dataset.book(first + place for place in corrupt.nonzero().flatten().tolist())
+            if not keep_places:
+                images, labels = images[~corrupt], labels[~corrupt]
+        first += len(corrupt)
+        if len(labels):
+            yield images, labels
 
 
 @contextlib.contextmanager

@@ -55,7 +55,7 @@ def evaluate_only(config: FinetuneConfig, rt: Runtime, began: float) -> Path:
         log.warning("%s doesn't name its classes: taken to be those of %s, in order", source, encoder.data_path)
     model = build_classifier(encoder, outputs, "fc_norm.weight" in encoder.head, head=encoder.head).to(rt.device)
     encoder.log_record()
-    crops, normalize = eval_crops(encoder, val), Normalize(encoder.mean, encoder.std, rt)
+    crops, normalize = eval_crops(config, encoder, val), Normalize(encoder.mean, encoder.std, rt)
     accuracy = evaluate(model, crops, normalize, config, outputs)
     result = accuracy.result() | {"num_classes": outputs} | (accuracy.details(classes) if config.report else {})
     log.info("%s: top-1 %.2f %% of %d images", source, result["top1"], result["num_images"])
@@ -80,13 +80,12 @@ def evaluate(
     return accuracy.over(rt)
 
 
-def eval_crops(encoder: PretrainedEncoder, source: Source) -> EvalCrops:
+def eval_crops(config: FinetuneConfig, encoder: PretrainedEncoder, source: Source) -> EvalCrops:
     """Centre crops as the weights, or flags, want them."""
     record = encoder.record
     size = height_width(encoder.input_size)
-    return EvalCrops(
-        source, size, encoder.shape.in_chans, record.crop_pct, record.value_range, record.interpolation or INTERPOLATION
-    )
+    how = record.crop_pct, record.value_range, record.interpolation or INTERPOLATION
+    return EvalCrops(source, size, encoder.shape.in_chans, *how, config.damaged_limit)
 
 
 class Accuracy:

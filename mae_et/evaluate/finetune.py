@@ -174,6 +174,8 @@ def finetune(config: FinetuneConfig) -> Path:
         encoder = load_encoder(config)
         source = open_labelled(encoder.data_path, "train", config.train_images, config.seed, config.holdout)
         run = build(config, rt, encoder.with_value_range(source, rt), source)
+        if run.held_out is not None:
+            run.held_out.look()
         open_folder(run)
         if rt.is_main:
             log_plan(run)
@@ -213,7 +215,7 @@ def build(config: FinetuneConfig, rt: runtime.Runtime, encoder: PretrainedEncode
         encoder,
         folder,
         classes,
-        eval_crops(encoder, held_out) if held_out is not None else None,
+        eval_crops(config, encoder, held_out) if held_out is not None else None,
         fingerprint(source),
     )
 
@@ -233,7 +235,7 @@ def open_folder(run: FinetuneRun) -> None:
     read_from = run.restore(resume) if resume else None
     run.rt.barrier()  # before rank 0 moves what another one may still read
     if run.rt.is_main:
-        run_folder.prepare(folder, keep=bool(resume), overwrite=config.overwrite)
+        run_folder.prepare(folder, keep=bool(config.resume), overwrite=config.overwrite)
         if resume and read_from != resume and resume.parent.resolve() == folder.resolve():
             files.promote(read_from, resume)  # otherwise the next save would keep the corrupt file and drop this one
         files.write_text(folder / run_folder.CONFIG, to_yaml(config))

@@ -18,7 +18,15 @@ from timm.optim import Lars
 from torch import Tensor, nn
 
 from ..console import logging_to_console
-from ..data.labelled import Augmentation, EvalCrops, TrainCrops, eval_batches, labelled_batches, open_labelled
+from ..data.labelled import (
+    CORRUPT,
+    Augmentation,
+    EvalCrops,
+    TrainCrops,
+    eval_batches,
+    labelled_batches,
+    open_labelled,
+)
 from ..data.loader import CorruptLog
 from ..data.sources import Source
 from ..data.stream import SampleStream, derive_seed, micro_batches
@@ -63,7 +71,7 @@ def probe(config: FinetuneConfig) -> dict[str, dict[str, Any]]:
         model = build_classifier(encoder, 0, pooled=False).to(rt.device).requires_grad_(False).eval()
         layers = _layers(config, encoder)
         encoder.log_record()
-        held_out, labels = extract(model, eval_crops(encoder, val), layers, encoder, config, rt)
+        held_out, labels = extract(model, eval_crops(config, encoder, val), layers, encoder, config, rt)
         images, known, results = len(val), None, {}
         for protocol in config.probes:
             log.info("%s of %s on %s", protocol.protocol, encoder.origin, rt.describe())
@@ -72,7 +80,7 @@ def probe(config: FinetuneConfig) -> dict[str, dict[str, Any]]:
                 images += seen
             else:
                 if known is None:
-                    known = extract(model, eval_crops(encoder, train), layers, encoder, config, rt)
+                    known = extract(model, eval_crops(config, encoder, train), layers, encoder, config, rt)
                     images += len(train)
                 scores = _score(protocol, rt, known, held_out, len(classes))
             result = _result(protocol, scores, labels, classes, len(train))
@@ -116,8 +124,8 @@ def extract(
     In the host's memory: of a million images, one layer's take gigabytes.
     """
     normalize, parts, labels = Normalize(encoder.mean, encoder.std, rt), {layer: [] for layer in layers}, []
-    pin = config.pin_mem and rt.device.type == "cuda"
-    for images, batch_labels in eval_batches(crops, rt.rank, rt.world_size, config.num_workers, pin):
+    pin, where = config.pin_mem and rt.device.type == "cuda", (rt.rank, rt.world_size)
+    for images, batch_labels in eval_batches(crops, *where, config.num_workers, pin, keep_places=True):
         for layer, features in features_of(model, normalize(images), layers, rt).items():
             parts[layer].append(features.cpu())
         labels.append(batch_labels)
@@ -131,7 +139,9 @@ def extract(
         everything[first : first + len(rows)] = rows
         return rt.sum(everything.to(rt.device)).cpu()
 
-    return {layer: gather(batches) for layer, batches in parts.items()}, gather(labels)
+    gathered = gather(labels)
+    readable = gathered != CORRUPT
+    return {layer: gather(batches)[readable] for layer, batches in parts.items()}, gathered[readable]
 
 
 @torch.no_grad()

@@ -139,7 +139,7 @@ def held_out_loss(config: PretrainConfig) -> tuple[float, float]:
     Images and masks are always the same ones. The weights are those of the run folder `config.output_dir`.
     """
     source = open_source(config.data_path, "val", config.holdout)
-    crops = EvalCrops(source, height_width(config.input_size), config.in_chans, 1.0)
+    crops = EvalCrops(source, height_width(config.input_size), config.in_chans, 1.0, damaged_limit=config.damaged_limit)
     with runtime.start(config.device, config.precision, config.dist_url) as rt, torch.no_grad():
         run = PretrainRun.create(as_vanilla(config), rt, len(source))
         run.model.load_state_dict(storage.load(run.folder / run_folder.CHECKPOINT)["model"])

@@ -1,0 +1,170 @@
+"""A pretraining run: model, loss of a micro-batch, saving and going on, and whether its ranks agree."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import files
+from ..data.pixels import ValueRange
+from ..data.stream import derive_seed, mask_noise, rank_rows
+from ..model import MaskedAutoencoder
+from ..plan.build import build_curriculum, shape_of
+from ..plan.config import PretrainConfig, peak_lr
+from ..plan.cost import Ledger
+from ..plan.curriculum import Stage
+from ..plan.shapes import show_size
+from ..spectral import low_frequency_crop
+from ..targets import hog_target, pixel_target, reconstruction_loss, take_patches
+from . import run_folder, sharded, storage
+from .optim import adamw
+from .resume import check_branch, check_same_run, identity
+from .runtime import Normalize, Runtime
+from .step import Run
+
+
+@dataclass
+class PretrainRun(Run):
+    config: PretrainConfig
+    model: MaskedAutoencoder
+    images: dict[str, str] = field(default_factory=dict)
+    """Fingerprint of the data."""
+    value_range: ValueRange | None = None
+    """Of pixels of more than 8 bits, as configured or measured."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.normalize = Normalize(self.config.pixel_mean, self.config.pixel_std, self.rt)
+        self._noise: tuple[int, Tensor] | None = None
+
+    @classmethod
+    def create(cls, config: PretrainConfig, rt: Runtime, num_images: int) -> PretrainRun:
+        """A run with initial weights, a function of the seed, that has no folder yet."""
+        curriculum = build_curriculum(config, num_images, rt.world_size)
+        torch.manual_seed(derive_seed(config.seed, "weights"))
+        model = MaskedAutoencoder(**shape_of(config)).to(rt.device)
+        network = trained_network(model, config, rt)
+        optimizer = adamw(model, config.weight_decay)
+        return cls(config, rt, curriculum, model, network, optimizer, Ledger.of(curriculum), 0)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.output_dir)
+
+    @property
+    def is_sharded(self) -> bool:
+        return self.config.fsdp and self.rt.world_size > 1
+
+    @property
+    def peak_lr(self) -> float:
+        return peak_lr(self.config, self.config.total_batch(self.rt.world_size))
+
+    def prepare(self, images: Tensor, stage: Stage) -> Tensor:
+        """uint8 [b, C, S, S] from the loader -> normalised float32 [b, C, s, s] at the stage's size, on the device."""
+        return low_frequency_crop(self.normalize(images), stage.size_px)
+
+    def loss(self, images: Tensor, stage: Stage, noise: Tensor) -> Tensor:
+        """Mean loss of a micro-batch of prepared images; noise [b, L]."""
+        with self.rt.autocast():
+            pred, ids, _ = self.network(images, stage.num_visible, stage.num_predicted, noise)
+        with torch.no_grad():
+            if self.config.target == "hog":
+                target = take_patches(hog_target(images, self.model.patch_size), ids)
+            else:
+                target = pixel_target(images, self.model.patch_size, self.config.norm_pix_loss, ids)
+        return reconstruction_loss(pred, target)
+
+    def micro_loss(self, batch: Tensor, stage: Stage, rows: range) -> Tensor:
+        return self.loss(self.prepare(batch, stage), stage, self.noise(stage, rows))
+
+    def noise(self, stage: Stage, rows: range) -> Tensor:
+        """Mask noise [b, L] of some rows of the current step. It is drawn for the whole batch, once per step."""
+        mine = rank_rows(stage.batch_size, self.rt.rank, self.rt.world_size)
+        if self._noise is None or self._noise[0] != self.step:
+            noise = mask_noise(self.config.seed, self.step, stage.batch_size, stage.patches)
+            self._noise = self.step, self.rt.to_device(noise[mine.start : mine.stop])
+        return self._noise[1][rows.start - mine.start : rows.stop - mine.start]
+
+    def full_model(self) -> MaskedAutoencoder:
+        """The model with all its weights, on rank 0 at least. All ranks call it."""
+        if not self.is_sharded:
+            return self.model
+        state = sharded.gather(self.model.state_dict(), self.rt.is_main)
+        if not self.rt.is_main:
+            return self.model
+        model = MaskedAutoencoder(**self.model.shape).to(self.rt.device)
+        model.load_state_dict(state)
+        return model
+
+    def save(self, full: bool = False) -> None:
+        """Everything a resumed run needs, atomically; in shards if the model is, unless `full`. All ranks call it."""
+        state = identity(self.config, self.curriculum) | {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "ledger": self.ledger.state_dict(),
+            "precision": self.rt.precision,
+            "sampled_images": self.images,
+            "value_range": self.value_range,
+        }
+        keep = self.config.keep_checkpoints
+        if self.is_sharded and not full:
+            sharded.save(state, self.folder / run_folder.SHARDED, keep)
+        else:
+            state = sharded.gather(state, self.rt.is_main)
+            if self.rt.is_main:
+                storage.save(state, self.folder / run_folder.CHECKPOINT, keep)
+                run_folder.drop_shards(self.folder)
+        if self.rt.is_main:
+            files.write_json(self.folder / run_folder.LEDGER, self.ledger.state_dict())
+
+    def restore(self, state: dict[str, Any], path: Path, flag: str, source: Path) -> None:
+        """Go on from a checkpoint, read from `source`, or with the flag --branch begin where a finished run ended."""
+        if flag == "--resume":
+            check_same_run(state, self.config, self.curriculum, self.images, path)
+            self.ledger = Ledger.from_state_dict(state["ledger"])
+        else:
+            check_branch(state, self.config, self.curriculum, self.images, path)
+            spent = Ledger.from_state_dict(state["ledger"]).stages
+            self.ledger.stages[: len(spent)] = spent
+        sharded.restore(self.model, self.optimizer, state, source)
+        self.step = state["step"]
+
+
+def trained_network(model: MaskedAutoencoder, config: PretrainConfig, rt: Runtime) -> nn.Module:
+    """The model, compiled, recomputing, and shared with the other ranks or copied to them, as configured.
+
+    Sharding replaces the parameters, so the optimiser comes after it.
+    """
+    if config.compile:
+        model.compile_blocks()
+    if config.activation_checkpointing:
+        model.recompute_blocks()
+    if config.fsdp and rt.world_size > 1:
+        rt.shard(model, model.blocks)
+        return model
+    return rt.parallel(model)
+
+
+def check_ranks(run: PretrainRun, num_images: int) -> None:
+    """ValueError unless all ranks see the same data and step."""
+    run.rt.check_equal_on_ranks(step=run.step, images=num_images, steps=run.curriculum.total_steps)
+    # Compare the digests that rank 0 has; an image that one rank could not read is not a mismatch.
+    digests = {i: int(run.images[i], 16) if i in run.images else None for i in run.rt.from_main(list(run.images))}
+    run.rt.check_equal_on_ranks(**{f"image {i}": digest for i, digest in digests.items()})
+
+
+def check_micro_batches(run: PretrainRun) -> None:
+    """ValueError unless ranks of a sharded model have as many micro-batches: they gather its blocks for each."""
+    ranks = range(run.rt.world_size if run.is_sharded else 0)
+    for stage in run.curriculum.stages:
+        counts = sorted({len(run.micro_batches(stage, rank)) for rank in ranks})
+        if len(counts) > 1:
+            raise ValueError(
+                f"--fsdp: {stage.batch_size} images of {show_size(stage.size_px)} px are {counts[0]} micro-batches on "
+                f"one rank and {counts[-1]} on another; make the total batch a multiple of the {len(ranks)} ranks"
+            )
