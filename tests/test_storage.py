@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import Malicious
 
 from mae_et import files
 from mae_et.engine.storage import load, save
@@ -192,7 +193,7 @@ def test_what_is_no_damage_is_not_passed_over(tmp_path):
     torch.save([1, 2], path)
     with pytest.raises(CheckpointError, match="holds a list"):
         load_newest(path, load)
-    torch.save({"model": Path("x")}, path)
+    torch.save({"model": Malicious(tmp_path / "ran")}, path)
     with pytest.raises(CheckpointError, match="could run code"):
         load_newest(path, load)
 
