@@ -66,8 +66,6 @@ PATCH_EMBED = re.compile(
 )
 #: Heads of self-supervision (DINO, iBOT, MoCo v3) and of linear probes with a batch norm, and iBOT's mask token.
 NO_CLASSIFIER = re.compile(r"(dino_|ibot_)head\.|head\.(?!(weight|bias)$)|masked_embed$")
-#: Under `encoder.`, what ours does not have there.
-NOT_OURS = ("encoder.head.", "encoder.fc_norm.", "encoder.mask_token")
 
 _BLOCK = r"(^|\.)blocks\.\d+\.(\d+\.)?"
 #: (What it is, how that is told, names that are all there), the particular before the general.
@@ -184,7 +182,8 @@ def _prefix(state: Mapping[str, Tensor], path: Path) -> tuple[str, tuple[str, ..
         outer = prefix.removesuffix("encoder.")
         beside = {key.removeprefix(outer) for key in state if key.startswith(outer) and not key.startswith(prefix)}
         inside = {key.removeprefix(outer) for key in state if key.startswith(prefix)}
-        if OURS.has_decoder(beside) or not (beside or any(key.startswith(NOT_OURS) for key in inside)):
+        ours = all(key in OURS.encoder.values() or key.startswith(OURS.encoder_blocks) for key in inside)
+        if OURS.has_decoder(beside) or (ours and not beside):
             return outer, others
     return prefix, others
 
