@@ -214,8 +214,9 @@ def load(path: Path) -> dict:
             return load_safetensors(path)[0]
         _refuse_foreign(path)
         _verify(path)
-        with torch.serialization.safe_globals([(called, name) for name, called in HARMLESS.items()]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        harmless = torch.serialization.safe_globals([(called, name) for name, called in HARMLESS.items()])
+        with harmless, open(path, "rb") as file:  # of a path, torch goes by the suffix
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if refused := re.search(r"GLOBAL (\S+)", str(error)):
             raise CheckpointError(f"{path}: refused, since it could run code ({refused[1]}); {WAY_OUT}") from error
