@@ -2,17 +2,45 @@
 
 from __future__ import annotations
 
+import argparse
+import bz2
+import contextlib
 import errno
+import gzip
+import http.server
+import io
 import logging
+import lzma
 import os
+import pickle
+import re
+import runpy
+import subprocess
+import sys
+import tarfile
+import threading
+import uuid
 import zipfile
-from pathlib import Path
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable
+from datetime import datetime, timedelta, timezone
+from enum import Enum
+from functools import partial
+from pathlib import Path, PosixPath, PurePosixPath
+from types import SimpleNamespace
+from urllib.error import URLError
 
+import numpy as np
 import pytest
+import safetensors.torch
 import torch
+from numpy._core.multiarray import scalar as np_scalar
+from PIL import Image
+from tiny import ROOT, Malicious
+from torchvision.transforms import InterpolationMode
 
 from mae_et import files
-from mae_et.engine.storage import load, save
+from mae_et.engine.storage import HARMLESS, LeftOut, load, local_file, read, save, save_safetensors
 from mae_et.files import CheckpointError, CorruptCheckpoint, kept, load_newest
 
 #: What a save asks of the operating system, in any order; a process may die before or after each of them.
@@ -192,7 +220,7 @@ def test_what_is_no_damage_is_not_passed_over(tmp_path):
     torch.save([1, 2], path)
     with pytest.raises(CheckpointError, match="holds a list"):
         load_newest(path, load)
-    torch.save({"model": Path("x")}, path)
+    torch.save({"model": Malicious(tmp_path / "ran")}, path)
     with pytest.raises(CheckpointError, match="could run code"):
         load_newest(path, load)
 
@@ -238,3 +266,326 @@ def test_errors_that_name_no_file_get_the_folder(tmp_path, number):
     assert str(tmp_path) in str(error.value) and os.strerror(number) in str(error.value)
     with pytest.raises(FileNotFoundError, match="data"), files.disk_full_errors(tmp_path):
         raise FileNotFoundError(errno.ENOENT, "No such file", "data")
+
+
+# Foreign files
+
+
+PLAIN = {
+    "numpy": [np.float64(1.5), np.float32(2.5), np.int64(-7), np.bool_(True), np.dtype(">f8").type(3)],
+    "pathlib": [Path("a/b"), PurePosixPath("/c")],
+    "collections": [defaultdict(list, {"a": [1]}), OrderedDict(b=2), deque([1, 2], maxlen=3), Counter("aab")],
+    "datetime": [datetime(2026, 1, 2, 3), timedelta(days=1), datetime(2026, 1, 2, tzinfo=timezone.utc)],
+    "namespaces": [argparse.Namespace(lr=0.1, mean=(0.5, 0.5)), SimpleNamespace(lr=0.1)],
+    "torch": [torch.Size([1, 2]), torch.device("cpu"), torch.float16, torch.__version__],
+    "enumerations": [InterpolationMode.BICUBIC, Image.Resampling.BICUBIC],
+    "builtins": [{1, 2}, frozenset({3}), slice(1, 2), range(3), b"bytes", 1j, None],
+}
+LEFT_OUT = {
+    "arrays": [np.arange(3), np.array([{}], dtype=object), np.random.get_state()[1]],
+    "NumPy's strings and times": [np.str_("a"), np.datetime64("2026-01-01")],
+    "types": [np.float32, uuid.uuid4()],
+}
+
+
+def beside_weights(value: object, path: Path, legacy: bool = False) -> Path:
+    torch.save({"model": {"w": torch.ones(2)}, "args": value}, path, _use_new_zipfile_serialization=not legacy)
+    return path
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("kind", PLAIN)
+def test_harmless_objects_beside_weights_come_as_plain_values(kind, legacy, tmp_path):
+    content = load(beside_weights(PLAIN[kind], tmp_path / "x.pth", legacy))
+    assert torch.equal(content["model"]["w"], torch.ones(2))
+    for found, wrote in zip(content["args"], PLAIN[kind], strict=True):
+        if isinstance(wrote, Path | PurePosixPath):
+            wrote = str(wrote)
+        elif isinstance(wrote, Enum):
+            wrote = wrote.value
+        elif isinstance(wrote, deque):
+            wrote = list(wrote)
+        elif isinstance(wrote, SimpleNamespace):
+            wrote = argparse.Namespace(**vars(wrote))
+        assert found == wrote
+
+
+@pytest.mark.parametrize("kind", LEFT_OUT)
+def test_other_harmless_objects_are_left_out(kind, tmp_path):
+    content = load(beside_weights(LEFT_OUT[kind], tmp_path / "x.pth"))
+    assert torch.equal(content["model"]["w"], torch.ones(2))
+    assert all(found is LeftOut or isinstance(found, LeftOut) for found in content["args"])
+
+
+class Calls:
+    """Pickled as a call of any function."""
+
+    def __init__(self, function: Callable, *arguments: object) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+class State:
+    """Pickled as a class that a file sets any state of."""
+
+    def __init__(self, kind: type, *arguments: object, state: object) -> None:
+        self.call = kind, arguments, state
+
+    def __reduce__(self):
+        return self.call
+
+
+def attacks(marker: Path) -> dict[str, object]:
+    code = f"__import__('os').mkdir({str(marker)!r})"
+    inner = pickle.dumps(Malicious(marker))
+    return {
+        "mkdir": Malicious(marker),
+        "system": Calls(os.system, f"mkdir {marker}"),
+        "subprocess": Calls(subprocess.call, ["mkdir", str(marker)]),
+        "eval": Calls(eval, code),
+        "exec": Calls(exec, code),
+        "getattr": Calls(getattr, Calls(__import__, "os"), "mkdir"),
+        "a pickle within": Calls(pickle.loads, inner),
+        "a storage's pickle": Calls(torch.storage._load_from_bytes, inner),
+        "a function on disk": Calls(runpy.run_path, str(marker)),
+        "a default factory": defaultdict(os.getcwd, {"a": 1}),
+        "within an array": np.array([Malicious(marker)], dtype=object),
+        "within a number": Calls(np_scalar, np.dtype("O"), Malicious(marker)),
+        "within a path": Calls(PosixPath, Malicious(marker)),
+        "within a namespace": argparse.Namespace(a=Malicious(marker)),
+        "within a date": Calls(datetime, Malicious(marker)),
+        "as a class of numpy": Calls(np.load, str(marker)),
+    }
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("attack", attacks(Path()))
+def test_what_could_run_is_refused_and_never_runs(attack, legacy, tmp_path):
+    marker, path = tmp_path / "ran", tmp_path / "x.pth"
+    beside_weights(attacks(marker)[attack], path, legacy)
+    with pytest.raises(CheckpointError, match="could run code") as error:
+        load(path)
+    assert not marker.exists()
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_no_stand_in_does_anything_with_what_a_file_gives_it(name, tmp_path):
+    """Each is called, made and given a state with arguments of the file's choice."""
+    before = {**sys.modules}, os.getcwd(), dict(os.environ)
+    for arguments in ((), ("os",), ("os", "system"), (b"\0" * 8,), (3, 4, 5), ({"__class__": "x"},), ([1],)):
+        for use in (HARMLESS[name], lambda *a: HARMLESS[name].__new__(HARMLESS[name], *a)):
+            with contextlib.suppress(TypeError, ValueError, OverflowError, AttributeError, LookupError):
+                made = use(*arguments)
+                if hasattr(made, "__setstate__") and not isinstance(made, type):
+                    made.__setstate__(arguments)
+    assert ({**sys.modules}, os.getcwd(), dict(os.environ)) == before and not list(tmp_path.iterdir())
+
+
+def test_the_way_out_that_is_named_works(tmp_path):
+    path, out = beside_weights(uuid.SafeUUID.safe, tmp_path / "x.pth"), tmp_path / "y.pth"
+    with pytest.raises(CheckpointError, match=r"uuid\.SafeUUID") as error:
+        load(path)
+    (way,) = re.findall(r"torch\.save\(.*NEW_FILE\)", str(error.value))
+    exec(way, {"torch": torch, "FILE": path, "NEW_FILE": out})
+    assert torch.equal(load(out)["w"], torch.ones(2))
+    torch.save(torch.nn.Linear(2, 1), path)
+    with pytest.raises(CheckpointError, match=r"nn\.modules\.linear\.Linear") as error:
+        load(path)
+    assert "['model'] where" in str(error.value) and ".state_dict()" in str(error.value)
+    exec(way.replace("['model']", ".state_dict()"), {"torch": torch, "FILE": path, "NEW_FILE": out})
+    assert load(out).keys() == {"weight", "bias"}
+
+
+def zipped(members: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def packed(save: Callable, *arguments: object, **named: object) -> bytes:
+    buffer = io.BytesIO()
+    save(buffer, *arguments, **named)
+    return buffer.getvalue()
+
+
+def tarred(file: io.BytesIO) -> None:
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("x"))
+
+
+def script() -> bytes:
+    return packed(lambda file: torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 1), torch.ones(2)), file))
+
+
+WEIGHTS = {"w": torch.ones(300)}
+TORCH = packed(lambda file: torch.save(WEIGHTS, file))
+#: Content of a file -> what the error says; made when needed.
+FOREIGN_FILES = {
+    "lfs": (lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 99\n", "git lfs pull"),
+    "html": (lambda: b"<!DOCTYPE html>\n<html><head><title>Sign in</title></head></html>", "an HTML page"),
+    "html 2": (lambda: b"\n\n  <!-- x --><HTML lang='en'>", "an HTML page"),
+    "json": (lambda: b'{"error": "Repository not found"}', r"text that begins with '{\"error\": \"Repository"),
+    "text": (lambda: b"Entry not found", "text that begins with 'Entry not found'"),
+    "npz": (lambda: packed(np.savez, a=np.ones(3)), r"NumPy archive \(\.npz\)"),
+    "compressed npz": (lambda: packed(np.savez_compressed, a=np.ones(3)), r"NumPy archive \(\.npz\)"),
+    "npy": (lambda: packed(np.save, np.ones(3)), r"NumPy array \(\.npy\)"),
+    "gzip": (lambda: gzip.compress(TORCH), "compressed by gzip"),
+    "bz2": (lambda: bz2.compress(TORCH), "compressed by bzip2"),
+    "xz": (lambda: lzma.compress(TORCH), "compressed by xz"),
+    "zip": (lambda: zipped({"release/model.pth": TORCH}), r"zip archive \(first: release/model\.pth\)"),
+    "tar": (lambda: packed(tarred), "tar archive"),
+    "hdf5": (lambda: b"\x89HDF\r\n\x1a\n" + bytes(100), "HDF5"),
+    "pickle": (lambda: pickle.dumps({"w": np.ones(30)}), "a pickle, but not of torch.save"),
+    "pickle 2": (lambda: pickle.dumps({"w": np.ones(30)}, protocol=2), "a pickle, but not of torch.save"),
+    "torchscript": (script, r"TorchScript.*torch\.jit\.load"),
+    "protocol 4": (lambda: packed(lambda f: torch.save(WEIGHTS, f, pickle_protocol=4)), "without running code"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("kind", FOREIGN_FILES)
+def test_foreign_files_are_named(kind, suffix, tmp_path):
+    content, said = FOREIGN_FILES[kind]
+    path = tmp_path / f"x{suffix}"
+    path.write_bytes(content())
+    with pytest.raises(CheckpointError, match=said) as error:
+        read(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert not isinstance(error.value, CorruptCheckpoint), "nothing that a crash leaves: no older file takes its place"
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_cut_files_are_told_apart_from_foreign_ones(suffix, tmp_path):
+    path = tmp_path / f"x{suffix}"
+    for content, said in ((b"", r"empty \(0 bytes\)"), (TORCH[:-100], "cut short: it begins as one, but its end is")):
+        path.write_bytes(content)
+        with pytest.raises(CorruptCheckpoint, match=said):
+            read(path)
+    save_safetensors(WEIGHTS, path)
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(CorruptCheckpoint, match="not a safetensors file, or cut short"):
+        read(path)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".bin", ""])
+def test_files_are_read_whatever_they_are_called(suffix, tmp_path):
+    path = tmp_path / f"x{suffix}"
+    save_safetensors(WEIGHTS, path, {"note": "x"})
+    content, metadata = read(path)
+    assert torch.equal(content["w"], WEIGHTS["w"]) and metadata == {"format": "pt", "note": "x"}
+    assert torch.equal(load(path)["w"], WEIGHTS["w"])
+    for new in (True, False):
+        torch.save(WEIGHTS, path, _use_new_zipfile_serialization=new)
+        content, metadata = read(path)
+        assert torch.equal(content["w"], WEIGHTS["w"]) and metadata == {}
+
+
+def test_equal_weights_give_equal_bytes_in_every_process(tmp_path):
+    """safetensors itself orders the metadata at random."""
+    code = (
+        "import sys, torch; from mae_et.engine.storage import save_safetensors\n"
+        "state = {'ä.bias': torch.ones(3, dtype=torch.bfloat16), 'a': torch.arange(5.), 'c': torch.ones(())}\n"
+        "save_safetensors(state, sys.argv[1], {f'key{n}': 'ö' * n for n in range(9)})"
+    )
+    for seed in "123":
+        environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)}
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / f"{seed}.safetensors")], env=environment, check=True)
+    contents = {file.read_bytes() for file in tmp_path.iterdir()}
+    assert len(contents) == 1
+    (content,) = contents
+    assert int.from_bytes(content[:8], "little") % 8 == 0, "tensors are aligned"
+    found, metadata = read(tmp_path / "1.safetensors")
+    theirs = safetensors.torch.load(content)
+    assert metadata == {"format": "pt"} | {f"key{n}": "ö" * n for n in range(9)}
+    assert found.keys() == theirs.keys() == {"ä.bias", "a", "c"}
+    assert torch.equal(theirs["a"], torch.arange(5.0)) and theirs["ä.bias"].dtype == torch.bfloat16
+
+
+# Addresses
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """A folder, the address it is served at, and the requests so far; torch.hub keeps its files in a folder beside."""
+    folder, requests = tmp_path / "site", []
+    folder.mkdir()
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            requests.append(self.path)
+
+        def send_head(self):
+            if self.path.startswith("/short"):  # promises more than it sends
+                content = TORCH[:-100]
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(TORCH)))
+                self.end_headers()
+                return io.BytesIO(content)
+            return super().send_head()
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield folder, f"http://127.0.0.1:{server.server_port}", requests
+        server.shutdown()
+
+
+def test_an_address_is_downloaded_once(site, tmp_path):
+    folder, address, requests = site
+    for name, value in (("a", 1.0), ("b", 2.0)):
+        (folder / name).mkdir()
+        torch.save({"w": torch.full((3,), value)}, folder / name / "model.pth")
+    paths = [local_file(f"{address}/{name}/model.pth?download=1") for name in "abab"]
+    assert len(requests) == 2 and paths[:2] == paths[2:]
+    assert [load(path)["w"][0].item() for path in paths[:2]] == [1, 2], "addresses that end alike are kept apart"
+    assert all(path.is_relative_to(tmp_path / "hub") and path.name == "model.pth" for path in paths)
+
+
+@pytest.mark.parametrize(
+    "source", ["runs/x", "vit_tiny_patch16_224", "hfds/x", "C:\\x.pth", "hf-hub:timm/x", Path("/x")]
+)
+def test_paths_and_names_are_no_addresses(source):
+    assert local_file(source) is None
+
+
+def test_what_is_no_checkpoint_is_not_kept(site, tmp_path):
+    folder, address, _ = site
+    (folder / "page.pth").write_bytes(b"<!DOCTYPE html><html>")
+    for name, said in (
+        ("page.pth", "is an HTML page"),
+        ("short.pth", "cut short"),
+        ("missing.pth", "can't be downloaded"),
+        ("..", "can't be downloaded|is an HTML page"),
+    ):
+        with pytest.raises(CheckpointError, match=said) as error:
+            local_file(f"{address}/{name}")
+        assert f"{address}/{name}" in str(error.value) and "\n" not in str(error.value)
+    assert not [path for path in (tmp_path / "hub").rglob("*") if path.is_file()]
+    torch.save(WEIGHTS, folder / "page.pth")
+    assert torch.equal(load(local_file(f"{address}/page.pth"))["w"], WEIGHTS["w"])
+
+
+def test_no_network_is_one_line_with_a_place_for_the_file(site, monkeypatch):
+    _, address, _ = site
+
+    def unreachable(*_, **__):
+        raise URLError(OSError(errno.EHOSTUNREACH, "No route to host"))
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
+    with pytest.raises(CheckpointError, match="No route to host") as error:
+        local_file(f"{address}/x.pth")
+    assert "\n" not in str(error.value)
+    (place,) = re.findall(r"put the file at (\S+)", str(error.value))
+    torch.save(WEIGHTS, place)
+    assert local_file(f"{address}/x.pth") == Path(place)
+    with pytest.raises(ValueError, match="only http:// and https://"):
+        local_file("s3://bucket/x.pth")
