@@ -23,7 +23,7 @@ from . import interop
 from . import record as records
 from .engine import run_folder, sharded
 from .engine.resume import FORMAT
-from .engine.storage import load_safetensors, save, save_safetensors
+from .engine.storage import local_file, read, save, save_safetensors
 from .export import Exported, write_facebook, write_huggingface, write_timm
 from .files import CheckpointError
 from .interop import METADATA_KEY
@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 EXPORT_FORMATS = ("timm", "facebook", "huggingface")
 ACCEPTED = (
     "a run folder, a checkpoint .pt, a .safetensors or .pth encoder of timm, a .pth of facebookresearch/mae, "
-    "a folder of transformers' ViTMAE, or the name of a timm model"
+    "a folder of transformers' ViTMAE or ViT, an https:// address of such a file, or the name of a timm model"
 )
 
 load = sharded.load_full
@@ -89,7 +89,7 @@ def read_pretrained(source: str | Path, encoder_only: bool = False, num_heads: i
     files that don't say; default: the usual number for its width, else width/64, with a warning.
     Raises FileNotFoundError, CheckpointError, or ValueError if the weights are not those of a plain ViT or an MAE.
     """
-    path = Path(source)
+    path = local_file(source) or Path(source)
     if path.is_dir() and path.suffix != sharded.SUFFIX:
         return _read_folder(path, encoder_only, num_heads)
     if path.exists():
@@ -154,7 +154,7 @@ def write_export(
 
 def _read_file(path: Path, encoder_only: bool, num_heads: int | None) -> Pretrained:
     """A single file: who wrote it is told from its keys."""
-    content, metadata = load_safetensors(path) if path.suffix == ".safetensors" else (load(path), {})
+    content, metadata = (load(path), {}) if path.suffix == sharded.SUFFIX else read(path)
     if "format" in content:
         return _read_own(content, path, encoder_only)
     unwrapped = unwrap(content, path)
@@ -243,7 +243,7 @@ def _read_huggingface(folder: Path, encoder_only: bool, weights: Path | None = N
         is_vit = config.get("model_type") == "vit"
         shape = interop.shape_from_huggingface_config(config | ({"model_type": "vit_mae"} if is_vit else {}))
         shape = ModelShape(**shape | {"norm_eps": config.get("layer_norm_eps", HF_NORM_EPS)})
-    state = load_safetensors(weights)[0] if weights.suffix == ".safetensors" else load(weights)
+    state, _ = read(weights)
     head = {k.replace("classifier.", "head."): t for k, t in state.items() if k.startswith("classifier.")}
     state = {k: t for k, t in state.items() if not (is_vit and k.startswith(("classifier.", "vit.pooler.", "pooler.")))}
     with prefix_errors(weights):

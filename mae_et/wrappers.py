@@ -211,7 +211,11 @@ def _refuse_others(state: Mapping[str, Tensor], path: Path) -> None:
         found.append(("ViT without a class token, as of I-JEPA or SigLIP", "no cls_token"))
     for what, sign in found[:1]:
         article = "an" if what[0] in "AEIOU" else "a"
-        raise ValueError(f"{path}: this is {article} {what} ({sign}); only a plain ViT or an MAE can be read")
+        missing = next((key for key in ("cls_token", "pos_embed", "norm.weight") if key not in state), "none")
+        raise ValueError(
+            f"{path}: this is {article} {what} ({sign}); only a plain ViT or an MAE can be read: keys missing (first: "
+            f"{missing}) and unexpected (first: {next(key for key in names.splitlines())})"
+        )
 
 
 def _counted(keys: Iterable[str], depth: int) -> str:

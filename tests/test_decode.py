@@ -18,7 +18,7 @@ from torchvision.transforms import RandomResizedCrop, v2
 
 from mae_et.data import decode, pixels
 from mae_et.data.decode import center_crop, center_crops, jpeg_objection, train_crop, train_crops
-from mae_et.data.labelled import EvalCrops
+from mae_et.data.labelled import EvalCrops, eval_batches
 from mae_et.data.photos import _photograph
 from mae_et.data.pixels import CorruptImage, measure_value_range, to_image
 from mae_et.data.views import draw_view
@@ -764,8 +764,22 @@ def test_center_crops_are_spread_evenly_and_name_what_is_left_out():
 def test_crops_of_an_unlabelled_source_have_label_minus_one():
     crops = EvalCrops(Pictures(), (8, 8), 3, 1.0)
     assert [crops[index][1] for index in (1, 2)] == [-1, -1]
-    with pytest.raises(ValueError, match="--data_path: item 0"):
-        crops[0]
+
+
+def test_images_that_cannot_be_read_are_left_out_of_an_evaluation_up_to_a_limit(caplog):
+    """Of ten pictures, every third can't be read."""
+    crops = EvalCrops(Pictures(), (8, 8), 3, 1.0, damaged_limit=0.5)
+    batches = list(eval_batches(crops, 0, 1, 0, False, batch_size=4))
+    assert torch.cat([images[:, 0, 0, 0] for images, _ in batches]).tolist() == [1, 2, 4, 5, 7, 8]
+    kept = [labels for _, labels in eval_batches(crops, 0, 1, 0, False, batch_size=4, keep_places=True)]
+    assert torch.cat(kept).tolist() == [-2, -1, -1, -2, -1, -1, -2, -1, -1, -2]
+    named = [record.getMessage() for record in caplog.records]
+    assert [text.split(": ")[1] for text in named] == ["item 0", "item 3", "item 6", "item 9"]  # once each
+    second = list(eval_batches(crops, 1, 2, 0, False, batch_size=4))  # of two ranks
+    assert torch.cat([images[:, 0, 0, 0] for images, _ in second]).tolist() == [5, 7, 8]
+    for use in (lambda crops: list(eval_batches(crops, 0, 1, 0, False)), lambda crops: crops.look()):
+        with pytest.raises(ValueError, match="1 of 10 images are damaged, .* the last is item 0"):
+            use(EvalCrops(Pictures(), (8, 8), 3, 1.0))
 
 
 def test_center_crop_refuses_an_impossible_share(photo):

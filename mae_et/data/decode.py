@@ -141,10 +141,8 @@ def train_crops(
                 randaugment = v2.RandAugment(2, augment, interpolation=v2.InterpolationMode.BILINEAR)
                 crop = randaugment(v2.functional.to_pil_image(crop) if isinstance(crop, np.ndarray) else crop)
         if operator in _RESIZED_CROP and size_px != full_px:
-            if jpeg is not None and not augment and operator in _TORCH_FILTERS:
-                crop = _torch_resize(crop, size_px, operator)
-            else:
-                crop = _resize(crop, size_px, _RESIZED_CROP[operator])
+            quick = jpeg is not None and not augment and operator in _TORCH_FILTERS
+            crop = _torch_resize(crop, size_px, operator) if quick else _resize(crop, size_px, _RESIZED_CROP[operator])
         crops.append(_to_tensor(crop))
     return crops
 

@@ -113,9 +113,8 @@ def open_folder(run: PretrainRun, resume: Path | None, read_from: Path | None) -
     config = run.config
     same = resume is not None and resume.parent.resolve() == run.folder.resolve()
     # A first try may have died before its first checkpoint: then --resume auto starts anew.
-    run_folder.prepare(
-        run.folder, keep=same or (config.resume == "auto" and resume is None), overwrite=config.overwrite
-    )
+    anew = config.resume == "auto" and resume is None
+    run_folder.prepare(run.folder, keep=same or anew, overwrite=config.overwrite)
     if same and read_from != resume:
         # Otherwise the next save would rotate the corrupt file into prev1 and drop an intact one.
         files.promote(read_from, resume)

@@ -192,7 +192,7 @@ class LabelledDataFlags(DataFlags):
     std: Annotated[tuple[float, ...] | None, DATA] = None
     """Standard deviation per channel; default: as mean."""
     damaged_limit: Annotated[float, RUN, SHARE_BELOW_1] = 0.01
-    """Share of damaged images, of training or held-out ones, that ends the run; others are skipped, counted and named."""
+    """Share of damaged images, training or held-out, at which the run stops; below it they are skipped and named."""
     train_images: Annotated[int | None, DATA, POSITIVE] = None
     """Use only so many labelled images, equally many of each class, the same ones for the same seed."""
     eval_images: Annotated[int | None, EVALUATION, POSITIVE] = None
