@@ -6,6 +6,7 @@ What a command needs is imported when it runs: --help, a wrong flag and a plan d
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -201,6 +202,9 @@ def _explain(prog: str, run: Callable[[], None]) -> None:
         run()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except BrokenPipeError:  # `… --help | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would complain at its exit
+        raise SystemExit(1) from None
     except EXPLAINED as error:
         fail(str(error), prog)
     except RuntimeError as error:

@@ -778,7 +778,7 @@ def test_images_that_cannot_be_read_are_left_out_of_an_evaluation_up_to_a_limit(
     second = list(eval_batches(crops, 1, 2, 0, False, batch_size=4))  # of two ranks
     assert torch.cat([images[:, 0, 0, 0] for images, _ in second]).tolist() == [5, 7, 8]
     for use in (lambda crops: list(eval_batches(crops, 0, 1, 0, False)), lambda crops: crops.look()):
-        with pytest.raises(ValueError, match="1 of 10 images are damaged, .* the last is item 0"):
+        with pytest.raises(ValueError, match=r"1 of 10 images are damaged, .* the last is item 0"):
             use(EvalCrops(Pictures(), (8, 8), 3, 1.0))
 
 

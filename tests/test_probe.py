@@ -179,7 +179,8 @@ def test_knn_and_a_linear_probe_of_one_call_share_their_features(run: Path, monk
     alone = {}
     for protocol in ("knn", "linear_probe"):
         alone |= probe(FinetuneConfig(finetune=str(run), **QUICK | {protocol: True}))
-    costs = [json.loads((run / f"eval-{protocol}.json").read_text())["cost"]["flops"] for protocol in alone]
+    before = [json.loads((run / f"eval-{protocol}.json").read_text()) for protocol in alone]
+    costs, flags = [file["cost"]["flops"] for file in before], [file["flags"] for file in before]
     extracted, real = [], probe_module.extract
     monkeypatch.setattr(probe_module, "extract", lambda *arguments: extracted.append(1) or real(*arguments))
     both = probe(FinetuneConfig(finetune=str(run), knn=True, linear_probe=True, **QUICK))
@@ -187,5 +188,6 @@ def test_knn_and_a_linear_probe_of_one_call_share_their_features(run: Path, monk
     assert len(extracted) == 2  # training and held-out images, once each
     files = {protocol: json.loads((run / f"eval-{protocol}.json").read_text()) for protocol in both}
     assert [file["cost"]["flops"] for file in files.values()] == [costs[0], 0]  # costs add up
+    assert [file["flags"] for file in files.values()] == flags  # as if each had been asked for alone
     for protocol, file in files.items():
         assert file["top1"] == both[protocol]["top1"] and file["flags"]["knn"] == (protocol == "knn")

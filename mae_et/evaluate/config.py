@@ -281,7 +281,12 @@ class FinetuneConfig(
     def probes(self) -> list[FinetuneConfig]:
         """This configuration for each of the probes that are asked for: they share the features."""
         asked = [name for name in ("knn", "linear_probe") if getattr(self, name)]
-        return [replace(self, **{name: name == probe for name in asked}) for probe in asked]
+        if len(asked) == 1:
+            return [self]
+        # As if each were asked for alone: what was left to the default of the linear probe is left open again.
+        defaults = self._defaults | {"warmup_epochs": min(self._defaults["warmup_epochs"], self.epochs / 5)}
+        opened = {name: None for name, value in defaults.items() if getattr(self, name) == value}
+        return [replace(self, linear_probe=False, **opened), replace(self, knn=False)]
 
     @property
     def protocol(self) -> str:
