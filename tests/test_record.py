@@ -1,0 +1,334 @@
+"""What travels beside the tensors: every fact through every door, checked by timm and transformers where they read it.
+
+Doors: a run's checkpoint, encoder.safetensors, three exports, a timm model name, a folder of transformers, a .pth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
+from tiny import QUICK, tiny
+
+from mae_et import checkpoint, interop, record
+from mae_et.checkpoint import Pretrained, read_pretrained, write_export
+from mae_et.data.labelled import EvalCrops
+from mae_et.data.sources import open_source
+from mae_et.engine.pretrain import pretrain
+from mae_et.evaluate.config import FinetuneConfig
+from mae_et.evaluate.encoder import build_classifier, load_encoder
+from mae_et.evaluate.finetune import finetune
+from mae_et.model import MaskedAutoencoder
+from mae_et.plan.shapes import ModelShape
+from mae_et.record import WeightsRecord
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+RANGE = (776.0, 1009.0)
+CLASSES = ("zebra", "ant", "cat")
+#: 4 heads at width 64 are not what is usual, 1e-5 is nobody's default.
+SHAPE = ModelShape(
+    img_size=32,
+    patch_size=8,
+    embed_dim=64,
+    depth=2,
+    num_heads=4,
+    decoder_embed_dim=32,
+    decoder_depth=1,
+    decoder_num_heads=2,
+    norm_eps=1e-5,
+)
+FACTS = WeightsRecord(MEAN, STD, RANGE, 0.5, "bilinear")
+
+
+def pretrained(classes: bool, pooled: bool = False, shape: ModelShape = SHAPE) -> Pretrained:
+    """Weights with every fact, as a run or a fine-tuning of ours leaves them."""
+    torch.manual_seed(0)
+    state = MaskedAutoencoder(**shape).state_dict()
+    if not classes:
+        return Pretrained(state, shape, True, "test", True, "pixel", FACTS)
+    head = {"head.weight": torch.randn(3, 64), "head.bias": torch.randn(3)}
+    if pooled:
+        head |= {"fc_norm.weight": torch.rand(64) + 0.5, "fc_norm.bias": torch.randn(64)}
+    facts = replace(FACTS, classes=CLASSES, pooled=pooled)
+    return Pretrained(interop.encoder_only(state), shape, False, "test", record=facts, head=head)
+
+
+def exported(source: Pretrained, door: str, folder: Path) -> Path:
+    out = folder / {"timm file": "w.safetensors", "facebook": "w.pth"}.get(door, "w")
+    write_export(source, source.shape, door.split()[0], out)
+    return out
+
+
+DOORS = ("timm file", "timm folder", "facebook", "huggingface")
+#: Fact -> doors that have a place for it. Decoders and what they predict don't fit into timm.
+FACTS_AND_DOORS = {
+    "mean": DOORS,
+    "std": DOORS,
+    "crop_pct": DOORS,
+    "interpolation": DOORS,
+    "value_range": ("timm file", "timm folder", "facebook"),
+    "num_heads": DOORS,
+    "norm_eps": DOORS,
+    "img_size": DOORS,
+    "norm_pix_loss": ("facebook", "huggingface"),
+    "target": ("facebook", "huggingface"),
+}
+
+
+@pytest.mark.parametrize(("fact", "door"), [(f, d) for f, doors in FACTS_AND_DOORS.items() for d in doors])
+def test_every_fact_comes_back_through_every_export(fact, door, tmp_path):
+    source = pretrained(classes=False)
+    found = read_pretrained(exported(source, door, tmp_path))
+
+    def value(weights: Pretrained):
+        holders = (weights.record, weights.shape, weights)
+        return next(getattr(holder, fact) for holder in holders if hasattr(holder, fact))
+
+    assert value(found) == value(source) is not None
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("door", DOORS)
+def test_a_classifier_and_its_class_names_come_back(door, pooled, tmp_path):
+    source = pretrained(classes=True, pooled=pooled)
+    if door == "huggingface" and pooled:
+        with pytest.raises(ValueError, match=r"classifies the class token.*--cls_token.*--encoder_only"):
+            exported(source, door, tmp_path)
+        assert not any(tmp_path.iterdir())
+        return
+    found = read_pretrained(exported(source, door, tmp_path), encoder_only=True)
+    assert (found.record.classes, found.record.pooled) == (CLASSES, pooled)
+    assert found.head.keys() == source.head.keys()
+    assert all(torch.equal(found.head[key], source.head[key]) for key in found.head)
+    write_export(source, source.shape, "timm", tmp_path / "bare.safetensors", encoder_only=True)
+    bare = read_pretrained(tmp_path / "bare.safetensors")
+    assert (bare.head, bare.record.classes, bare.record.mean) == ({}, None, MEAN)
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_timm_builds_a_classifier_from_the_folder_and_looks_at_images_as_we_do(pooled, tmp_path):
+    source = pretrained(True, pooled, replace(SHAPE, norm_eps=1e-6))
+    folder = exported(source, "timm folder", tmp_path)
+    theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    config = resolve_model_data_config(theirs)
+    assert (config["mean"], config["std"], config["crop_pct"]) == (MEAN, STD, 0.5)
+    assert (config["input_size"], config["interpolation"]) == ((3, 32, 32), "bilinear")
+    assert theirs.pretrained_cfg["label_names"] == list(CLASSES)
+    start = load_encoder(FinetuneConfig(finetune=str(folder), data_path="D"))
+    ours = build_classifier(start, 3, pooled, head=start.head).eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), theirs(images), rtol=1e-5, atol=1e-5)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 100, 3), dtype=np.uint8))
+    wanted = create_transform(**config, is_training=False)(picture)
+    assert_same_view(start, picture, wanted, tmp_path)
+
+
+def assert_same_view(start, picture: Image.Image, wanted: torch.Tensor, folder: Path) -> None:
+    """A picture normalised as evaluation does it, next to what another library makes of it."""
+    (folder / "train" / "a").mkdir(parents=True)
+    picture.save(folder / "train" / "a" / "0.png")
+    facts = start.record
+    crops = EvalCrops(open_source(folder), (32, 32), 3, facts.crop_pct, facts.value_range, facts.interpolation)
+    pixels = crops[0][0].float() / 255
+    mine = (pixels - torch.tensor(facts.mean)[:, None, None]) / torch.tensor(facts.std)[:, None, None]
+    assert (mine - wanted).abs().mean() < 0.02
+
+
+def test_transformers_processes_images_as_we_do_and_keeps_eps_and_labels(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    source = pretrained(classes=True)
+    folder = exported(source, "huggingface", tmp_path)
+    theirs = transformers.ViTForImageClassification.from_pretrained(folder).eval()
+    assert [theirs.config.id2label[i] for i in range(3)] == list(CLASSES)
+    assert theirs.config.layer_norm_eps == 1e-5
+    start = load_encoder(FinetuneConfig(finetune=str(folder), data_path="D"))
+    ours = build_classifier(start, 3, False, head=start.head).eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), theirs(images).logits, rtol=1e-4, atol=1e-4)
+    processor = transformers.AutoImageProcessor.from_pretrained(folder)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 100, 3), dtype=np.uint8))
+    wanted = torch.as_tensor(np.array(processor(picture)["pixel_values"][0]))
+    assert_same_view(start, picture, wanted, tmp_path)
+
+
+def test_vit_mae_of_another_eps_gives_transformers_own_features(tmp_path):
+    """facebook's ViTMAE on the Hub has 1e-12 in its config.json; 1e-6 gives other features."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTMAEConfig(
+        **{"image_size": 32, "patch_size": 8, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+        **{"intermediate_size": 256, "layer_norm_eps": 0.1, "mask_ratio": 0.0},
+    )
+    theirs = transformers.ViTMAEModel(config).eval()
+    theirs.save_pretrained(tmp_path)
+    found = read_pretrained(tmp_path, encoder_only=True)
+    assert found.shape.norm_eps == 0.1
+    ours = MaskedAutoencoder(**found.shape).eval()
+    ours.load_state_dict(found.state, strict=False)
+    images, noise = torch.randn(2, 3, 32, 32), torch.linspace(0, 1, 16).expand(2, -1)
+    with torch.no_grad():
+        wanted = theirs(images, noise=noise).last_hidden_state
+        torch.testing.assert_close(ours.encode(images), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_vit_mae_folder_is_normalised_as_its_preprocessor_says(tmp_path, caplog):
+    folder = exported(pretrained(classes=False), "huggingface", tmp_path)
+    start = load_encoder(FinetuneConfig(finetune=str(folder), data_path="D"))
+    assert (start.mean, start.std) == (MEAN, STD)
+    with caplog.at_level("INFO", logger="mae_et"):
+        start.log_record()
+    assert f"mean 0.1 0.2 0.3, from {folder / 'preprocessor_config.json'}" in caplog.text
+    (folder / "preprocessor_config.json").unlink()
+    assert load_encoder(FinetuneConfig(finetune=str(folder), data_path="D")).mean == (0.485, 0.456, 0.406)
+    flagged = load_encoder(FinetuneConfig(finetune=str(folder), data_path="D", mean=(0.7, 0.7, 0.7)))
+    assert (flagged.mean, flagged.sources["mean"]) == ((0.7, 0.7, 0.7), "flags")
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_base_patch16_224.mae", "deit_tiny_patch16_224"])
+def test_a_timm_name_is_normalised_and_cropped_as_timm_says(name, monkeypatch):
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda n, **kwargs: create(n, **kwargs | {"pretrained": False}))
+    found, config = read_pretrained(name), resolve_model_data_config(create(name))
+    assert (found.record.mean, found.record.std) == (config["mean"], config["std"])
+    assert (found.record.crop_pct, found.record.interpolation) == (config["crop_pct"], config["interpolation"])
+    assert found.shape.img_size == config["input_size"][1]
+    start = load_encoder(FinetuneConfig(finetune=name, data_path="D"))
+    assert (start.mean, start.record.crop_pct) == (config["mean"], config["crop_pct"])
+
+
+def test_a_run_and_its_copied_encoder_keep_what_pretraining_was_told(photos, tmp_path):
+    run = pretrain(tiny(photos, tmp_path / "run", mean=MEAN, std=STD, value_range=RANGE, epochs=0.5))
+    shutil.copy(run / "encoder.safetensors", tmp_path / "elsewhere.safetensors")
+    for door in (run, run / "checkpoint.pt", run / "encoder.safetensors", tmp_path / "elsewhere.safetensors"):
+        start = load_encoder(FinetuneConfig(finetune=str(door), data_path="D"))
+        assert (start.mean, start.std, start.record.value_range) == (MEAN, STD, RANGE), door
+        assert start.shape.num_heads == 2
+
+
+def test_arguments_of_facebookresearch_mae_are_read(tmp_path):
+    state = interop.to_facebook(MaskedAutoencoder(**replace(SHAPE, norm_eps=1e-6)).state_dict())
+    args = argparse.Namespace(norm_pix_loss=True, input_size=32, model="mae_vit_base_patch16")
+    torch.save({"model": state, "args": args, "epoch": 3}, tmp_path / "theirs.pth")
+    found = read_pretrained(tmp_path / "theirs.pth", num_heads=4)
+    assert (found.norm_pix_loss, found.target, found.record.mean) == (True, "pixel", None)
+    assert load_encoder(
+        FinetuneConfig(finetune=str(tmp_path / "theirs.pth"), data_path="D", num_heads=4)
+    ).mean == pytest.approx((0.485, 0.456, 0.406))
+
+
+def test_a_guessed_number_of_heads_is_said_for_every_width(tmp_path, caplog):
+    """A ViT-S of MoCo v3 has 12 heads at 384, not 6."""
+    shape = replace(SHAPE, embed_dim=384, num_heads=12, depth=1, norm_eps=1e-6)
+    torch.save(interop.to_timm(MaskedAutoencoder(**shape).state_dict()), tmp_path / "s.pth")
+    assert read_pretrained(tmp_path / "s.pth").shape.num_heads == 6
+    assert "doesn't say how many heads it has: taken to be 6, of 64 each; see --num_heads" in caplog.text
+    caplog.clear()
+    assert read_pretrained(tmp_path / "s.pth", num_heads=12).shape.num_heads == 12
+    assert not caplog.text
+
+
+def test_means_of_0_to_255_are_refused():
+    for config in (
+        lambda: tiny(Path("D"), Path("o"), mean=(123.675, 116.28, 103.53)),
+        lambda: FinetuneConfig(std=(58.4,)),
+    ):
+        with pytest.raises(ValueError, match=r"--(mean|std) .*pixels are in \[0, 1\] here; divide by 255"):
+            config()
+
+
+# ── classes, by name ──
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory) -> Path:
+    """A run fine-tuned with --crop_pct on pictures of three colours that it tells apart without fail."""
+    root = tmp_path_factory.mktemp("tuned")
+    torch.manual_seed(0)
+    model = MaskedAutoencoder(
+        **{"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2, "decoder_embed_dim": 16},
+        **{"decoder_depth": 1, "decoder_num_heads": 2},
+    )
+    checkpoint.save_safetensors(interop.to_timm(model.state_dict()), root / "encoder.safetensors")
+    colours(root / "data", {"blue": 2, "green": 1, "red": 0})
+    flags = QUICK | {"epochs": 30, "lr": 3e-3, "mixup": 0, "cutmix": 0, "reprob": 0, "aa": "none", "drop_path": 0}
+    config = FinetuneConfig(
+        **flags | {"finetune": str(root / "encoder.safetensors"), "num_heads": 2, "crop_pct": 0.6},
+        data_path=str(root / "data"),
+        output_dir=str(root / "run"),
+    )
+    path = finetune(config)
+    assert json.loads(path.read_text())["top1"] == 100
+    return root / "run"
+
+
+def colours(root: Path, channels: dict[str, int], splits: tuple[str, ...] = ("train", "val")) -> Path:
+    rng = np.random.default_rng(0)
+    for split in splits:
+        for name, channel in channels.items():
+            (root / split / name).mkdir(parents=True)
+            for i in range(4):
+                pixels = rng.integers(0, 60, (24, 24, 3), dtype=np.uint8)
+                pixels[..., channel] += 180
+                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+    return root
+
+
+def judged(tuned: Path, data: Path, **changes) -> dict:
+    flags = {name: value for name, value in QUICK.items() if name in ("device", "precision", "num_workers")}
+    path = finetune(FinetuneConfig(**flags | {"eval": True, "finetune": str(tuned), "data_path": str(data)} | changes))
+    return json.loads(path.read_text())
+
+
+def test_a_class_is_known_by_its_name_wherever_it_stands(tuned, tmp_path):
+    """Sorted, the folders of these data are in another order than those the model was trained on, or fewer."""
+    others = colours(tmp_path / "others", {"green": 1, "blue": 2}, ("val",))
+    result = judged(tuned, others)
+    assert (result["top1"], result["num_images"], result["num_classes"]) == (100, 8, 3)
+    only = colours(tmp_path / "only", {"red": 0})
+    assert judged(tuned, only, report=True)["per_class_accuracy"] == {"blue": None, "green": None, "red": 100}
+
+
+def test_unknown_classes_are_refused_by_name(tuned, tmp_path):
+    data = colours(tmp_path / "data", {"azure": 2, "green": 1, "red": 0}, ("val",))
+    with pytest.raises(ValueError, match=r"class\(es\) azure are unknown to .*run, which has blue, green, red"):
+        judged(tuned, data)
+
+
+def test_splits_that_number_their_classes_differently_are_matched(tuned, tmp_path):
+    """A tar numbers in natural order, a folder in alphabetical order."""
+    data = colours(tmp_path / "data", {"c1": 0, "c10": 1, "c2": 2})
+    source = open_source(data, "val")
+    from mae_et.evaluate.classes import with_classes
+
+    matched = with_classes(source, ["c1", "c2", "c10"], "D", "the model")
+    names = [source.classes[label] for label in source.labels]
+    assert [matched.classes[label] for label in matched.labels] == names
+    assert [matched.classes[matched.read(i)[1]] for i in range(len(matched))] == names
+
+
+def test_the_crop_that_a_model_was_judged_by_is_the_crop_it_is_judged_by_again(tuned):
+    result = judged(tuned, tuned.parent / "data")
+    assert result["record"]["crop_pct"] == 0.6
+    assert result["record"]["classes"] == ["blue", "green", "red"] and result["record"]["mean"]
+    assert judged(tuned, tuned.parent / "data", crop_pct=0.9)["record"]["crop_pct"] == 0.9
+    assert checkpoint.load(tuned / "checkpoint.pt")["crop_pct"] == 0.6
+
+
+def test_records_lose_nothing_on_their_way_through_plain_values():
+    facts = replace(FACTS, classes=CLASSES, pooled=True)
+    assert WeightsRecord.of(json.loads(json.dumps(facts.to_dict()))) == facts
+    assert WeightsRecord().completed_by(facts) == facts
+    assert replace(WeightsRecord(), mean=(1.0,)).completed_by(facts).mean == (1.0,)
+    assert record.from_preprocessor({"do_normalize": False, "size": 32}, "f").mean == (0, 0, 0)
+    assert record.labels_of_huggingface({"id2label": {"0": "LABEL_0", "1": "LABEL_1"}}) is None
