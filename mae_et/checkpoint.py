@@ -54,6 +54,7 @@ ACCEPTED = (
 load = sharded.load_full
 
 
+HUB_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 HF_NORM_EPS = 1e-12
 """Default of transformers, where a config.json doesn't say."""
 
@@ -106,12 +107,15 @@ def read_pretrained(source: str | Path, encoder_only: bool = False, num_heads: i
 
 
 def _read_folder(folder: Path, encoder_only: bool, num_heads: int | None) -> Pretrained:
-    """A run folder, or one of transformers' ViTMAE."""
+    """A run folder, or one of transformers or timm."""
     checkpoint = run_folder.checkpoint_in(folder)
     for file in (checkpoint, folder / run_folder.ENCODER):
         if file is not None and file.exists():
             return _read_file(file, encoder_only, num_heads)
     if (folder / "config.json").exists():
+        if "pretrained_cfg" in _read_json(folder / "config.json"):
+            weights = next((f for name in HUB_WEIGHTS if (f := folder / name).is_file()), folder / HUB_WEIGHTS[0])
+            return _read_file(weights, encoder_only, num_heads)
         return _read_huggingface(folder, encoder_only)
     raise FileNotFoundError(
         f"{folder}: holds neither checkpoint.pt or encoder.safetensors (a run folder) nor config.json (a folder of "
@@ -197,11 +201,19 @@ def _beside(path: Path) -> WeightsRecord:
     """From the `pretrained_cfg` that timm, or an export for it, keeps beside a file of weights."""
     for file in (path.with_suffix(".json"), path.with_name("config.json")):
         if file.is_file():
-            with prefix_errors(file):
-                config = json.loads(file.read_text())
-            if isinstance(config, dict) and isinstance(cfg := config.get("pretrained_cfg", config), dict):
+            cfg = _read_json(file).get("pretrained_cfg")
+            if isinstance(cfg, dict):
                 return records.from_timm(cfg, f"pretrained_cfg in {file}")
     return WeightsRecord()
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """A file that holds an object. ValueError names it."""
+    with prefix_errors(file):
+        content = json.loads(file.read_text())
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: holds a {type(content).__name__}, not an object")
+    return content
 
 
 def _as_dict(args: Any) -> dict[str, Any]:
@@ -234,12 +246,11 @@ def timm_state(weights: Mapping[str, Mapping[str, Tensor]], pooled: bool) -> dic
 
 def _read_huggingface(folder: Path, encoder_only: bool, weights: Path | None = None) -> Pretrained:
     """A folder of transformers' ViTMAE or ViT: config.json, perhaps preprocessor_config.json, and the weights."""
-    names = ("model.safetensors", "pytorch_model.bin")
-    weights = weights or next((folder / name for name in names if (folder / name).is_file()), None)
+    weights = weights or next((folder / name for name in HUB_WEIGHTS if (folder / name).is_file()), None)
     if weights is None:
         raise FileNotFoundError(f"{folder}: holds config.json but neither model.safetensors nor pytorch_model.bin")
+    config = _read_json(folder / "config.json")
     with prefix_errors(folder / "config.json"):
-        config = json.loads((folder / "config.json").read_text())
         is_vit = config.get("model_type") == "vit"
         shape = interop.shape_from_huggingface_config(config | ({"model_type": "vit_mae"} if is_vit else {}))
         shape = ModelShape(**shape | {"norm_eps": config.get("layer_norm_eps", HF_NORM_EPS)})
@@ -250,8 +261,7 @@ def _read_huggingface(folder: Path, encoder_only: bool, weights: Path | None = N
         ours = interop.from_huggingface(_without_decoder(state) if encoder_only else state, shape.img_size)
     decoder, facts, beside = interop.has_decoder(ours), WeightsRecord(), folder / "preprocessor_config.json"
     if beside.is_file():
-        with prefix_errors(beside):
-            facts = records.from_preprocessor(json.loads(beside.read_text()), str(beside))
+        facts = records.from_preprocessor(_read_json(beside), str(beside))
     if head:
         facts = replace(facts, classes=records.labels_of_huggingface(config), pooled=False)
     origin = f"transformers {'ViT' if is_vit else 'ViTMAE'} folder {folder}"

@@ -246,12 +246,22 @@ def _their_keys(state: State, layout: Layout) -> set[str]:
 
 
 def _check(state: State, expected: set[str], layout: Layout) -> None:
+    if differences := _differences(state, expected):
+        raise ValueError(f"not the weights of {layout.who}: {differences}")
+
+
+def _differences(state: State, expected: set[str]) -> str:
+    """Keys too few and too many, counted, with the first of each; "" if there are none."""
     missing = sorted(expected - set(state), key=_natural)
     unexpected = sorted(set(state) - expected, key=_natural)
-    if missing or unexpected:
-        kinds = (("missing", missing), ("unexpected", unexpected))
-        counts = [f"{len(keys)} {kind} (first: {keys[0]})" for kind, keys in kinds if keys]
-        raise ValueError(f"not the weights of {layout.who}: keys {' and '.join(counts)}")
+    kinds = (("missing", missing), ("unexpected", unexpected))
+    counts = [f"{len(keys)} {kind} (first: {keys[0]})" for kind, keys in kinds if keys]
+    return f"keys {' and '.join(counts)}" if counts else ""
+
+
+def mismatch(state: State) -> str:
+    """How the keys of weights differ from those of a plain ViT of their depth; "" if they don't."""
+    return _differences(_without_head(state), _their_keys(state, TIMM))
 
 
 def _check_ours(state: State) -> None:

@@ -99,6 +99,7 @@ def timm_config(record: WeightsRecord, shape: ModelShape) -> dict[str, Any]:
     height, width = height_width(shape.img_size)
     arguments = {"img_size": [height, width], "patch_size": shape.patch_size, "in_chans": shape.in_chans}
     arguments |= {name: shape[name] for name in ("embed_dim", "depth", "num_heads", "mlp_ratio")}
+    arguments |= {"global_pool": "avg" if record.pooled else "token"}
     return {
         "architecture": "vit_base_patch16_224",
         "num_classes": len(record.classes or ()),

@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from .files import CheckpointError
+from .interop import mismatch
 from .layouts import OURS
 
 #: Where state dicts are kept, from the first choice on. Averaged weights come before raw ones, as timm's
@@ -211,10 +212,8 @@ def _refuse_others(state: Mapping[str, Tensor], path: Path) -> None:
         found.append(("ViT without a class token, as of I-JEPA or SigLIP", "no cls_token"))
     for what, sign in found[:1]:
         article = "an" if what[0] in "AEIOU" else "a"
-        missing = next((key for key in ("cls_token", "pos_embed", "norm.weight") if key not in state), "none")
         raise ValueError(
-            f"{path}: this is {article} {what} ({sign}); only a plain ViT or an MAE can be read: keys missing (first: "
-            f"{missing}) and unexpected (first: {next(key for key in names.splitlines())})"
+            f"{path}: this is {article} {what} ({sign}); only a plain ViT or an MAE can be read: {mismatch(state)}"
         )
 
 
