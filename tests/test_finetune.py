@@ -22,10 +22,12 @@ from mae_et.data.sources import open_source
 from mae_et.data.stream import Sample
 from mae_et.engine import sharded
 from mae_et.engine import step as step_module
+from mae_et.evaluate import finetune as finetune_module
 from mae_et.evaluate.augmentation import augmentation, mixed, mixing
 from mae_et.evaluate.config import FinetuneConfig
 from mae_et.evaluate.encoder import adapt_positions, build_classifier, load_encoder
 from mae_et.evaluate.finetune import finetune, layer_decay_adamw
+from mae_et.evaluate.probe import probe
 from mae_et.model import MaskedAutoencoder, sincos_table
 from mae_et.plan.flags import parse
 
@@ -384,3 +386,93 @@ def test_a_loss_that_is_not_finite_ends_the_run(run: Path, tmp_path: Path, monke
     with pytest.raises(FloatingPointError, match="loss is nan at step 2"):
         finetune(config)
     assert len(calls) == 3
+
+
+def test_auto_begins_again_where_the_first_try_died_before_its_first_checkpoint(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "tuned").mkdir()
+    (tmp_path / "tuned" / "metrics.jsonl").write_text('{"step": 0, "loss": 9.0}\n{"st')
+    finetune(FinetuneConfig(finetune=str(run), output_dir=str(tmp_path / "tuned"), resume="auto", **QUICK))
+    lines = [json.loads(line) for line in (tmp_path / "tuned/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 7]
+
+
+def spoiled(pictures: Path, folder: Path, count: int) -> Path:
+    shutil.copytree(pictures, folder)
+    for path in sorted(folder.glob("val/*/*.png"))[:count]:
+        path.write_bytes(path.read_bytes()[:60])
+    return folder
+
+
+def test_a_damaged_held_out_picture_is_left_out_or_refused_before_training(
+    run: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It used to end fine-tuning after the last epoch with nothing saved."""
+    data = spoiled(pictures, tmp_path / "data", 1)
+    config = FinetuneConfig(finetune=str(run), data_path=str(data), output_dir=str(tmp_path / "tuned"), **QUICK)
+    with pytest.raises(
+        ValueError, match=r"1 of 12 images are damaged, more than --damaged_limit 0.01; the last is .*val"
+    ):
+        finetune(config)
+    assert not (tmp_path / "tuned").exists()  # nothing was trained
+    capsys.readouterr()
+    result = json.loads(finetune(replace(config, damaged_limit=0.1)).read_text())
+    assert result["num_images"] == 11
+    assert capsys.readouterr().out.count("damaged image skipped (1 so far)") == 1
+    for flags in ({"knn": True, "k": 3}, {"linear_probe": True}):
+        (judged,) = probe(replace(config, damaged_limit=0.1, **flags)).values()
+        assert judged["num_images"] == 11
+
+
+def test_what_was_trained_is_saved_before_an_evaluation_that_fails(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the run that goes on evaluates first, so that it ends as if nothing had happened."""
+    config = FinetuneConfig(finetune=str(run), **QUICK)
+    whole, cut = (replace(config, output_dir=str(tmp_path / name)) for name in ("whole", "cut"))
+    finetune(whole)
+
+    def fails(*arguments) -> None:
+        raise ValueError("--data_path: unreadable")
+
+    monkeypatch.setattr(finetune_module, "evaluate", fails)
+    with pytest.raises(ValueError, match="unreadable"):
+        finetune(cut)
+    monkeypatch.undo()
+    assert checkpoint.load(tmp_path / "cut/checkpoint.pt")["step"] == 4
+    finetune(replace(cut, resume="auto"))
+    lines = []
+    for name in ("whole", "cut"):
+        text = (tmp_path / name / "metrics.jsonl").read_text()
+        lines.append([{k: json.loads(line)[k] for k in ("step", "loss", "top1")} for line in text.splitlines()])
+    assert lines[0] == lines[1] and len(lines[0]) == 2
+    ours, theirs = (checkpoint.load(tmp_path / name / "checkpoint.pt") for name in ("whole", "cut"))
+    assert ours["best"] == theirs["best"] and all(
+        torch.equal(ours["model"][k], theirs["model"][k]) for k in ours["model"]
+    )
+
+
+def test_gradients_are_guarded_and_logged_and_waiting_for_data_is_said(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What pretraining has: the norm of the gradient, hints about slow data, and no silent --world_size."""
+    real = step_module.accumulate_gradients
+
+    def broken(run, *arguments):
+        loss = real(run, *arguments)
+        if run.step == 5:
+            run.model.cls_token.grad.fill_(float("inf"))
+        return loss
+
+    config = FinetuneConfig(finetune=str(run), output_dir=str(tmp_path / "tuned"), **QUICK)
+    monkeypatch.setattr(step_module, "accumulate_gradients", broken)
+    with pytest.raises(FloatingPointError, match="gradient's norm inf at step 5"):
+        finetune(config)
+    state = checkpoint.load(tmp_path / "tuned/checkpoint.pt")
+    assert state["step"] == 4 and all(torch.isfinite(tensor).all() for tensor in state["model"].values())
+    assert json.loads((tmp_path / "tuned/metrics.jsonl").read_text().splitlines()[0])["grad_norm"] > 0
+    monkeypatch.setattr(step_module, "accumulate_gradients", real)
+    monkeypatch.setattr("mae_et.engine.logger.MAX_DATA_WAIT", -1.0)
+    finetune(replace(config, overwrite=True))
+    assert "waited for data" in (shown := capsys.readouterr().out) and "--replay" not in shown
+    with pytest.raises(ValueError, match="--world_size 2: start with torchrun --nproc_per_node=2"):
+        finetune(replace(config, world_size=2))

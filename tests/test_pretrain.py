@@ -16,6 +16,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -28,7 +29,8 @@ from mae_et.data.sources import Source, open_source
 from mae_et.engine import step
 from mae_et.engine.pretrain import pretrain
 from mae_et.engine.resume import check_images, fingerprint
-from mae_et.evaluate.config import ReconstructConfig
+from mae_et.evaluate.config import FinetuneConfig, ReconstructConfig
+from mae_et.evaluate.probe import probe
 from mae_et.evaluate.reconstruct import reconstruct
 from mae_et.plan.config import PretrainConfig
 from mae_et.plan.flags import from_dict
@@ -651,3 +653,39 @@ def _processes_with(mark: str) -> set[int]:
             if mark.encode() in (folder / "environ").read_bytes():
                 found.add(int(folder.name))
     return found
+
+
+def test_auto_begins_again_where_the_first_try_died_before_its_first_checkpoint(photos: Path, tmp_path: Path) -> None:
+    """The line that docs/distributed.md prescribes for torchrun's --max_restarts."""
+    config = tiny(photos, tmp_path / "run", resume="auto", epochs=0.5)
+    (tmp_path / "run").mkdir()
+    for name in ("metrics.jsonl", "config.yaml", "environment.json"):
+        (tmp_path / "run" / name).write_text(
+            '{"step": 0, "loss": 9.0}\n' if name == "metrics.jsonl" else "left: over\n"
+        )
+    pretrain(config)
+    records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert records and all(record["loss"] < 9 for record in records) and records[-1]["p"] == 1
+    with pytest.raises(FileExistsError, match="already holds a run"):
+        pretrain(replace(config, resume=""))
+
+
+def test_twelve_bits_in_sixteen_train_and_evaluate_with_their_range(tmp_path: Path) -> None:
+    """Values 776 to 1009 of 65535 are two grey levels as they are; the range is measured, stored and used again."""
+    rng = np.random.default_rng(0)
+    for label, low in (("dark", 776), ("light", 900)):
+        (tmp_path / "data" / "train" / label).mkdir(parents=True)
+        (tmp_path / "data" / "val" / label).mkdir(parents=True)
+        for split, count in (("train", 12), ("val", 6)):
+            for i in range(count):
+                pixels = rng.integers(low, low + 110, (40, 40), dtype=np.uint16)
+                Image.fromarray(pixels).save(tmp_path / "data" / split / label / f"{i}.png")
+    run = pretrain(tiny(tmp_path / "data", tmp_path / "run", in_chans=1, batch_size=6))
+    low, high = checkpoint.load(run / "checkpoint.pt")["value_range"]
+    assert 770 <= low <= 785 and 1000 <= high <= 1012
+    assert json.loads((run / "environment.json").read_text())["value_range"] == [low, high]
+    result = probe(FinetuneConfig(finetune=str(run), knn=True, k=3, num_workers=0, device="cpu"))["knn"]
+    assert result["top1"] == 100
+    assert json.loads((run / "eval-knn.json").read_text())["record"]["value_range"] == [low, high]
+    with pytest.raises(ValueError, match="value_range was None, is"):
+        pretrain(tiny(tmp_path / "data", run, in_chans=1, batch_size=6, resume="auto", value_range=[0, 9]))

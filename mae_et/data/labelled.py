@@ -161,7 +161,8 @@ class EvalCrops(Dataset):
 
     def look(self, samples: int = 256) -> None:
         """Try images spread evenly over the source, before hours of training. ValueError if too many can't be read."""
-        places = (place * len(self) // samples for place in range(min(samples, len(self))))
+        samples = min(samples, len(self))
+        places = (place * len(self) // samples for place in range(samples))
         self.book([index for index in places if self[index][1] == CORRUPT])
 
 

@@ -93,8 +93,8 @@ def measure_value_range(source: Source, samples: int = 64) -> ValueRange | None:
     Returns the quantiles 0.1 % and 99.9 % of up to 4096 pixels of each image. None where the pixels' type says the
     range: for 8 bits, and for 16 of which a quarter or more is used, so that 64 of 256 levels or more are left.
     """
-    values = []
-    for index in (place * len(source) // samples for place in range(min(samples, len(source)))):
+    values, samples = [], min(samples, len(source))
+    for index in (place * len(source) // samples for place in range(samples)):
         with contextlib.suppress(CorruptImage, OSError):  # named when its turn comes
             pixels = _more_than_8_bits(source.read(index)[0])
             if pixels is not None:
