@@ -8,7 +8,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 from PIL import Image
@@ -164,12 +164,10 @@ def split_folders(root: Path) -> tuple[Path | None, Path | None]:
 def warn_of_inner_splits(data_path: str, paths: Iterable[str]) -> None:
     """Warn if folders inside are called as splits are, since images of all of them are taken."""
     inner: dict[str, dict[bool, str]] = {}
-    for folder in {os.path.dirname(path) for path in paths}:
-        while folder:
-            parent, name = os.path.split(folder)
-            if name.lower() in (*TRAIN_NAMES, *VAL_NAMES):
-                inner.setdefault(parent, {})[name.lower() in TRAIN_NAMES] = name
-            folder = parent
+    for folder in {PurePath(path).parent for path in paths}:
+        for place in (folder, *folder.parents):  # members of a tar may be absolute
+            if place.name.lower() in (*TRAIN_NAMES, *VAL_NAMES):
+                inner.setdefault(str(place.parent), {})[place.name.lower() in TRAIN_NAMES] = place.name
     for parent, names in sorted(inner.items()):
         if len(names) == 2:
             place = os.path.join(data_path, parent)
