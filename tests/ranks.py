@@ -1,7 +1,8 @@
-"""Several ranks in one test, without the seconds that each of torchrun's processes takes to import torch."""
+"""Processes of tests, without the seconds that each takes to import torch: several ranks, or one to be killed."""
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import socket
@@ -12,14 +13,16 @@ from pathlib import Path
 
 import torch
 
+CLONE_NEWNET = 0x40000000
+"""Linux's name of a network namespace, for setns."""
+
 
 def on_ranks(number: int, log: Path, task: Callable, *arguments) -> None:
     """Call task(*arguments) in as many processes, as torchrun would start them; all must end well."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mae_et.engine.pretrain"])
+    context = _server()
     log.mkdir(parents=True, exist_ok=True)
     logs = [log / f"rank{rank}.txt" for rank in range(number)]
     processes = [
@@ -35,6 +38,48 @@ def on_ranks(number: int, log: Path, task: Callable, *arguments) -> None:
         process.kill()
     codes = [process.exitcode for process in processes]
     assert codes == [0] * number, "\n".join(f"── {file.name} ──\n{file.read_text()}" for file in logs)
+
+
+def _server() -> multiprocessing.context.BaseContext:
+    """A process that has imported everything, and forks."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mae_et.engine.pretrain"])
+    return context
+
+
+class Child:
+    """task(*arguments) in a process of its own, one thread, with the part of `subprocess.Popen` that tests use.
+
+    environment: variables of the process. network: name of the network namespace that it lives in.
+    """
+
+    def __init__(
+        self, task: Callable, log: Path, *arguments, environment: dict[str, str] | None = None, network: str = ""
+    ) -> None:
+        self._log = log
+        self._process = _server().Process(target=_alone, args=(log, environment or {}, network, task, arguments))
+        self._process.start()
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, None]:
+        self._process.join(timeout)
+        return self._log.read_text(), None
+
+
+def _alone(log: Path, environment: dict[str, str], network: str, task: Callable, arguments: tuple) -> None:
+    sys.stdout = sys.stderr = log.open("w")
+    torch.set_num_threads(1)
+    os.environ.update(environment)
+    if network:
+        with open(f"/var/run/netns/{network}") as namespace:
+            if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), CLONE_NEWNET):
+                raise OSError(ctypes.get_errno(), f"can't enter the network {network}")
+    task(*arguments)
 
 
 def _rank(log: Path, rank: int, number: int, port: int, task: Callable, arguments: tuple) -> None:

@@ -9,8 +9,6 @@ import multiprocessing
 import os
 import pickle
 import signal
-import subprocess
-import sys
 import tarfile
 import time
 from pathlib import Path
@@ -19,7 +17,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from ranks import Child
 
+from mae_et.cli import main
 from mae_et.data.config import PrepareConfig
 from mae_et.data.loader import CorruptLog, TrainImages, train_batches
 from mae_et.data.pixels import to_image
@@ -121,14 +121,14 @@ def test_a_killed_prepare_goes_on_and_ends_as_if_nothing_had_happened(tmp_path):
         picture(i, (300, 200)).save(root / f"{i:02}.png")
     flags = {"short_side": 150, "shard_mb": 0.02}
     packed(root, whole, **flags)
-    command = [sys.executable, "-m", "mae_et", "prepare", str(root), str(killed), "--num_workers", "1"]
-    command += [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL)
+    words = ["prepare", str(root), str(killed), "--num_workers", "1"]
+    words += [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    process = Child(main, tmp_path / "log.txt", words)
     deadline = time.monotonic() + 300
     while not (killed / "train" / "00001.tar.json").exists() and time.monotonic() < deadline:
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.communicate()
     done = {path.name: path.stat().st_mtime_ns for path in (killed / "train").glob("*.tar.json")}
     assert len(done) >= 2
     if not (killed / "train" / INDEX).exists():  # unless the machine was too quick for us

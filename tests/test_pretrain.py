@@ -21,10 +21,11 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from ranks import on_ranks
+from ranks import Child, on_ranks
 from tiny import ROOT, TINY, assert_close, assert_same, recipe_file, script, tiny, weights
 
 from mae_et import checkpoint
+from mae_et.cli import main_pretrain
 from mae_et.data.sources import Source, open_source
 from mae_et.engine import step
 from mae_et.engine.pretrain import pretrain
@@ -66,30 +67,29 @@ def test_learns(photos: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("one_thread")
 def test_kill_at_any_step_and_resume_bit_for_bit(photos: Path, tmp_path: Path, whole: Path) -> None:
     """`kill -9` three times, once during a save, the last time in the second stage, past the end of the data."""
-    recipe = recipe_file(TINY | {"data_path": str(photos), "output_dir": str(tmp_path / "run")}, tmp_path / "r.yaml")
-    flags = ("--recipe", str(recipe), "--resume", "auto", "--save_steps", "1", "--print_steps", "1")
+    run = tmp_path / "run"
+    config = tiny(photos, run, resume="auto", save_steps=1, print_steps=1, num_workers=1)
     last = 0
     for steps in (3, 9, 15):
-        process = script(*flags, "--num_workers", "1")
-        _wait_for_step(tmp_path / "run", steps, process)
+        process = Child(pretrain, tmp_path / "log.txt", config)
+        _wait_for_step(run, steps, process)
         if steps == 9:
-            _wait_for_a_save(tmp_path / "run", process)
-        process.send_signal(signal.SIGKILL)
+            _wait_for_a_save(run, process)
+        process.kill()
         process.communicate()
-        last = checkpoint.load(tmp_path / "run" / "checkpoint.pt")["step"]
+        last = checkpoint.load(run / "checkpoint.pt")["step"]
         assert last >= steps
     assert last > 14, "the last kill must come after the first stage"
-    process = script(*flags)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
-    assert_same(weights(tmp_path / "run"), weights(whole))
-    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    pretrain(replace(config, num_workers=0))
+    assert_same(weights(run), weights(whole))
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(set(steps)), "no step is reported twice"
 
 
-def _wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
+def _wait_for_step(folder: Path, step: int, process: subprocess.Popen | Child) -> None:
     deadline = time.monotonic() + 100
     while time.monotonic() < deadline:
         if (folder / "metrics.jsonl").exists():
@@ -104,7 +104,7 @@ def _wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
     raise AssertionError(process.communicate()[0])
 
 
-def _wait_for_a_save(folder: Path, process: subprocess.Popen) -> None:
+def _wait_for_a_save(folder: Path, process: subprocess.Popen | Child) -> None:
     """Until a checkpoint is being written, or the process has ended."""
     while not (folder / ".checkpoint.pt.tmp").exists() and process.poll() is None:
         pass
@@ -205,8 +205,8 @@ def test_many_ranks_equal_one(photos: Path, tmp_path: Path, whole: Path, ranks: 
 
 
 @pytest.fixture
-def two_hosts() -> Iterator[list[tuple[str, ...]]]:
-    """Two hosts with a network of their own between them: the beginnings of commands that run on each."""
+def two_hosts() -> Iterator[tuple[str, str]]:
+    """Two hosts with a network of their own between them: names of their network namespaces."""
     names, addresses = ("mae_et_a", "mae_et_b"), ("10.213.77.1", "10.213.77.2")
     commands = [f"link add {names[0]} type veth peer name {names[1]}"]
     for name, address in zip(names, addresses, strict=True):
@@ -222,7 +222,7 @@ def two_hosts() -> Iterator[list[tuple[str, ...]]]:
             subprocess.run(["ip", *command.split()], check=False, capture_output=True)
         for command in commands:
             subprocess.run(["ip", *command.split()], check=True, capture_output=True)
-        yield [("ip", "netns", "exec", name, "env", f"GLOO_SOCKET_IFNAME={name}") for name in names]
+        yield names
     except (OSError, subprocess.CalledProcessError) as error:
         pytest.skip(f"network namespaces can't be made here: {error}")
     finally:
@@ -232,40 +232,43 @@ def two_hosts() -> Iterator[list[tuple[str, ...]]]:
 
 @pytest.mark.long
 def test_two_hosts_train_as_one_and_stop_when_one_dies(
-    photos: Path, tmp_path: Path, whole: Path, two_hosts: list[tuple[str, ...]]
+    photos: Path, tmp_path: Path, whole: Path, two_hosts: tuple[str, str]
 ) -> None:
     """Two machines, as far as the network goes, of two ranks each. One loses its processes: the other ends within a
     minute and says why. Started again, they go on, and end as one process does."""
-    config = TINY | {"data_path": str(photos), "output_dir": str(tmp_path / "run"), "save_steps": 1, "print_steps": 1}
+    run = tmp_path / "run"
+    config = TINY | {"data_path": str(photos), "output_dir": str(run), "save_steps": 1, "print_steps": 1}
     recipe = recipe_file(config | {"total_batch_size": 6, "batch_size": 2}, tmp_path / "r.yaml")
+    words = ["--recipe", str(recipe), "--resume", "auto"]
 
-    def launch() -> list[subprocess.Popen]:
-        meeting = ("--nnodes=2", "--nproc_per_node=2", "--master_addr=10.213.77.1", "--master_port=29411")
-        return [
-            script(
-                *("--recipe", str(recipe), "--resume", "auto"),
-                program=(*host, *TORCHRUN, *meeting, f"--node_rank={number}"),
-                start_new_session=True,
-            )
-            for number, host in enumerate(two_hosts)
-        ]
+    def launch(attempt: int) -> list[Child]:
+        """As torchrun --nnodes=2 --nproc_per_node=2 on each host would start them."""
+        ranks = []
+        for rank in range(4):
+            host, local = two_hosts[rank // 2], rank % 2
+            variables = {"RANK": rank, "LOCAL_RANK": local, "WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 2}
+            variables |= {"MASTER_ADDR": "10.213.77.1", "MASTER_PORT": 29411, "GLOO_SOCKET_IFNAME": host}
+            environment = {name: str(value) for name, value in variables.items()}
+            log = tmp_path / f"{attempt}-{rank}.txt"
+            ranks.append(Child(main_pretrain, log, words, environment=environment, network=host))
+        return ranks
 
-    first, second = launch()
-    _wait_for_step(tmp_path / "run", 5, first)
-    ranks = Path(f"/proc/{second.pid}/task/{second.pid}/children").read_text().split()
-    for process in (second.pid, *map(int, ranks)):
-        os.kill(process, signal.SIGKILL)
+    ranks = launch(1)
+    _wait_for_step(run, 5, ranks[0])
+    for lost in ranks[2:]:
+        lost.kill()
     began = time.monotonic()
-    output, _ = first.communicate(timeout=60)
-    assert first.returncode != 0 and time.monotonic() - began < 60
+    output, _ = ranks[0].communicate(timeout=60)
+    assert ranks[0].poll() not in (0, None) and time.monotonic() - began < 60
     assert "another rank has died" in output and "--resume auto" in output, output
-    second.communicate()
-    assert 5 <= checkpoint.load(tmp_path / "run" / "checkpoint.pt")["step"] < 20
+    for rank in ranks[1:]:
+        rank.communicate(timeout=60)
+    assert 5 <= checkpoint.load(run / "checkpoint.pt")["step"] < 20
 
-    processes = launch()
-    outputs = [process.communicate(timeout=180)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    assert_close(tmp_path / "run", whole, same_lines=False)
+    ranks = launch(2)
+    outputs = [rank.communicate(timeout=180)[0] for rank in ranks]
+    assert [rank.poll() for rank in ranks] == [0] * 4, outputs
+    assert_close(run, whole, same_lines=False)
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the ranks in /proc")

@@ -272,12 +272,12 @@ def _train_augmented(
     batch = config.total_batch(len(source), rt.world_size)
     steps = max(1, round(config.epochs * len(source) / batch))
     size = height_width(encoder.input_size)
-    plan = Curriculum((Stage(size, encoder.num_patches, 0, batch, steps, encoder.flops_per_image),), len(source))
+    curriculum = Curriculum((Stage(size, encoder.num_patches, 0, batch, steps, encoder.flops_per_image),), len(source))
     crops = TrainCrops(source, size, encoder.mean, encoder.std, Augmentation(), config.seed, encoder.record.value_range)
     micro = config.micro_batch
     batches = labelled_batches(
         crops,
-        SampleStream(plan, config.seed, micro, 0, rt.rank, rt.world_size),
+        SampleStream(curriculum, config.seed, micro, 0, rt.rank, rt.world_size),
         CorruptLog(len(source), config.damaged_limit),
         config.num_workers,
         config.pin_mem and rt.device.type == "cuda",
@@ -304,7 +304,7 @@ def _train_augmented(
         if (step + 1) % max(1, steps // 20) == 0:
             log.info("step %d/%d · loss %.4f", step + 1, steps, loss.item() / len(layers) * rt.world_size)
     scores = {layer: head.eval()(held_out[layer].to(rt.device)) for layer, head in heads.items()}
-    return scores, plan.total_images
+    return scores, curriculum.total_images
 
 
 def _splits(config: FinetuneConfig) -> tuple[tuple[str, int | None], ...]:
