@@ -247,6 +247,25 @@ def test_means_of_0_to_255_are_refused():
             config()
 
 
+def test_fine_tuning_keeps_every_fact_of_the_weights_it_began_with(pictures, tmp_path):
+    """From transformers' folder to our checkpoint, best.pt and a timm file: eps, heads, mean, crop, interpolation …"""
+    folder = exported(pretrained(classes=False), "huggingface", tmp_path)
+    flags = QUICK | {"epochs": 1, "data_path": str(pictures), "output_dir": str(tmp_path / "tuned"), "cls_token": True}
+    finetune(FinetuneConfig(finetune=str(folder), value_range=RANGE, input_size=40, **flags))
+    for file in ("checkpoint.pt", "best.pt"):
+        found = read_pretrained(tmp_path / "tuned" / file, encoder_only=True)
+        facts = found.record
+        assert (facts.mean, facts.std, facts.value_range) == (MEAN, STD, RANGE)
+        assert (facts.crop_pct, facts.interpolation) == (0.5, "bilinear")
+        assert (facts.classes, facts.pooled) == (("blue", "green", "red"), False)
+        assert (found.shape.img_size, found.shape.num_heads, found.shape.norm_eps) == (40, 4, 1e-5)
+        assert found.head["head.weight"].shape == (3, 64)
+    again = exported(found, "timm file", tmp_path)
+    assert read_pretrained(again).record == facts and read_pretrained(again).shape.norm_eps == 1e-5
+    result = json.loads((tmp_path / "tuned" / "eval-finetune.json").read_text())
+    assert WeightsRecord.of(result["record"]).mean == MEAN and result["input_size"] == 40
+
+
 # ── classes, by name ──
 
 
