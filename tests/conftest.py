@@ -7,15 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from PIL import Image
-from tiny import SHAPE, tiny
 
-from mae_et.engine import storage
-from mae_et.engine.pretrain import pretrain
-from mae_et.engine.resume import FORMAT
-from mae_et.model import MaskedAutoencoder
+# What takes seconds to import is imported in the fixtures: the process that shares the tests out needs none of it.
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -25,6 +20,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """As `whole` and the scripts of these tests run: only then are results the same bit for bit."""
+    import torch
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -45,6 +42,11 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def whole(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run, on one thread as the scripts of these tests run."""
+    import torch
+    from tiny import tiny
+
+    from mae_et.engine.pretrain import pretrain
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     folder = pretrain(tiny(photos, tmp_path_factory.mktemp("whole") / "run"))
@@ -69,6 +71,13 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(tmp_path: Path, pictures: Path) -> Path:
     """What pretraining leaves behind."""
+    import torch
+    from tiny import SHAPE
+
+    from mae_et.engine import storage
+    from mae_et.engine.resume import FORMAT
+    from mae_et.model import MaskedAutoencoder
+
     torch.manual_seed(0)
     folder = tmp_path / "run"
     folder.mkdir()

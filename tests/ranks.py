@@ -50,15 +50,24 @@ def _server() -> multiprocessing.context.BaseContext:
 class Child:
     """task(*arguments) in a process of its own, one thread, with the part of `subprocess.Popen` that tests use.
 
-    environment: variables of the process. network: name of the network namespace that it lives in.
+    environment: variables of the process. network: name of the network namespace that it lives in. session: whether it
+    leads a session and process group of its own.
     """
 
     def __init__(
-        self, task: Callable, log: Path, *arguments, environment: dict[str, str] | None = None, network: str = ""
+        self,
+        task: Callable,
+        log: Path,
+        *arguments,
+        environment: dict[str, str] | None = None,
+        network: str = "",
+        session: bool = False,
     ) -> None:
         self._log = log
-        self._process = _server().Process(target=_alone, args=(log, environment or {}, network, task, arguments))
+        how = log, environment or {}, network, session, task, arguments
+        self._process = _server().Process(target=_alone, args=how)
         self._process.start()
+        self.pid = self._process.pid
 
     def poll(self) -> int | None:
         return self._process.exitcode
@@ -71,7 +80,11 @@ class Child:
         return self._log.read_text(), None
 
 
-def _alone(log: Path, environment: dict[str, str], network: str, task: Callable, arguments: tuple) -> None:
+def _alone(
+    log: Path, environment: dict[str, str], network: str, session: bool, task: Callable, arguments: tuple
+) -> None:
+    if session:
+        os.setsid()
     sys.stdout = sys.stderr = log.open("w")
     torch.set_num_threads(1)
     os.environ.update(environment)

@@ -6,7 +6,6 @@ import contextlib
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from ranks import Child
 from tiny import TINY as MODEL
 
 from mae_et.cli import main
@@ -407,15 +407,13 @@ def _running(group: int) -> list[int]:
 def test_killed_and_side_by_side_it_finds_the_same(searched: Path, pictures: Path, tmp_path: Path) -> None:
     """`kill -9` of a search with two jobs after its first trial; its processes end, and the next call goes on."""
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "mae_et", "search", *words(pictures, out, jobs=2)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
+    process = Child(main, tmp_path / "log.txt", ["search", *words(pictures, out, jobs=2)], session=True)
     deadline = time.monotonic() + 200
     while not (out / "search.jsonl").exists() or len((out / "search.jsonl").read_text().splitlines()) < 2:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.communicate()
     deadline = time.monotonic() + 60
     while _running(process.pid):
         assert time.monotonic() < deadline, "processes of a killed search go on"

@@ -493,7 +493,7 @@ def test_equal_weights_give_equal_bytes_in_every_process(tmp_path):
         "state = {'ä.bias': torch.ones(3, dtype=torch.bfloat16), 'a': torch.arange(5.), 'c': torch.ones(())}\n"
         "save_safetensors(state, sys.argv[1], {f'key{n}': 'ö' * n for n in range(9)})"
     )
-    for seed in "123":
+    for seed in "12":
         environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)}
         subprocess.run([sys.executable, "-c", code, str(tmp_path / f"{seed}.safetensors")], env=environment, check=True)
     (content,) = {file.read_bytes() for file in tmp_path.iterdir()}
