@@ -25,7 +25,7 @@ from .engine import run_folder, sharded
 from .engine.resume import FORMAT
 from .engine.storage import local_file, read, save, save_safetensors
 from .export import Exported, write_facebook, write_huggingface, write_timm
-from .files import CheckpointError
+from .files import CheckpointError, kept
 from .interop import METADATA_KEY
 from .plan.config import default_statistics
 from .plan.shapes import ModelShape, choice, target_dim
@@ -96,8 +96,9 @@ def read_pretrained(source: str | Path, encoder_only: bool = False, num_heads: i
     if path.exists():
         pretrained = _read_file(path, encoder_only, num_heads)
         beside = run_folder.run_of(path)
-        if path.suffix == ".safetensors" and beside and (checkpoint := run_folder.checkpoint_in(beside)):
-            of_the_run = _read_own(load(checkpoint), checkpoint, encoder_only=True)
+        if path.suffix == ".safetensors" and beside and (newest := run_folder.checkpoint_in(beside)):
+            intact = next(file for file in (newest, *kept(newest)) if file.exists())  # the newest may be missing
+            of_the_run = _read_own(load(intact), intact, encoder_only=True)
             facts = pretrained.record.completed_by(replace(of_the_run.record, classes=None, pooled=None))
             return replace(pretrained, record=facts, training=of_the_run.training)
         return pretrained
@@ -139,7 +140,7 @@ def write_export(
     Raises ValueError on an unknown format, weights that are no model of this package, or a decoder or classifier that
     the format can't hold; CheckpointError if the file can't be written.
     """
-    choice("export format", format, EXPORT_FORMATS)
+    choice("--format", format, EXPORT_FORMATS)
     if not isinstance(source, Pretrained):
         source = Pretrained(dict(source), shape, interop.has_decoder(source), "")
     state = interop.encoder_only(source.state) if encoder_only else source.state
@@ -201,7 +202,12 @@ def _beside(path: Path) -> WeightsRecord:
     """From the `pretrained_cfg` that timm, or an export for it, keeps beside a file of weights."""
     for file in (path.with_suffix(".json"), path.with_name("config.json")):
         if file.is_file():
-            cfg = _read_json(file).get("pretrained_cfg")
+            try:
+                content = json.loads(file.read_text())
+            except ValueError as error:  # of another kind, or damaged
+                log.warning("%s beside the weights says nothing about them: %s", file, error)
+                continue
+            cfg = content.get("pretrained_cfg") if isinstance(content, dict) else None
             if isinstance(cfg, dict):
                 return records.from_timm(cfg, f"pretrained_cfg in {file}")
     return WeightsRecord()
@@ -261,7 +267,7 @@ def _read_huggingface(folder: Path, encoder_only: bool, weights: Path | None = N
         ours = interop.from_huggingface(_without_decoder(state) if encoder_only else state, shape.img_size)
     decoder, facts, beside = interop.has_decoder(ours), WeightsRecord(), folder / "preprocessor_config.json"
     if beside.is_file():
-        facts = records.from_preprocessor(_read_json(beside), str(beside))
+        facts = records.from_preprocessor(_read_json(beside), str(beside), shape.in_chans)
     if head:
         facts = replace(facts, classes=records.labels_of_huggingface(config), pooled=False)
     origin = f"transformers {'ViT' if is_vit else 'ViTMAE'} folder {folder}"

@@ -40,6 +40,11 @@ class Exported:
     target: str | None = None
 
     @property
+    def num_classes(self) -> int:
+        """Outputs of the classifier; 0 without one."""
+        return len(self.head["head.weight"]) if self.head else 0
+
+    @property
     def stored_shape(self) -> dict[str, Any]:
         """The shape as files hold it: without a decoder, without its arguments."""
         return self.shape.to_dict(decoder=interop.has_decoder(self.state))
@@ -55,7 +60,7 @@ def write_timm(weights: Exported, out: Path) -> None:
         eps = weights.shape.norm_eps
         log.warning("these weights want norms with eps %g, timm builds %g: its features will differ", eps, NORM_EPS)
     tensors = interop.with_head(interop.to_timm(weights.state), weights.head)
-    config = json.dumps(record.timm_config(weights.record, weights.shape), indent=2) + "\n"
+    config = json.dumps(record.timm_config(weights.record, weights.shape, weights.num_classes), indent=2) + "\n"
     is_file = out.suffix == ".safetensors"
     make_folder(out.parent if is_file else out)
     file, beside = (out, out.with_suffix(".json")) if is_file else (out / "model.safetensors", out / "config.json")
@@ -67,7 +72,7 @@ def write_facebook(weights: Exported, out: Path) -> None:
     """A .pth as its scripts load it: they read `model` alone."""
     tensors = interop.with_head(interop.to_facebook(weights.state, weights.shape.img_size), weights.head)
     make_folder(out.parent)
-    args = record.to_facebook(weights.record, weights.shape)
+    args = record.to_facebook(weights.record, weights.shape, weights.num_classes)
     args |= {name: value for name in ("norm_pix_loss", "target") if (value := getattr(weights, name)) is not None}
     beside = {METADATA_KEY: weights.stored_shape, RECORD_KEY: weights.record.to_dict()}
     save({"model": tensors, "args": args, **beside}, out)

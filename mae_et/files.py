@@ -104,7 +104,7 @@ def crc32(path: Path) -> int:
 
 
 def kept(path: Path) -> list[Path]:
-    """Older files that :func:`save` has kept, newest first: checkpoint.prev1.pt, checkpoint.prev2.pt …"""
+    """Older files that :func:`write` has kept, newest first: checkpoint.prev1.pt, checkpoint.prev2.pt …"""
     pattern = re.compile(re.escape(path.stem) + r"\.prev(\d+)" + re.escape(path.suffix))
     found = (pattern.fullmatch(file.name) for file in path.parent.glob("*"))
     numbers = sorted(int(match[1]) for match in found if match)

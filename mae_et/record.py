@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .plan.shapes import ModelShape, SizePx, as_size, height_width
+from .plan.shapes import ModelShape, SizePx, height_width
 
 RECORD_KEY = "mae_et_record"
 """Where safetensors (metadata, as JSON) and exports for facebookresearch/mae hold a record."""
@@ -69,15 +69,22 @@ def default_crop_pct(size_px: SizePx) -> float:
 
 def from_timm(cfg: Mapping[str, Any], source: str) -> WeightsRecord:
     """From a `pretrained_cfg`."""
-    labels = cfg.get("label_names")
-    facts = {name: cfg.get(name) for name in ("mean", "std", "crop_pct", "interpolation")}
+    labels, interpolation = cfg.get("label_names"), cfg.get("interpolation")
+    facts = {name: cfg.get(name) for name in ("mean", "std")}
     for name in ("mean", "std"):
         facts[name] = None if facts[name] is None else tuple(facts[name])
-    return WeightsRecord.of(facts | {"classes": tuple(labels) if labels else None}, source)
+    facts |= {"crop_pct": _share(cfg.get("crop_pct")), "classes": tuple(labels) if labels else None}
+    facts |= {"interpolation": interpolation if interpolation in RESAMPLE else None}  # "random" is for training
+    return WeightsRecord.of(facts, source)
 
 
-def to_timm(record: WeightsRecord, shape: ModelShape) -> dict[str, Any]:
-    """A `pretrained_cfg`."""
+def _share(crop_pct: float | None) -> float | None:
+    """None for what no centre crop keeps: others pad there."""
+    return crop_pct if crop_pct and 0 < crop_pct <= 1 else None
+
+
+def to_timm(record: WeightsRecord, shape: ModelShape, num_classes: int) -> dict[str, Any]:
+    """A `pretrained_cfg`. num_classes: outputs of the classifier, which may have no names."""
     height, width = height_width(shape.img_size)
     cfg = {
         "input_size": [shape.in_chans, height, width],
@@ -86,7 +93,7 @@ def to_timm(record: WeightsRecord, shape: ModelShape) -> dict[str, Any]:
         "std": record.std,
         "crop_pct": record.crop_pct or default_crop_pct(shape.img_size),
         "interpolation": record.interpolation or INTERPOLATION,
-        "num_classes": len(record.classes or ()),
+        "num_classes": num_classes,
         "first_conv": "patch_embed.proj",
         "classifier": "head",
     }
@@ -94,7 +101,7 @@ def to_timm(record: WeightsRecord, shape: ModelShape) -> dict[str, Any]:
     return {k: list(v) if isinstance(v, tuple) else v for k, v in cfg.items() if v is not None}
 
 
-def timm_config(record: WeightsRecord, shape: ModelShape) -> dict[str, Any]:
+def timm_config(record: WeightsRecord, shape: ModelShape, num_classes: int) -> dict[str, Any]:
     """config.json of a timm model folder, for `timm.create_model("local-dir:FOLDER", pretrained=True)`."""
     height, width = height_width(shape.img_size)
     arguments = {"img_size": [height, width], "patch_size": shape.patch_size, "in_chans": shape.in_chans}
@@ -102,30 +109,32 @@ def timm_config(record: WeightsRecord, shape: ModelShape) -> dict[str, Any]:
     arguments |= {"global_pool": "avg" if record.pooled else "token"}
     return {
         "architecture": "vit_base_patch16_224",
-        "num_classes": len(record.classes or ()),
+        "num_classes": num_classes,
         "num_features": shape.embed_dim,
         "global_pool": "avg" if record.pooled else "token",
         "model_args": arguments,
-        "pretrained_cfg": to_timm(record, shape),
+        "pretrained_cfg": to_timm(record, shape, num_classes),
     }
 
 
 # ── transformers ──
 
 
-def from_preprocessor(config: Mapping[str, Any], source: str) -> WeightsRecord:
+def from_preprocessor(config: Mapping[str, Any], source: str, in_chans: int = 3) -> WeightsRecord:
     """From a preprocessor_config.json."""
-    if not config.get("do_normalize", True):
-        mean, std = (0.0,) * 3, (1.0,) * 3
-    else:
-        mean, std = config.get("image_mean"), config.get("image_std")
+    normalizes = config.get("do_normalize", True)
+    mean = config.get("image_mean") if normalizes else (0.0,) * in_chans
+    std = config.get("image_std") if normalizes else (1.0,) * in_chans
+    # Pixels in [0, 255] times this are normalised there, pixels in [0, 1] here.
+    factor = 255 * (config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 1)
+    mean, std = (values and tuple(value / factor for value in values) for values in (mean, std))
     size, crop = config.get("size"), config.get("crop_size")
     names = {number: name for name, number in RESAMPLE.items()}
     crop_pct = 1.0 if size is not None else None
     if config.get("do_center_crop") and size is not None:
         shortest = size if isinstance(size, int) else size.get("shortest_edge") or size.get("height")
         kept = crop if isinstance(crop, int) else (crop or {}).get("height")
-        crop_pct = kept / shortest if kept and shortest else None
+        crop_pct = _share(kept / shortest) if kept and shortest else None
     facts = {"mean": mean, "std": std, "crop_pct": crop_pct, "interpolation": names.get(config.get("resample"))}
     return WeightsRecord.of({k: list(v) if isinstance(v, tuple) else v for k, v in facts.items()}, source)
 
@@ -168,14 +177,9 @@ def from_facebook(args: Mapping[str, Any], source: str) -> WeightsRecord:
     return WeightsRecord.of({k: list(v) if isinstance(v, tuple) else v for k, v in facts.items()}, source)
 
 
-def to_facebook(record: WeightsRecord, shape: ModelShape) -> dict[str, Any]:
+def to_facebook(record: WeightsRecord, shape: ModelShape, num_classes: int) -> dict[str, Any]:
     """`args` of a checkpoint: its own words where it has some, and ours for the rest."""
     args = {"input_size": shape.img_size, "global_pool": record.pooled}
-    args |= {"nb_classes": len(record.classes) if record.classes else None}
+    args |= {"nb_classes": num_classes or None}
     args |= {name: record.to_dict().get(name) for name in ("mean", "std", "crop_pct", "classes")}
     return {name: value for name, value in args.items() if value is not None}
-
-
-def check_size(size_px: Any) -> SizePx:
-    """A size from a file, written one way."""
-    return as_size(tuple(size_px) if isinstance(size_px, list) else size_px)

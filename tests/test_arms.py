@@ -41,11 +41,14 @@ COMPANIONS: dict[type, tuple[dict[str, Any], ...]] = {
 }
 #: By name, so that a role that changes by mistake is seen.
 OTHER_ARM = (
-    *("replay", "replay_gib", "views_per_image", "masks_per_image", "precision", "compile", "start_epoch"),
+    *("replay", "views_per_image", "masks_per_image", "compile", "start_epoch"),
     *("lowfreq", "target", "mask_ratio", "curriculum", "lr", "epochs", "batch_size", "total_batch_size", "accum_iter"),
 )
-SAME_ARM = ("seed", "keep_checkpoints", "save_steps", "num_workers", "cache_gib", "print_steps", "output_dir", "device")
-COMPARABLE = ("seed", "finetune", "keep_checkpoints", "precision", "num_workers", "eval_epochs", "save_steps", "report")
+SAME_ARM = (
+    *("seed", "keep_checkpoints", "save_steps", "num_workers", "cache_gib", "print_steps", "output_dir", "device"),
+    *("precision", "replay_gib"),
+)
+COMPARABLE = ("seed", "finetune", "keep_checkpoints", "num_workers", "eval_epochs", "save_steps", "report")
 LENGTHS = ("epochs", "warmup_epochs", "hold_epochs")
 
 
@@ -89,7 +92,9 @@ def test_a_flag_makes_another_arm_where_its_role_or_the_total_batch_says_so(tmp_
     write_run(tmp_path / "a", **first)
     write_run(tmp_path / "b", **({"seed": 1} | second))
     batches = {PretrainConfig(**values).total_batch(1) for values in (first, second)}
-    other_arm = flag in OTHER_ARM or roles(PretrainConfig)[flag].arm or len(batches) > 1
+    # What these two mean is told by what was computed in, and whether anything is replayed.
+    has_role = roles(PretrainConfig)[flag].arm and flag not in ("precision", "replay_gib")
+    other_arm = flag in OTHER_ARM or has_role or len(batches) > 1
     assert not (other_arm and flag in SAME_ARM)
     arms = arms_of(tmp_path)
     assert [arm["n"] for arm in arms] == ([1, 1] if other_arm else [2])
@@ -124,6 +129,15 @@ def test_a_flag_left_open_counts_by_what_came_of_it(tmp_path):
     assert [arm["n"] for arm in arms_of(tmp_path)] == [2]
     write_run(tmp_path / "c", 2, environment={"precision": "fp32"})  # --precision auto, on another device
     assert [arm["n"] for arm in arms_of(tmp_path)] == [2, 1]
+    write_run(tmp_path / "d", 3, precision="bf16")  # as auto became on the device of a and b
+    assert [arm["n"] for arm in arms_of(tmp_path)] == [3, 1]
+
+
+def test_the_size_of_a_buffer_counts_where_there_is_one(tmp_path):
+    for seed, (name, flags) in enumerate({"a": {}, "b": {"replay_gib": 8.0}, "c": {"replay": True}}.items()):
+        write_run(tmp_path / name, seed, **flags)
+    write_run(tmp_path / "d", 3, replay=True, replay_gib=8.0)
+    assert sorted(arm["n"] for arm in arms_of(tmp_path)) == [1, 1, 2]
 
 
 def test_the_same_seed_twice_is_refused(tmp_path):
@@ -167,6 +181,16 @@ def test_evaluations_are_comparable_unless_a_judged_flag_or_the_data_differ(tmp_
     sentences = compare(CompareConfig((str(tmp_path),), force=True))["forced"]
     assert bool(sentences) == refused
     assert not refused or any(f"evaluation finetune: --{flag} is " in sentence for sentence in sentences)
+
+
+def test_evaluations_are_compared_by_what_auto_became(tmp_path):
+    for name, precision, became in (("a", "auto", "bf16"), ("b", "bf16", "bf16"), ("c", "auto", "fp32")):
+        write_run(tmp_path / name, curriculum="vanilla" if name == "a" else "et", epochs=4 + len(name) + ord(name))
+        result = json.loads((tmp_path / name / "eval-knn.json").read_text())
+        result["flags"]["precision"], result["environment"] = precision, {"precision": became}
+        (tmp_path / name / "eval-knn.json").write_text(json.dumps(result))
+    (sentence,) = compare(CompareConfig((str(tmp_path),), force=True))["forced"]
+    assert "--precision is bf16" in sentence and "fp32" in sentence
 
 
 @pytest.mark.parametrize(

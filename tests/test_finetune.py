@@ -22,6 +22,7 @@ from mae_et.data.sources import open_source
 from mae_et.data.stream import Sample
 from mae_et.engine import sharded
 from mae_et.engine import step as step_module
+from mae_et.engine.runtime import Runtime
 from mae_et.evaluate import finetune as finetune_module
 from mae_et.evaluate.augmentation import augmentation, mixed, mixing
 from mae_et.evaluate.config import FinetuneConfig
@@ -476,3 +477,98 @@ def test_gradients_are_guarded_and_logged_and_waiting_for_data_is_said(
     assert "waited for data" in (shown := capsys.readouterr().out) and "--replay" not in shown
     with pytest.raises(ValueError, match="--world_size 2: start with torchrun --nproc_per_node=2"):
         finetune(replace(config, world_size=2))
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+def test_a_model_that_began_with_a_classifier_says_what_it_classifies_itself(run: Path, tmp_path: Path, pooled) -> None:
+    finetune(FinetuneConfig(finetune=str(run), output_dir=str(tmp_path / "a"), cls_token=pooled, **QUICK))
+    began = FinetuneConfig(finetune=str(tmp_path / "a"), output_dir=str(tmp_path / "b"), cls_token=not pooled, **QUICK)
+    finetune(began)
+    found = checkpoint.read_pretrained(tmp_path / "b")
+    assert found.record.pooled is pooled
+    assert ("fc_norm.weight" in found.head) is pooled
+
+
+def test_a_save_when_stopped_keeps_the_one_before(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a second save of the same step takes the first one's place."""
+    step, taken = step_module.guarded_step, []
+
+    def signalled(*arguments) -> None:
+        step(*arguments)
+        taken.append(1)
+        if len(taken) == 6:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(step_module, "guarded_step", signalled)
+    finetune(FinetuneConfig(finetune=str(run), output_dir=str(tmp_path / "cut"), **QUICK))
+    newest, older = (tmp_path / "cut" / name for name in ("checkpoint.pt", "checkpoint.prev1.pt"))
+    assert checkpoint.load(newest)["step"] in (6, 7)  # it looks for signals while the device works
+    assert checkpoint.load(older)["step"] == 4
+
+
+def test_resuming_takes_the_range_of_values_from_the_checkpoint(run: Path, pictures: Path, tmp_path: Path) -> None:
+    """And older checkpoints, which leave out a default or keep the name of the dropped decoder, go on."""
+    config = FinetuneConfig(model="vit_tiny_patch16", input_size=16, data_path=str(pictures), **QUICK)
+    config = replace(config, output_dir=str(tmp_path / "old"))
+    finetune(config)
+    path = tmp_path / "old/checkpoint.pt"
+    state = checkpoint.load(path)
+    del state["shape"]["mlp_ratio"]
+    state["shape"]["decoder"] = "cross"
+    checkpoint.save(state | {"value_range": [0, 200]}, path)
+    rt = Runtime(torch.device("cpu"), "fp32")
+    resumed = finetune_module.build(config, rt, load_encoder(config), open_source(str(pictures), "train"))
+    resumed.restore(path)
+    assert resumed.encoder.record.value_range == resumed.held_out.value_range == [0, 200]
+
+
+def test_from_scratch_does_not_go_on_as_fine_tuned(run: Path, tmp_path: Path) -> None:
+    finetune(FinetuneConfig(like=str(run), output_dir=str(tmp_path / "tuned"), **QUICK))
+    with pytest.raises(ValueError, match=r"like was .*, is $"):
+        finetune(FinetuneConfig(finetune=str(run), output_dir=str(tmp_path / "tuned"), resume="auto", **QUICK))
+
+
+def test_overwrite_replaces_nothing_before_all_flags_are_known_to_do(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = FinetuneConfig(finetune=str(run), output_dir="tuned", **QUICK)
+    monkeypatch.chdir(tmp_path)
+    finetune(config)
+    (tmp_path / "tuned/eval-knn.json").write_text("{}")
+    with pytest.raises((ValueError, AssertionError)):
+        finetune(replace(config, overwrite=True, aa="bogus"))
+    assert (tmp_path / "tuned/checkpoint.pt").exists()
+    finetune(replace(config, overwrite=True))
+    assert not (tmp_path / "tuned/eval-knn.json").exists()  # of the run that is no more
+
+
+def test_what_eval_is_told_is_held_against_the_model(run: Path, tmp_path: Path) -> None:
+    config = FinetuneConfig(finetune=str(run), eval=True, resume="auto")
+    with pytest.raises(ValueError, match=r"--resume auto: .*run/finetune holds no checkpoint"):
+        finetune(config)
+    finetune(FinetuneConfig(finetune=str(run), **QUICK))
+    assert json.loads(finetune(config).read_text())["num_classes"] == 3
+    with pytest.raises(ValueError, match="tells 3 classes apart, --nb_classes says 7"):
+        finetune(replace(config, nb_classes=7))
+
+
+def test_more_neighbours_than_pictures_that_can_be_read_are_refused(run: Path, pictures: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(pictures, data)
+    for path in sorted(data.glob("train/*/*.png"))[:6]:
+        path.write_bytes(b"")
+    config = FinetuneConfig(finetune=str(run), data_path=str(data), knn=True, k=20, damaged_limit=0.5)
+    with pytest.raises(ValueError, match="--k 20 neighbours, but 18 training images can be read"):
+        probe(config)
+    assert probe(replace(config, k=3))["knn"]["train_images"] == 18
+
+
+def test_the_limit_of_damaged_pictures_holds_over_all_ranks(run: Path, pictures: Path, tmp_path: Path) -> None:
+    data = spoiled(pictures, tmp_path / "data", 8)
+    on_ranks(2, tmp_path / "log", _refuses_damage, run, data)
+
+
+def _refuses_damage(run: Path, data: Path) -> None:
+    config = FinetuneConfig(finetune=str(run), data_path=str(data), knn=True, k=3, damaged_limit=0.6)
+    with pytest.raises(ValueError, match=r"8 of 12 images are damaged, more than --damaged_limit 0\.6"):
+        probe(config)

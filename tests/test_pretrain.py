@@ -701,3 +701,15 @@ def test_twelve_bits_in_sixteen_train_and_evaluate_with_their_range(tmp_path: Pa
     assert json.loads((run / "eval-knn.json").read_text())["record"]["value_range"] == [low, high]
     with pytest.raises(ValueError, match="value_range was None, is"):
         pretrain(tiny(tmp_path / "data", run, in_chans=1, batch_size=6, resume="auto", value_range=[0, 9]))
+
+
+def test_a_checkpoint_that_one_rank_alone_sees_is_refused(photos: Path, tmp_path: Path, whole: Path) -> None:
+    """The others used to wait for it for ever."""
+    shutil.copytree(whole, tmp_path / "rank0")
+    on_ranks(2, tmp_path / "log", _resume_apart, photos, tmp_path)
+
+
+def _resume_apart(photos: Path, folder: Path) -> None:
+    config = tiny(photos, folder / f"rank{os.environ['RANK']}", resume="auto", batch_size=3)
+    with pytest.raises(ValueError, match="ranks differ in step: 0 to "):
+        pretrain(config)

@@ -351,3 +351,46 @@ def test_records_lose_nothing_on_their_way_through_plain_values():
     assert replace(WeightsRecord(), mean=(1.0,)).completed_by(facts).mean == (1.0,)
     assert record.from_preprocessor({"do_normalize": False, "size": 32}, "f").mean == (0, 0, 0)
     assert record.labels_of_huggingface({"id2label": {"0": "LABEL_0", "1": "LABEL_1"}}) is None
+
+
+def test_pixels_are_normalised_as_the_preprocessor_does_whatever_it_multiplies_them_by():
+    pixel = 100.0
+    for rescaling, factor in (({"do_rescale": False}, 1), ({"rescale_factor": 1 / 127.5}, 1 / 127.5), ({}, 1 / 255)):
+        facts = record.from_preprocessor(rescaling | {"image_mean": [3.0], "image_std": [0.5]}, "f", 1)
+        theirs = (pixel * factor - 3.0) / 0.5
+        assert (pixel / 255 - facts.mean[0]) / facts.std[0] == pytest.approx(theirs)
+    raw = record.from_preprocessor({"do_normalize": False}, "f", 4)
+    assert (raw.mean, raw.std) == ((0,) * 4, (1,) * 4)
+
+
+def test_what_others_mean_by_a_fact_that_we_have_no_place_for_is_not_known():
+    facts = record.from_timm({"interpolation": "random", "crop_pct": 1.14, "mean": [0.5]}, "f")
+    assert (facts.interpolation, facts.crop_pct, facts.mean) == (None, None, (0.5,))
+    padded = {"do_center_crop": True, "size": {"shortest_edge": 224}, "crop_size": {"height": 256, "width": 256}}
+    assert record.from_preprocessor(padded | {"resample": 4}, "f") == WeightsRecord()
+
+
+@pytest.mark.parametrize("door", ["timm folder", "facebook"])
+def test_a_classifier_without_names_keeps_its_outputs(door, tmp_path):
+    source = pretrained(True, shape=replace(SHAPE, norm_eps=1e-6))
+    source = replace(source, record=replace(source.record, classes=None))
+    out = exported(source, door, tmp_path)
+    if door == "facebook":
+        assert checkpoint.load(out)["args"]["nb_classes"] == 3
+        return
+    model = timm.create_model(f"local-dir:{out}", pretrained=True)
+    assert torch.equal(model.head.weight, source.head["head.weight"])
+
+
+def test_facts_of_a_run_are_found_while_its_newest_checkpoint_is_missing(run):
+    weights = read_pretrained(run, encoder_only=True)
+    write_export(weights, weights.shape, "timm", run / "encoder.safetensors")
+    (run / "checkpoint.pt").rename(run / "checkpoint.prev1.pt")
+    assert read_pretrained(run / "encoder.safetensors").training["config"]["data_path"]
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", '{"a": 1}\n{"a": 2}\n', '{"lr": 1e-3}'])
+def test_another_file_of_the_same_name_is_no_record(content, tmp_path):
+    out = exported(pretrained(classes=False), "facebook", tmp_path)
+    out.with_suffix(".json").write_text(content)
+    assert read_pretrained(out).record.mean == MEAN

@@ -324,6 +324,28 @@ def test_held_out_loss_is_the_loss(pictures: Path, tmp_path: Path) -> None:
     assert flops > 0
 
 
+def test_held_out_loss_sees_images_as_the_run_did_and_counts_those_it_saw(tmp_path: Path) -> None:
+    """Of 12 bits in 16, in a part of which the contents lie."""
+    data, rng = tmp_path / "data", np.random.default_rng(0)
+    data.mkdir()
+    for i in range(30):
+        Image.fromarray(rng.integers(100, 900, (32, 32)).astype(np.uint16)).save(data / f"{i:02}.png")
+    config = run_of(data, tmp_path / "run", holdout=5, epochs=1, damaged_limit=0.5, in_chans=1)
+    pretrain(config)
+    loss, flops = held_out_loss(config)
+    path = tmp_path / "run" / "checkpoint.pt"
+    state = storage.load(path)
+    assert state["value_range"] is not None
+    storage.save(state | {"value_range": None}, path)
+    assert held_out_loss(config)[0] != pytest.approx(loss, rel=0.01)
+    storage.save(state, path)
+    name = Path(open_source(str(data), "val", 5).name(4)).name
+    (data / name).write_bytes(b"")
+    fewer, less = held_out_loss(config)
+    assert less == pytest.approx(flops * 4 / 5)
+    assert fewer == pytest.approx(loss, rel=0.1)  # divided by 5 it would be a fifth less
+
+
 def test_loss_needs_no_labels(pictures: Path, tmp_path: Path) -> None:
     flat = tmp_path / "flat"
     flat.mkdir()

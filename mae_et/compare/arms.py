@@ -44,7 +44,9 @@ def arm_fields(run: RunRecord) -> dict[str, Any]:
     plain = to_dict(run.config)
     fields = {flag: plain[flag] for flag in names(PretrainConfig, lambda role: role.arm)}
     fields |= {flag: flag_value(run, flag) for flag in fields if plain[flag] is None or flag == "data_path"}
-    fields["computed_in"] = run.environment.get("precision")
+    fields["precision"] = run.environment.get("precision", plain["precision"])  # what auto became
+    if not (run.config.replay or any((stage.replay or 1) > 1 for stage in run.config.stages or ())):
+        fields["replay_gib"] = None  # without effect
     batches = [f"{c.images / c.steps:g}" for c in (run.ledger.stages if run.ledger else []) if c.steps]
     fields["batch"] = "/".join(dict.fromkeys(batches))
     # The learning rate is that of the total batch, which stages that state their own need not have.

@@ -191,6 +191,9 @@ def _other_evaluation(first: RunRecord, run: RunRecord, protocol: str) -> list[s
     results = first.evaluations[protocol], run.evaluations[protocol]
     flags = [result["flags"] for result in results]
     judged = [f for f in names(FinetuneConfig, lambda role: role.judged) if f in flags[0] and f in flags[1]]
+    computed = [result.get("environment", {}).get("precision") for result in results]
+    if None not in computed:  # what auto became
+        flags = [given | {"precision": precision} for given, precision in zip(flags, computed, strict=True)]
     values = [(f"--{flag}", flags[0][flag], flags[1][flag]) for flag in judged]
     values.append(("num_images", *(result["num_images"] for result in results)))
     data = [_evaluated_on(r, protocol) for r in (first, run)]

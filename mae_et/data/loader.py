@@ -128,11 +128,15 @@ class CorruptLog:
                 continue
             self.seen.add(index)
             log.warning("damaged image skipped (%d so far): %s: %s", len(self.seen), name, reason)
-            if len(self.seen) > self.limit * self.num_images:
-                raise ValueError(
-                    f"--data_path: {len(self.seen)} of {self.num_images} images are damaged, more than "
-                    f"--damaged_limit {self.limit:g}; the last is {name}: {reason}"
-                )
+            self.check(len(self.seen), f"; the last is {name}: {reason}")
+
+    def check(self, damaged: int, more: str = "") -> None:
+        """ValueError if so many are too many."""
+        if damaged > self.limit * self.num_images:
+            raise ValueError(
+                f"--data_path: {damaged} of {self.num_images} images are damaged, more than "
+                f"--damaged_limit {self.limit:g}{more}"
+            )
 
 
 def train_batches(

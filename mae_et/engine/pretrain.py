@@ -62,10 +62,10 @@ def pretrain(config: PretrainConfig) -> Path:
             source = CachedSource(source, int(config.cache_gib * 2**30))
         run = PretrainRun.create(config, rt, len(source))
         run.images = fingerprint(source)
+        # All ranks ask rank 0, also one that alone found a checkpoint: what differs is refused below.
+        measured = rt.from_main(None if state or config.value_range or not rt.is_main else measure_value_range(source))
         # An older run, which has no such key, took pixels as they are.
-        run.value_range = config.value_range or (
-            state.get("value_range") if state else rt.from_main(measure_value_range(source) if rt.is_main else None)
-        )
+        run.value_range = config.value_range or (state.get("value_range") if state else measured)
         run.step = first_step(config, run.curriculum)
         if state:
             run.restore(state, resume or branch, "--resume" if resume else "--branch", read_from)

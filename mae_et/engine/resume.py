@@ -74,7 +74,7 @@ def check_images(flag: str, path: Path, state: Mapping[str, Any], images: Mappin
 
 def check_config(what: str, before: Mapping[str, Any], config: Any, fixed: Callable[[Role], bool]) -> None:
     """ValueError that names the first flag with a fixed role whose value is not that of the checkpoint `what`."""
-    now, defaults = to_dict(config), {f.name: f.default for f in dataclasses.fields(config)}
+    now, defaults = to_dict(config), to_dict(type(config)())
     for name in names(type(config), fixed):
         was = before.get(name, defaults[name])  # a run from before there was this flag
         if was != now[name]:

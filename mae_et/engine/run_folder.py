@@ -38,10 +38,11 @@ def prepare(path: Path, keep: bool, overwrite: bool) -> None:
             "--overwrite, or choose another folder"
         )
     if overwrite:
-        for old in (*older, CHECKPOINT, SHARDED, METRICS, LEDGER, ENCODER, PICTURE, BEST, *path.glob("eval-*.json")):
+        for old in (*older, CHECKPOINT, SHARDED, METRICS, LEDGER, ENCODER, PICTURE, BEST):
             files.remove(path / old)
-        for old in (*path.glob("events.out.tfevents.*"), *path.glob("reconstruction-*.png")):
-            old.unlink()
+        for pattern in ("eval-*.json", "events.out.tfevents.*", "reconstruction-*.png"):
+            for old in path.glob(pattern):
+                old.unlink()
 
 
 def checkpoint_in(path: Path) -> Path | None:

@@ -32,9 +32,7 @@ log = logging.getLogger(__name__)
 
 def evaluate_only(config: FinetuneConfig, rt: Runtime, began: float) -> Path:
     """--eval: the accuracy of a fine-tuned model on the held-out images."""
-    source = config.resume or config.finetune
-    if not source:
-        raise ValueError("--eval needs a fine-tuned model: --finetune or --resume")
+    source = _judged(config)
     config = dataclasses.replace(config, finetune=source, resume="")
     encoder = load_encoder(config)
     if "head.weight" not in encoder.head:
@@ -42,7 +40,12 @@ def evaluate_only(config: FinetuneConfig, rt: Runtime, began: float) -> Path:
             f"{source} has no classifier to --eval: fine-tune it, or judge its features with --linear_probe"
         )
     val = open_labelled(encoder.data_path, "val", config.eval_images, config.seed, config.holdout)
+    encoder = encoder.with_value_range(val, rt)
     outputs = len(encoder.head["head.weight"])
+    named = encoder.record.classes
+    for what, count in (("--nb_classes", config.nb_classes), ("its list of class names", named and len(named))):
+        if count not in (None, outputs):
+            raise ValueError(f"{source} tells {outputs} classes apart, {what} says {count}")
     if encoder.record.classes:
         classes = list(encoder.record.classes)
         val = with_classes(val, classes, encoder.data_path, source)
@@ -64,6 +67,19 @@ def evaluate_only(config: FinetuneConfig, rt: Runtime, began: float) -> Path:
     return paths[0] if paths else Path(source)
 
 
+def _judged(config: FinetuneConfig) -> str:
+    """The fine-tuned model that flags mean. ValueError if there is none."""
+    if config.resume != "auto":
+        if not (config.resume or config.finetune):
+            raise ValueError("--eval needs a fine-tuned model: --finetune or --resume")
+        return config.resume or config.finetune
+    folder = output_folder(config, run_folder.run_of(config.finetune) if config.finetune else None)
+    checkpoint = run_folder.resume_path("auto", folder)
+    if checkpoint is None:
+        raise ValueError(f"--resume auto: {folder} holds no checkpoint; give --finetune or --resume a fine-tuned model")
+    return str(checkpoint)
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module, crops: EvalCrops, normalize: Normalize, config: FinetuneConfig, num_classes: int
@@ -77,7 +93,18 @@ def evaluate(
         with rt.autocast():
             logits = model(normalize(images))
         accuracy.add(logits.float(), labels.to(rt.device, non_blocking=True))
-    return accuracy.over(rt)
+    accuracy = accuracy.over(rt)
+    crops.corrupt.check(len(crops) - accuracy.num_images)  # over all ranks; each one has checked its own
+    return accuracy
+
+
+def open_held_out(config: FinetuneConfig, encoder: PretrainedEncoder) -> Source | None:
+    """What fine-tuning is judged on; None, with a warning, if there is nothing."""
+    try:
+        return open_labelled(encoder.data_path, "val", config.eval_images, config.seed, config.holdout)
+    except FileNotFoundError as error:
+        log.warning("evaluation is skipped: %s", error)
+        return None
 
 
 def eval_crops(config: FinetuneConfig, encoder: PretrainedEncoder, source: Source) -> EvalCrops:
@@ -110,14 +137,18 @@ class Accuracy:
         return self
 
     @property
+    def num_images(self) -> int:
+        return self.confusion.sum().item()
+
+    @property
     def top1(self) -> float:
         """Per cent."""
-        return 100 * self.confusion.diagonal().sum().item() / max(1, self.confusion.sum().item())
+        return 100 * self.confusion.diagonal().sum().item() / max(1, self.num_images)
 
     def result(self) -> dict[str, Any]:
         """top1 and top5 in per cent (top5 from 5 classes on) and the number of images."""
-        count = self.confusion.sum().item()
-        top5 = {"top5": 100 * self.in_top5.item() / count} if len(self.confusion) >= 5 else {}
+        count = self.num_images
+        top5 = {"top5": 100 * self.in_top5.item() / max(1, count)} if len(self.confusion) >= 5 else {}
         return {"top1": self.top1, **top5, "num_images": count}
 
     def details(self, classes: Sequence[str]) -> dict[str, Any]:
@@ -152,7 +183,7 @@ def write_result(
     }
     folders = [encoder.folder] if encoder.folder else []
     if config.output_dir or not folders or not (config.is_probe or config.eval):
-        folders.append(output_folder(config, encoder))
+        folders.append(output_folder(config, encoder.folder))
     paths = [folder / f"eval-{config.protocol}.json" for folder in dict.fromkeys(folders)]
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -160,7 +191,7 @@ def write_result(
     return paths
 
 
-def output_folder(config: FinetuneConfig, encoder: PretrainedEncoder) -> Path:
-    """Where a fine-tuning run lives."""
-    default = encoder.folder / "finetune" if encoder.folder else Path("./output_dir")
+def output_folder(config: FinetuneConfig, pretraining: Path | None) -> Path:
+    """Where a fine-tuning run lives. pretraining: run folder of the weights it began with."""
+    default = pretraining / "finetune" if pretraining else Path("./output_dir")
     return Path(config.output_dir) if config.output_dir else default

@@ -24,6 +24,7 @@ from ..plan.flags import (
     SHARE_ABOVE_0,
     SHARE_BELOW_1,
     TASK,
+    UNTRAINED,
     WEIGHTS,
     OneOf,
     check,
@@ -90,7 +91,7 @@ class ClassifierFlags:
 
     model: Annotated[str | None, MODEL] = None
     """mae_vit_base_patch16, vit_base_patch16, …; default: the checkpoint's."""
-    like: Annotated[str, WEIGHTS] = ""
+    like: Annotated[str, UNTRAINED] = ""
     """Train from scratch with the architecture of this run or checkpoint, none of its weights."""
     input_size: Annotated[SizePx | None, MODEL] = None
     """Input in pixels: one number, or height and width; default: the checkpoint's. Position tables adapt."""

@@ -55,7 +55,7 @@ class PretrainedEncoder:
     sources: dict[str, str] = field(default_factory=dict)
     """Where each fact of the record comes from."""
     ours: bool = False
-    """Whether a run of this package trained it: then what its record lacks, it did without."""
+    """Whether a run of this package trained it, or what it is like: what the record lacks, that run did without."""
 
     def with_value_range(self, train: Source, rt: Runtime) -> PretrainedEncoder:
         """The range of the images' values, measured on training images where nobody states one."""
@@ -123,9 +123,7 @@ def load_encoder(config: FinetuneConfig) -> PretrainedEncoder:
         )
     folder = run_of(config.finetune) if config.finetune else None
     head = head if config.finetune else {}
-    return PretrainedEncoder(
-        shape, state, origin, size, facts, data_path, folder, head, sources, bool(trained_on) and not config.like
-    )
+    return PretrainedEncoder(shape, state, origin, size, facts, data_path, folder, head, sources, bool(trained_on))
 
 
 def complete_record(
@@ -213,9 +211,11 @@ def _check_architecture(config: FinetuneConfig, shape: ModelShape, origin: str) 
     asked = (model_shape(config.model) if config.model else {}) | _architecture_flags(config)
     # A name alone says less than the shape of a run that changed its patch or depth: then give the flags, or no name.
     if any(shape[name] != value for name, value in asked.items()):
-        flags = ", ".join(f"{name} {value}" for name, value in asked.items())
-        held = ", ".join(f"{name} {shape[name]}" for name in asked)
-        raise ValueError(f"--model {config.model or ''} ({flags}) is another architecture than {origin} ({held})")
+        given = _architecture_flags(config) | ({"model": config.model} if config.model else {})
+        flags = " ".join(f"--{name} {value}" for name, value in given.items())
+        other = [name for name, value in asked.items() if shape[name] != value]
+        wanted, held = (", ".join(f"{name} {of[name]}" for name in other) for of in (asked, shape))
+        raise ValueError(f"{flags} ({wanted}) is another architecture than {origin} ({held})")
 
 
 def weights_of(model: VisionTransformer) -> dict[str, dict[str, Tensor]]:

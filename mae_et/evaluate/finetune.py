@@ -6,6 +6,7 @@ B batch · C channels · K classes.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import time
 from collections.abc import Iterator
@@ -36,9 +37,8 @@ from ..engine.step import Cadence, Outcomes, Run, evaluation_time, take_step
 from ..plan.cost import Ledger
 from ..plan.curriculum import Curriculum, Stage
 from ..plan.flags import to_dict, to_yaml
-from ..plan.shapes import show_size
-from ..record import WeightsRecord
-from .accuracy import eval_crops, evaluate, evaluate_only, output_folder, write_result
+from ..plan.shapes import ModelShape, show_size
+from .accuracy import eval_crops, evaluate, evaluate_only, open_held_out, output_folder, write_result
 from .augmentation import augmentation, mixed, mixing
 from .classes import classes_of, with_classes
 from .config import LAYER_DECAY, FinetuneConfig
@@ -69,6 +69,8 @@ class FinetuneRun(Run):
     ema: ModelEmaV3 | None = field(init=False)
     unreported: tuple[float, float, float] | None = None
     """Loss, gradient norm and learning rate of a report whose evaluation was not finished."""
+    saved_step: int | None = None
+    """Of the newest checkpoint."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -98,11 +100,12 @@ class FinetuneRun(Run):
             logits = self.network(images)
         return nn.functional.cross_entropy(logits.float(), targets)
 
-    def save(self, unreported: tuple[float, float, float] | None = None, again: bool = False) -> None:
-        """Everything that a resumed run needs, atomically.
+    def save(self, unreported: tuple[float, float, float] | None = None) -> None:
+        """Everything that a resumed run needs, atomically; takes the place of an earlier checkpoint of this step.
 
-        unreported: see there, while its evaluation is still due. again: take the place of the one before, of this step.
+        unreported: see there, while its evaluation is still due.
         """
+        again, self.saved_step = self.saved_step == self.step, self.step
         if not self.rt.is_main:
             return
         state = self.identity() | self.weights() | {"unreported": unreported}
@@ -125,11 +128,10 @@ class FinetuneRun(Run):
             "format": FORMAT,
             "config": to_dict(self.config) | {"data_path": self.encoder.data_path},
             "shape": replace(self.encoder.shape, img_size=self.encoder.input_size).to_dict(decoder=False),
-            "pooled": self.config.pooled,
             "num_images": self.curriculum.num_images,
             "sampled_images": self.images,
             "batch_size": self.curriculum.stages[0].batch_size,
-            **WeightsRecord.of(self.encoder.record.to_dict() | {"classes": self.classes}).to_dict(),
+            **replace(self.encoder.record, classes=tuple(self.classes), pooled=self.config.pooled).to_dict(),
         }
 
     def restore(self, path: Path) -> Path:
@@ -142,6 +144,8 @@ class FinetuneRun(Run):
             raise ValueError(f"--resume {path} is not a fine-tuning checkpoint of mae_et that can go on")
         check_config(f"--resume {path}", state["config"], self.config, lambda role: role.resume)
         mine = self.identity()
+        # Older checkpoints leave out defaults, or say which decoder was dropped.
+        state["shape"] = ModelShape(**state["shape"]).to_dict(decoder=False)
         for name in ("shape", "num_images", "batch_size", "classes"):
             if state[name] != mine[name]:
                 raise ValueError(f"--resume {path}: {name} was {state[name]}, is {mine[name]}")
@@ -153,7 +157,12 @@ class FinetuneRun(Run):
         self.step, self.best, self.ledger = state["step"], state["best"], Ledger.from_state_dict(state["ledger"])
         if self.config.precision == "auto":
             self.rt = self.normalize.rt = replace(self.rt, precision=state["precision"])
-        self.unreported = state.get("unreported")
+        self.unreported, self.saved_step = state.get("unreported"), self.step
+        # An older run, which has no such key, took pixels as they are.
+        facts = replace(self.encoder.record, value_range=state.get("value_range"))
+        self.encoder = replace(self.encoder, record=facts)
+        if self.held_out is not None:
+            self.held_out.value_range = facts.value_range
         return read_from
 
 
@@ -174,15 +183,20 @@ def finetune(config: FinetuneConfig) -> Path:
         encoder = load_encoder(config)
         source = open_labelled(encoder.data_path, "train", config.train_images, config.seed, config.holdout)
         run = build(config, rt, encoder.with_value_range(source, rt), source)
-        if run.held_out is not None:
+        resume = run_folder.resume_path(config.resume, run.folder)
+        read_from = run.restore(resume) if resume else None
+        if run.held_out is not None and rt.is_main:
             run.held_out.look()
-        open_folder(run)
+        # The first batch before anything on disk is replaced.
+        loader = open_loader(run, source)
+        batches = itertools.chain(list(itertools.islice(loader, 1)), loader)
+        rt.barrier()  # before rank 0 moves what another one may still read
         if rt.is_main:
+            open_folder(run, resume, read_from)
             log_plan(run)
-        batches = open_loader(run, source)
         first_step = run.step - bool(run.unreported)
         logger = RunLogger(run.folder, config.log_dir, run.curriculum, first_step, run.ledger, on=rt.is_main)
-        with files.disk_full_errors(run.folder), contextlib.closing(batches), logger:
+        with files.disk_full_errors(run.folder), contextlib.closing(loader), logger:
             result = train(run, batches, logger, stop)
         return finish(run, source, result, began)
 
@@ -200,7 +214,7 @@ def build(config: FinetuneConfig, rt: runtime.Runtime, encoder: PretrainedEncode
     steps = max(1, round(config.epochs * len(source) / batch))
     stage = Stage(encoder.input_size, encoder.num_patches, 0, batch, steps, 3 * encoder.flops_per_image)
     curriculum = Curriculum((stage,), len(source))
-    folder = output_folder(config, encoder)
+    folder = output_folder(config, encoder.folder)
     if encoder.folder is not None and folder.resolve() == encoder.folder.resolve():
         raise ValueError(f"--output_dir {folder} is the pretraining run itself; leave it out or choose another folder")
     return FinetuneRun(
@@ -220,26 +234,14 @@ def build(config: FinetuneConfig, rt: runtime.Runtime, encoder: PretrainedEncode
     )
 
 
-def open_held_out(config: FinetuneConfig, encoder: PretrainedEncoder) -> Source | None:
-    try:
-        return open_labelled(encoder.data_path, "val", config.eval_images, config.seed, config.holdout)
-    except FileNotFoundError as error:
-        log.warning("evaluation is skipped: %s", error)
-        return None
-
-
-def open_folder(run: FinetuneRun) -> None:
-    """Resume if asked to, and write what is known before a step is run."""
+def open_folder(run: FinetuneRun, resume: Path | None, read_from: Path | None) -> None:
+    """Make or take over the run folder, and write what is known before a step is run."""
     config, folder = run.config, run.folder
-    resume = run_folder.resume_path(config.resume, folder)
-    read_from = run.restore(resume) if resume else None
-    run.rt.barrier()  # before rank 0 moves what another one may still read
-    if run.rt.is_main:
-        run_folder.prepare(folder, keep=bool(config.resume), overwrite=config.overwrite)
-        if resume and read_from != resume and resume.parent.resolve() == folder.resolve():
-            files.promote(read_from, resume)  # otherwise the next save would keep the corrupt file and drop this one
-        files.write_text(folder / run_folder.CONFIG, to_yaml(config))
-        files.write_json(folder / run_folder.ENVIRONMENT, run_folder.environment(**run.rt.facts()))
+    run_folder.prepare(folder, keep=bool(config.resume), overwrite=config.overwrite)
+    if resume and read_from != resume and resume.parent.resolve() == folder.resolve():
+        files.promote(read_from, resume)  # otherwise the next save would keep the corrupt file and drop this one
+    files.write_text(folder / run_folder.CONFIG, to_yaml(config))
+    files.write_json(folder / run_folder.ENVIRONMENT, run_folder.environment(**run.rt.facts()))
 
 
 def open_loader(run: FinetuneRun, source: Source) -> Iterator[tuple[Tensor, Tensor]]:
@@ -289,7 +291,7 @@ def train(
     if run.unreported:  # killed while it evaluated
         result = evaluate_run(run)
         report(run, logger, *run.unreported, result)
-        run.save(again=True)
+        run.save()
     elif run.finished:
         result = evaluate_run(run)
     run.network.train()
@@ -316,7 +318,7 @@ def train(
             report(run, logger, *latest, result)
             run.network.train()
         if due.save:
-            run.save(again=evaluation)
+            run.save()
             cadence.saved()
         if stopping and not run.finished:
             return None
@@ -363,7 +365,7 @@ def report(
 def finish(run: FinetuneRun, source: Source, result: dict[str, Any] | None, began: float) -> Path:
     """Save, and write the result if there is one; returns its path, else the run folder."""
     config, encoder, rt, steps = run.config, run.encoder, run.rt, run.curriculum.total_steps
-    run.save(again=True)
+    run.save()
     if not run.finished:
         log.info("stopped and saved after step %d of %d; go on with --resume auto", run.step, steps)
     paths = [run.folder]

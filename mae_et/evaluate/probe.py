@@ -82,8 +82,10 @@ def probe(config: FinetuneConfig) -> dict[str, dict[str, Any]]:
                 if known is None:
                     known = extract(model, eval_crops(config, encoder, train), layers, encoder, config, rt)
                     images += len(train)
+                    if config.knn and config.k > len(known[1]):
+                        raise ValueError(f"--k {config.k} neighbours, but {len(known[1])} training images can be read")
                 scores = _score(protocol, rt, known, held_out, len(classes))
-            result = _result(protocol, scores, labels, classes, len(train))
+            result = _result(protocol, scores, labels, classes, len(known[1]) if known else len(train))
             results[protocol.protocol] = result
             if rt.is_main:
                 for row in result["places"]:
@@ -141,6 +143,7 @@ def extract(
 
     gathered = gather(labels)
     readable = gathered != CORRUPT
+    crops.corrupt.check(int((~readable).sum()))  # over all ranks; each one has checked its own
     return {layer: gather(batches)[readable] for layer, batches in parts.items()}, gathered[readable]
 
 

@@ -9,6 +9,7 @@ import torch
 
 from .. import checkpoint
 from ..data.decode import center_crops
+from ..data.pixels import measure_value_range
 from ..data.sources import open_held_out
 from ..engine import run_folder
 from ..engine.picture import draw_reconstruction
@@ -110,9 +111,10 @@ def _read_images(config: ReconstructConfig, pretrained: checkpoint.Pretrained) -
         source = open_held_out(data_path, holdout)
     except (FileNotFoundError, ValueError) as error:
         raise ValueError(str(error).replace("--data_path", "--images")) from error  # here called --images
-    images, skipped = center_crops(
-        source, config.num_images, height_width(shape.img_size), shape.in_chans, pretrained.record.value_range
-    )
+    value_range = pretrained.record.value_range
+    if value_range is None and not pretrained.training:
+        value_range = measure_value_range(source)
+    images, skipped = center_crops(source, config.num_images, height_width(shape.img_size), shape.in_chans, value_range)
     for line in skipped:
         log.warning("skipped %s", line)
     if not len(images):

@@ -59,12 +59,14 @@ PLANNED = Role("planned", arm=True, family=True, judged=True)
 """On resume, what the checkpoint says of the plan is compared: the stages, the step."""
 BATCH = Role("batch", judged=True)
 """How a step's batch comes together. Arms, and on resume the stages, have the total batch that results."""
-COMPUTE = Role("compute", arm=True, family=True)
+COMPUTE = Role("compute", arm=True, family=True, judged=True)
 """How the arithmetic is done: a resumed run may change it, but seconds and rounding differ."""
 SEED = Role("seed", resume=True, branch=True)
 """What differs within an arm."""
 WEIGHTS = Role("weights")
 """Which checkpoint is judged."""
+UNTRAINED = Role("untrained", resume=True)
+"""Which model is trained from random weights."""
 EVALUATION = Role("evaluation", judged=True)
 RUN = Role("run")
 """Bookkeeping: where and how a run runs, saves and reports."""

@@ -139,16 +139,19 @@ def held_out_loss(config: PretrainConfig) -> tuple[float, float]:
     Images and masks are always the same ones. The weights are those of the run folder `config.output_dir`.
     """
     source = open_source(config.data_path, "val", config.holdout)
-    crops = EvalCrops(source, height_width(config.input_size), config.in_chans, 1.0, damaged_limit=config.damaged_limit)
+    state = storage.load(Path(config.output_dir) / run_folder.CHECKPOINT)
+    how = config.in_chans, 1.0, state.get("value_range")
+    crops = EvalCrops(source, height_width(config.input_size), *how, damaged_limit=config.damaged_limit)
     with runtime.start(config.device, config.precision, config.dist_url) as rt, torch.no_grad():
         run = PretrainRun.create(as_vanilla(config), rt, len(source))
-        run.model.load_state_dict(storage.load(run.folder / run_folder.CHECKPOINT)["model"])
+        run.model.load_state_dict(state["model"])
         run.model.eval()
-        stage, total = run.curriculum.stages[0], 0.0
+        stage, total, seen = run.curriculum.stages[0], 0.0, 0
         for i, (images, _) in enumerate(eval_batches(crops, 0, 1, config.num_workers, False, LOSS_BATCH)):
             noise = mask_noise(0, i, len(images), stage.patches).to(rt.device)
             total += run.loss(run.prepare(images, stage), stage, noise).item() * len(images)
-    return total / len(source), held_out_loss_flops(len(source), stage)
+            seen += len(images)  # not those that can't be read
+    return total / seen, held_out_loss_flops(seen, stage)
 
 
 def held_out_loss_flops(num_images: int, stage: Stage) -> float:
