@@ -175,7 +175,8 @@ def test_the_model_that_is_meant_comes_out_with_its_features(name):
     for read in (interop.from_timm, interop.from_facebook):
         model = vit(3, num_classes=0)
         model.load_state_dict(interop.to_timm(read(found.state)))
-        assert torch.equal(model.forward_features(image()), MEANT.forward_features(image()))
+        assert all(torch.equal(tensor, RIGHT[key]) for key, tensor in model.state_dict().items())
+        torch.testing.assert_close(model.forward_features(image()), MEANT.forward_features(image()))
     notes = "; ".join(found.notes)
     assert all(part in notes for part in said), notes
     assert said or not notes, "what is plain needs no note"
