@@ -528,6 +528,16 @@ def test_from_scratch_does_not_go_on_as_fine_tuned(run: Path, tmp_path: Path) ->
         finetune(FinetuneConfig(finetune=str(run), output_dir=str(tmp_path / "tuned"), resume="auto", **QUICK))
 
 
+def test_weights_from_scratch_are_a_function_of_the_seed(pictures: Path) -> None:
+    """They once were others each time."""
+    config = FinetuneConfig(model="vit_tiny_patch16", input_size=16, depth=1, data_path=str(pictures), seed=3)
+    first, same, other = (load_encoder(each).state for each in (config, config, replace(config, seed=4)))
+    for key, tensor in first.items():
+        assert torch.equal(tensor, same[key]), key
+    weight = "encoder.patch_embed.proj.weight"
+    assert not torch.equal(first[weight], other[weight])
+
+
 def test_overwrite_replaces_nothing_before_all_flags_are_known_to_do(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -209,7 +209,7 @@ class FinetuneRunFlags(RunFlags):
     output_dir: Annotated[str, RUN] = ""
     """Folder of the fine-tuning run; default: finetune/ in the pretraining run's folder, else ./output_dir."""
     seed: Annotated[int, SEED] = 0
-    """Data order, augmentation, mixing, drop path and the head are functions of it."""
+    """Data order, augmentation, mixing, drop path, the head and, from scratch, all weights are functions of it."""
     save_steps: Annotated[int, RUN, NOT_NEGATIVE] = 0
     """Steps between checkpoints; 0: at evaluations and by time only."""
     dist_eval: Annotated[bool, RUN] = False

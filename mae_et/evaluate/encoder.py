@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .. import checkpoint, interop
 from ..data.pixels import measure_value_range
 from ..data.sources import Source
+from ..data.stream import derive_seed
 from ..engine.run_folder import run_of
 from ..engine.runtime import Runtime
 from ..model import MaskedAutoencoder, sincos_table
@@ -109,6 +110,7 @@ def load_encoder(config: FinetuneConfig) -> PretrainedEncoder:
     if config.finetune:
         state, origin = pretrained.state, pretrained.origin
     else:  # as an encoder is before pretraining, so that only pretraining makes the difference
+        torch.manual_seed(derive_seed(config.seed, "weights"))
         state, origin = interop.encoder_only(MaskedAutoencoder(**shape).state_dict()), "scratch"
     size = shape.img_size if config.input_size is None else config.input_size
     grid_of(size, shape.patch_size)  # refuses sizes that don't divide
