@@ -8,7 +8,7 @@ predicts, to `Pretrained`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -122,12 +122,17 @@ def timm_config(record: WeightsRecord, shape: ModelShape, num_classes: int) -> d
 
 def from_preprocessor(config: Mapping[str, Any], source: str, in_chans: int = 3) -> WeightsRecord:
     """From a preprocessor_config.json."""
+    config = {name: value for name, value in config.items() if value is not None}  # null is transformers' default
     normalizes = config.get("do_normalize", True)
-    mean = config.get("image_mean") if normalizes else (0.0,) * in_chans
-    std = config.get("image_std") if normalizes else (1.0,) * in_chans
     # Pixels in [0, 255] times this are normalised there, pixels in [0, 1] here.
     factor = 255 * (config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 1)
-    mean, std = (values and tuple(value / factor for value in values) for values in (mean, std))
+
+    def per_channel(values: float | Sequence[float] | None) -> tuple[float, ...] | None:
+        values = (values,) * in_chans if isinstance(values, (int, float)) else values
+        return values and tuple(value / factor for value in values)
+
+    mean = per_channel(config.get("image_mean") if normalizes else 0.0)
+    std = per_channel(config.get("image_std") if normalizes else 1.0)
     size, crop = config.get("size"), config.get("crop_size")
     names = {number: name for name, number in RESAMPLE.items()}
     crop_pct = 1.0 if size is not None else None

@@ -31,12 +31,9 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """20 small smooth images, flat and unlabelled."""
-    folder = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for i in range(20):
-        small = Image.fromarray(rng.integers(0, 256, (2, 3, 3), dtype=np.uint8))
-        small.resize((60, 48), Image.Resampling.BICUBIC).save(folder / f"{i:02}.png")
-    return folder
+    from tiny import write_photos
+
+    return write_photos(tmp_path_factory.mktemp("images"), 20)
 
 
 @pytest.fixture(scope="session")

@@ -149,19 +149,24 @@ def test_a_killed_run_resumes_bit_for_bit(
         finetune(replace(cut, resume="auto", data_path=str(others)))
 
 
-def test_sigterm_saves_and_the_run_goes_on(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = FinetuneConfig(finetune=str(run), **QUICK)
-    whole, cut = (replace(config, output_dir=str(tmp_path / name)) for name in ("whole", "cut"))
-    finetune(whole)
+def signal_in_step(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Send SIGTERM in a step, counted from 1, of the next run."""
     step, taken = step_module.guarded_step, []
 
     def signalled(*arguments) -> None:
         step(*arguments)
         taken.append(1)
-        if len(taken) == 3:
+        if len(taken) == number:
             signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(step_module, "guarded_step", signalled)
+
+
+def test_sigterm_saves_and_the_run_goes_on(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = FinetuneConfig(finetune=str(run), **QUICK)
+    whole, cut = (replace(config, output_dir=str(tmp_path / name)) for name in ("whole", "cut"))
+    finetune(whole)
+    signal_in_step(3, monkeypatch)
     finetune(cut)
     monkeypatch.undo()
     assert checkpoint.load(tmp_path / "cut/checkpoint.pt")["step"] in (3, 4)
@@ -491,15 +496,7 @@ def test_a_model_that_began_with_a_classifier_says_what_it_classifies_itself(run
 
 def test_a_save_when_stopped_keeps_the_one_before(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only a second save of the same step takes the first one's place."""
-    step, taken = step_module.guarded_step, []
-
-    def signalled(*arguments) -> None:
-        step(*arguments)
-        taken.append(1)
-        if len(taken) == 6:
-            signal.raise_signal(signal.SIGTERM)
-
-    monkeypatch.setattr(step_module, "guarded_step", signalled)
+    signal_in_step(6, monkeypatch)
     finetune(FinetuneConfig(finetune=str(run), output_dir=str(tmp_path / "cut"), **QUICK))
     newest, older = (tmp_path / "cut" / name for name in ("checkpoint.pt", "checkpoint.prev1.pt"))
     assert checkpoint.load(newest)["step"] in (6, 7)  # it looks for signals while the device works
@@ -536,6 +533,18 @@ def test_weights_from_scratch_are_a_function_of_the_seed(pictures: Path) -> None
         assert torch.equal(tensor, same[key]), key
     weight = "encoder.patch_embed.proj.weight"
     assert not torch.equal(first[weight], other[weight])
+
+
+def test_another_architecture_is_named_by_the_flags_that_ask_for_it(run: Path) -> None:
+    with pytest.raises(ValueError, match=r"^--depth 5 \(depth 5\) is another architecture than .* \(depth 3\)$"):
+        load_encoder(FinetuneConfig(finetune=str(run), depth=5))
+
+
+def test_what_is_like_a_run_sees_images_as_it_did(run: Path, pictures: Path) -> None:
+    """A run of ours that knows no range of values did without; only for others is one measured."""
+    for flag in ("finetune", "like"):
+        assert load_encoder(FinetuneConfig(**{flag: str(run)})).ours
+    assert not load_encoder(FinetuneConfig(model="vit_tiny_patch16", data_path=str(pictures))).ours
 
 
 def test_overwrite_replaces_nothing_before_all_flags_are_known_to_do(

@@ -361,6 +361,9 @@ def test_pixels_are_normalised_as_the_preprocessor_does_whatever_it_multiplies_t
         assert (pixel / 255 - facts.mean[0]) / facts.std[0] == pytest.approx(theirs)
     raw = record.from_preprocessor({"do_normalize": False}, "f", 4)
     assert (raw.mean, raw.std) == ((0,) * 4, (1,) * 4)
+    one_number = {"image_mean": 0.5, "image_std": 0.25, "do_rescale": None, "rescale_factor": None, "size": None}
+    facts = record.from_preprocessor(one_number, "f", 2)
+    assert (facts.mean, facts.std, facts.crop_pct) == ((0.5,) * 2, (0.25,) * 2, None)
 
 
 def test_what_others_mean_by_a_fact_that_we_have_no_place_for_is_not_known():

@@ -6,10 +6,9 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from tiny import write_photos
 
 from mae_et import checkpoint
 from mae_et.data.sources import count_images
@@ -36,12 +35,7 @@ TINY = {
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for i in range(16):
-        small = Image.fromarray(rng.integers(0, 256, (2, 3, 3), dtype=np.uint8))
-        small.resize((60, 48), Image.Resampling.BICUBIC).save(folder / f"{i:02}.png")
-    return folder
+    return write_photos(tmp_path_factory.mktemp("images"), 16)
 
 
 def tiny(photos: Path, out: Path, **changes) -> PretrainConfig:

@@ -8,9 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from mae_et import checkpoint
 from mae_et.plan.config import PretrainConfig
@@ -57,6 +59,15 @@ QUICK = {"device": "cpu", "precision": "fp32", "num_workers": 0, "batch_size": 6
 
 def tiny(photos: Path, out: Path, **changes) -> PretrainConfig:
     return from_dict(PretrainConfig, TINY | {"data_path": str(photos), "output_dir": str(out)} | changes, "test")
+
+
+def write_photos(folder: Path, count: int) -> Path:
+    """Small smooth images, flat and unlabelled."""
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        small = Image.fromarray(rng.integers(0, 256, (2, 3, 3), dtype=np.uint8))
+        small.resize((60, 48), Image.Resampling.BICUBIC).save(folder / f"{i:02}.png")
+    return folder
 
 
 def script(*flags: str, program: tuple[str, ...] = (), env: dict[str, str] | None = None, **kwargs) -> subprocess.Popen:

@@ -22,7 +22,6 @@ from ..plan.flags import (
     SEED,
     SHARE,
     SHARE_ABOVE_0,
-    SHARE_BELOW_1,
     TASK,
     UNTRAINED,
     WEIGHTS,
@@ -192,8 +191,6 @@ class LabelledDataFlags(DataFlags):
     """Mean per channel in [0, 1]; default: the pretraining's, else ImageNet's."""
     std: Annotated[tuple[float, ...] | None, DATA] = None
     """Standard deviation per channel; default: as mean."""
-    damaged_limit: Annotated[float, RUN, SHARE_BELOW_1] = 0.01
-    """Share of damaged images, training or held-out, at which the run stops; below it they are skipped and named."""
     train_images: Annotated[int | None, DATA, POSITIVE] = None
     """Use only so many labelled images, equally many of each class, the same ones for the same seed."""
     eval_images: Annotated[int | None, EVALUATION, POSITIVE] = None

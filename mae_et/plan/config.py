@@ -61,7 +61,7 @@ class DataFlags:
     pin_mem: Annotated[bool, RUN] = True
     """Page-locked batches, for faster copies to a CUDA device."""
     damaged_limit: Annotated[float, RUN, SHARE_BELOW_1] = 0.01
-    """Share of damaged images at which the run stops; below it they are skipped, counted and named."""
+    """Share of damaged images, training or held-out, at which the run stops; below it they are skipped and named."""
 
 
 @dataclass(frozen=True)
