@@ -1,0 +1,63 @@
+"""A pretraining step on the null GPU: what the cases here start from."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+from mae_et.engine import runtime
+from mae_et.engine.pretrain import warm_up
+from mae_et.engine.run import PretrainRun
+from mae_et.engine.step import take_step
+from mae_et.plan.config import PretrainConfig
+from mae_et.plan.curriculum import Stage
+from mae_et.plan.flags import parse
+from mae_et.plan.shapes import height_width
+from nullgpu.counters import real_reads
+
+#: Two blocks of encoder and of decoder, in all three stages of EfficientTrain++.
+SMALL = (
+    "--model mae_vit_tiny_patch16 --depth 2 --decoder_depth 2 --decoder_embed_dim 64 --decoder_num_heads 2 "
+    "--curriculum et_pp --epochs 400 --batch_size 16 --total_batch_size 16"
+)
+
+
+@contextlib.contextmanager
+def started(flags: str, ranks: int = 1) -> Iterator[PretrainRun]:
+    """A run of these flags, on data that nobody reads; as rank 0 of several that are all alike."""
+    config = parse(PretrainConfig, [*flags.split(), "--data_path", "none"])
+    with contextlib.ExitStack() as stack:
+        if ranks > 1:
+            world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(ranks)}
+            stack.enter_context(mock.patch.dict("os.environ", world))
+            alone = [(dist.HashStore(), 0, ranks)]
+            stack.enter_context(mock.patch.object(runtime, "rendezvous", return_value=iter(alone)))
+            stack.enter_context(real_reads())
+        rt = stack.enter_context(runtime.start("cuda", "bf16"))
+        with torch.device(rt.device):  # weights are drawn where drawing them takes no time
+            run = PretrainRun.create(config, rt, 1281167)
+        yield run
+
+
+def pinned_batches(run: PretrainRun, stage: Stage) -> list[torch.Tensor]:
+    """Micro-batches of one step, uint8, as the loader's pinning thread leaves them."""
+    shape = run.config.in_chans, *height_width(stage.loader_px)
+    return [torch.zeros(len(rows), *shape, dtype=torch.uint8).pin_memory() for rows in run.micro_batches(stage)]
+
+
+def steady(run: PretrainRun, stage: Stage) -> list[torch.Tensor]:
+    """Warm the stage and take steps until all are alike; returns micro-batches for :func:`step`."""
+    batches = pinned_batches(run, stage)
+    warm_up(run, stage)
+    for _ in range(2):
+        step(run, stage, batches)
+    return batches
+
+
+def step(run: PretrainRun, stage: Stage, batches: list[torch.Tensor]) -> None:
+    take_step(run, iter(batches), stage, lr=1e-4)
+    run.step = 1 - run.step  # another step's noise, of the same stage
