@@ -93,6 +93,21 @@ def _prepare(argv: list[str]) -> None:
     )
 
 
+def _measure(argv: list[str]) -> None:
+    from .data.config import MeasureConfig
+
+    config = parse(MeasureConfig, argv, prog="mae_et measure")
+    from .data.measure import describe, measure
+
+    if config.json:
+        print(json.dumps(measure(config.data_path), indent=1))
+        return
+    with logging_to_console():
+        report = measure(config.data_path)
+    for line in describe(report):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
 def _reconstruct(argv: list[str]) -> None:
     from .evaluate.config import ReconstructConfig
 
@@ -178,6 +193,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "compare": (_compare, "compare what runs cost and gave, and what the baseline would have needed"),
     "export": (_export, "write pretrained weights for timm, facebookresearch/mae or transformers"),
     "prepare": (_prepare, "pack images once into shards that are quick to read"),
+    "measure": (_measure, "say what a data set holds, and how to pretrain on it"),
     "search": (_search, "search a curriculum for these data"),
     "reconstruct": (_reconstruct, "draw what a checkpoint reconstructs"),
 }

@@ -16,7 +16,7 @@ ROOMS = {
     "plan": "shapes curriculum schedules cost flags config build report",
     "": "files console record spectral targets model layouts interop wrappers",
     "data": "config stream photos folders tars shards webdataset datasets sources pixels views decode replay loader"
-    " labelled prepare",
+    " labelled prepare measure",
     "engine": "run_folder runtime meters optim storage sharded resume step logger picture run pretrain",
     "export": "",
     "checkpoint": "",

@@ -14,7 +14,7 @@ import pytest
 
 from mae_et.cli import ExportConfig
 from mae_et.compare.compare import CompareConfig
-from mae_et.data.config import PrepareConfig
+from mae_et.data.config import MeasureConfig, PrepareConfig
 from mae_et.evaluate.config import FinetuneConfig, ReconstructConfig
 from mae_et.plan import flags
 from mae_et.plan.config import LauncherFlags, PretrainConfig, RunFlags
@@ -32,6 +32,7 @@ CONFIGS = {
     "compare": CompareConfig,
     "reconstruct": ReconstructConfig,
     "prepare": PrepareConfig,
+    "measure": MeasureConfig,
     "export": ExportConfig,
 }
 GROUPED = ("pretrain", "finetune", "plan", "search")

@@ -1,4 +1,4 @@
-"""Configuration of `python -m mae_et prepare`. No torch."""
+"""Configuration of `python -m mae_et prepare` and `measure`. No torch."""
 
 from __future__ import annotations
 
@@ -42,3 +42,13 @@ class PrepareConfig:
         source, out = Path(self.source.removeprefix("wds/")), Path(self.out).resolve()
         if source.is_dir() and source.resolve() in (out, *out.parents):
             raise ValueError(f"OUT {self.out} is inside SRC {self.source}: its shards would become data")
+
+
+@dataclass(frozen=True)
+class MeasureConfig:
+    """Say what a data set holds, and which recipe and flags to pretrain on it with."""
+
+    data_path: Annotated[str, RUN, tyro.conf.Positional]
+    """Images: a folder, or anything else that --data_path takes."""
+    json: Annotated[bool, RUN] = False
+    """Machine-readable output."""

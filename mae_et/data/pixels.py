@@ -87,6 +87,20 @@ def to_image(item: Item, in_chans: int, value_range: ValueRange | None = None) -
     return _pillow_to_channels(opened, in_chans, value_range)
 
 
+def format_and_channels(item: Item) -> tuple[str, int]:
+    """What an image is, by its header: (name of its format, channels), 1 for grey and 3 for colour whatever its alpha.
+
+    Arrays have the channels of their shape. Raises CorruptImage for unreadable bytes.
+    """
+    opened = _open(item, 3, all_bits=True)
+    if isinstance(opened, np.ndarray):
+        kinds = ((_NPY_MAGIC, "npy"), (_PNG_MAGIC, "PNG"), (_TIFF_MAGIC, "TIFF"))
+        name = next((n for magic, n in kinds if isinstance(item, bytes) and item.startswith(magic)), "array")
+        return name, 1 if opened.ndim < 3 else opened.shape[2]
+    grey = opened.mode in ("1", "L", "LA", "La", "F") or opened.mode.startswith("I")
+    return opened.format or "decoded", 1 if grey else 3
+
+
 def measure_value_range(source: Source, samples: int = 64) -> ValueRange | None:
     """Measure the range of values that images of more than 8 bits use, in a sample spread evenly over a source.
 
@@ -96,7 +110,7 @@ def measure_value_range(source: Source, samples: int = 64) -> ValueRange | None:
     values, samples = [], min(samples, len(source))
     for index in (place * len(source) // samples for place in range(samples)):
         with contextlib.suppress(CorruptImage, OSError):  # named when its turn comes
-            pixels = _more_than_8_bits(source.read(index)[0])
+            pixels = more_than_8_bits(source.read(index)[0])
             if pixels is not None:
                 flat = pixels.reshape(-1)[:: max(1, pixels.size // 4096)]
                 values.append(flat[np.isfinite(flat)])
@@ -162,7 +176,7 @@ def _open(item: Item, in_chans: int, all_bits: bool) -> Image.Image | np.ndarray
     return open_header(item)
 
 
-def _more_than_8_bits(item: Item) -> np.ndarray | None:
+def more_than_8_bits(item: Item) -> np.ndarray | None:
     """The pixels of an image of more than 8 bits as they are stored, else None."""
     opened = _open(item, 3, all_bits=True)
     if isinstance(opened, Image.Image):
