@@ -26,7 +26,7 @@ from tiny import TINY as MODEL
 from mae_et.cli import main
 from mae_et.data.decode import center_crop
 from mae_et.data.sources import open_source, subset
-from mae_et.data.stream import mask_noise
+from mae_et.data.stream import mask_noise_of_batch
 from mae_et.engine import storage
 from mae_et.engine.optim import learning_rate
 from mae_et.engine.pretrain import PretrainRun, pretrain
@@ -316,7 +316,7 @@ def test_held_out_loss_is_the_loss(pictures: Path, tmp_path: Path) -> None:
         pixels = torch.stack([center_crop(source.read(i)[0], (32, 32), 3) for i in range(5)])
         mean, std = (torch.tensor(value)[:, None, None] for value in (config.pixel_mean, config.pixel_std))
         images = (pixels.float() / 255 - mean) / std
-        pred, ids, mask = run.model.eval()(images, 4, 12, mask_noise(0, 0, 5, 16))
+        pred, ids, mask = run.model.eval()(images, 4, 12, mask_noise_of_batch(0, 0, 5, 16))
         target = pixel_target(images, 8, True)  # [B, L, D]
         assert mask.sum() == 5 * 12
         parts = [((pred[b, i] - target[b, place]) ** 2).mean() for b in range(5) for i, place in enumerate(ids[b])]

@@ -17,7 +17,16 @@ from mae_et.data.decode import train_crop
 from mae_et.data.loader import CorruptLog, TrainImages, train_batches
 from mae_et.data.replay import MissingSamples
 from mae_et.data.sources import open_source
-from mae_et.data.stream import SampleStream, derive_seed, image_index, mask_noise, micro_batches, rank_rows
+from mae_et.data.stream import (
+    Sample,
+    SampleStream,
+    derive_seed,
+    image_index,
+    mask_noise,
+    micro_batches,
+    rank_rows,
+    samples_at,
+)
 from mae_et.plan.curriculum import Curriculum, Stage
 
 FEW = settings(max_examples=30, deadline=None)
@@ -45,6 +54,28 @@ def samples_by_step(plan: Curriculum, seed=0, micro_size=10**9, first_step=0, wo
     return steps
 
 
+def image_at(seed: int, number: int, num_images: int) -> int:
+    """The image that is sample `number`, computed on its own."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, "order", number // num_images))
+    return torch.randperm(num_images, generator=generator)[number % num_images].item()
+
+
+def sample_at(plan: Curriculum, seed: int, step: int, row: int) -> Sample:
+    """The sample of one row, in whole numbers of Python, image by image."""
+    number = plan.index(step)
+    stage, step_in_stage = plan.stages[number], step - plan.start(number)
+    group, view = divmod(row // stage.masks_per_image, stage.views_per_image)
+    cycle, turn = divmod(step_in_stage + group % stage.replay, stage.replay)
+    if turn:
+        cycle -= turn * (stage.replay_depth - 1) // (stage.replay - 1) % (cycle + 1)
+    fresh_at = max(0, cycle * stage.replay - group % stage.replay)
+    image = plan.decoded_before(plan.start(number)) + stage.decoded_before(fresh_at)
+    image += group // stage.replay if fresh_at else group
+    slot = (group * stage.views_per_image + view) * stage.replay_depth + cycle % stage.replay_depth
+    index = image_at(seed, image, plan.num_images)
+    return Sample(index, image * stage.views_per_image + view, number, slot)
+
+
 # ------------------------------------------------------------------------------------------------------------- order
 
 
@@ -57,13 +88,14 @@ def test_every_image_comes_once_per_epoch(num_images, batch, seed):
     for epoch in range(len(samples) // num_images):
         indices = [sample.index for sample in samples[epoch * num_images : (epoch + 1) * num_images]]
         assert sorted(indices) == list(range(num_images))
-    assert [s.index for s in samples] == [image_index(seed, s.number, num_images) for s in samples]
+    assert [s.index for s in samples] == [image_at(seed, s.number, num_images) for s in samples]
     assert {s.stage for s in samples[: plan.stages[0].images]} == {0}
     assert {s.stage for s in samples[plan.stages[0].images :]} == {1}
 
 
 def test_epochs_and_seeds_have_orders_of_their_own():
-    orders = {tuple(image_index(seed, epoch * 50 + i, 50) for i in range(50)) for seed in (0, 1) for epoch in (0, 1, 2)}
+    numbers = np.arange(50)
+    orders = {tuple(image_index(seed, epoch * 50 + numbers, 50)) for seed in (0, 1) for epoch in (0, 1, 2)}
     assert len(orders) == 6
     assert tuple(range(50)) not in orders
 
@@ -90,17 +122,36 @@ def test_ranks_share_a_batch_evenly(batch, world_size, micro_size):
         assert all(0 < len(rows) <= micro_size for rows in micro)
 
 
-def test_mask_noise_is_drawn_for_the_whole_batch():
-    noise = mask_noise(seed=3, step=5, batch_size=10, patches=36)
-    assert noise.shape == (10, 36)
+def philox(key: int, block: int) -> list[int]:
+    """The 4 × 64 bits of block number `block` of Philox4x64-10, after Salmon et al., SC 2011."""
+    word = 2**64 - 1
+    a, b, c, d = block + 1, 0, 0, 0  # NumPy counts before it draws
+    low, high = key & word, key >> 64
+    for _ in range(10):
+        left, right = a * 0xD2E7470EE14C6C93, c * 0xCA5A826395121157
+        a, b, c, d = right >> 64 ^ b ^ low, right & word, left >> 64 ^ d ^ high, left & word
+        low, high = low + 0x9E3779B97F4A7C15 & word, high + 0xBB67AE8584CAA73B & word
+    return [a, b, c, d]
+
+
+@FEW
+@given(first=st.integers(0, 70_000), rows=st.integers(0, 9), patches=st.integers(1, 50), seed=st.integers(0, 9))
+def test_mask_noise_of_some_rows_is_a_part_of_the_same_numbers(first, rows, patches, seed):
+    """Whoever draws them: the k-th number of a step is the upper 24 of 32 bits of Philox, with a key of the step."""
+    noise = mask_noise(seed, 7, range(first, first + rows), patches)
+    key, numbers = derive_seed(seed, "mask", 7), range(first * patches, (first + rows) * patches)
+    wanted = [(philox(key, k // 8)[k % 8 // 2] >> 32 * (k % 2) & 0xFFFFFFFF) >> 8 for k in numbers]
+    assert (noise.flatten() * 2**24).tolist() == wanted and noise.shape == (rows, patches)
+
+
+def test_mask_noise_is_uniform_and_differs_by_step_and_seed():
+    noise = mask_noise(seed=3, step=5, rows=range(10), patches=36)
     assert 0 <= noise.min() < 0.05 < 0.95 < noise.max() < 1
     assert len(noise.flatten().unique()) > 350
-    shares = [noise[list(rank_rows(10, rank, 3))] for rank in range(3)]
-    assert torch.cat(shares).equal(noise)
-    torch.rand(7)  # the global generator has no part in it
-    assert mask_noise(3, 5, 10, 36).equal(noise)
-    assert not mask_noise(3, 6, 10, 36).equal(noise)
-    assert not mask_noise(4, 5, 10, 36).equal(noise)
+    torch.rand(7), np.random.rand(7)  # global generators have no part in it
+    assert mask_noise(3, 5, range(10), 36).equal(noise)
+    assert not mask_noise(3, 6, range(10), 36).equal(noise)
+    assert not mask_noise(4, 5, range(10), 36).equal(noise)
 
 
 def test_seeds_are_independent_by_purpose():
@@ -177,7 +228,7 @@ def test_a_restart_on_other_ranks_goes_on_with_the_same_images(operator):
     for step, shares in enumerate(zip(*ranks, strict=True), start=1):
         assert torch.cat(shares).equal(whole[step])
     for step, numbers in ((0, range(6)), (2, range(12, 16))):
-        images = [alone(source, image_index(7, g, 9), g, plan.at(step), operator) for g in numbers]
+        images = [alone(source, image_at(7, g, 9), g, plan.at(step), operator) for g in numbers]
         assert torch.stack(images).equal(whole[step])
 
 
@@ -188,7 +239,7 @@ def test_a_damaged_image_is_replaced_by_the_next_one_that_can_be_read(caplog):
         found = torch.cat(batches(source, plan))
     counted = [record.getMessage() for record in caplog.records if "damaged image skipped" in record.getMessage()]
     for number, image in enumerate(found):
-        index = image_index(7, number, 10)
+        index = image_at(7, number, 10)
         # The replacement takes the sample's own augmentation, so it depends on nothing but the sample.
         assert image.equal(alone(source, replaced.get(index, index), number, plan.stages[0]))
     assert torch.cat(batches(source, plan, workers=2)).equal(found)
@@ -287,6 +338,14 @@ def replay_plans(draw) -> Curriculum:
 
 
 @FEW
+@given(plan=replay_plans(), data=st.data())
+def test_rows_of_a_step_are_those_that_whole_numbers_give(plan, data):
+    step = data.draw(st.integers(0, plan.total_steps - 1))
+    rows = range(*sorted(data.draw(st.tuples(*[st.integers(0, plan.at(step).batch_size)] * 2))))
+    assert list(samples_at(plan, 3, step, rows)) == [sample_at(plan, 3, step, row) for row in rows]
+
+
+@FEW
 @given(plan=replay_plans(), seed=st.integers(0, 9))
 def test_images_are_decoded_in_order_and_counted(plan, seed):
     """What the buffer misses, step by step, is every image once per epoch, as many as the plan says, with all views."""
@@ -298,7 +357,7 @@ def test_images_are_decoded_in_order_and_counted(plan, seed):
         assert len(missing) == views * len({sample.number // views for sample in missing})
         assert len(decoded) == plan.decoded_before(step + 1)
     assert decoded == list(range(plan.decoded_images))
-    assert all(s.index == image_index(seed, s.number // plan.at(0).views_per_image, plan.num_images) for s in missing)
+    assert all(s.index == image_at(seed, s.number // plan.at(0).views_per_image, plan.num_images) for s in missing)
 
 
 def test_a_step_takes_its_share_of_fresh_samples_and_a_stage_starts_anew():

@@ -21,7 +21,7 @@ from .decode import train_crops
 from .pixels import CorruptImage, ValueRange
 from .replay import MissingSamples, replayed
 from .sources import Item, Source
-from .stream import Sample, SampleStream, derive_seed
+from .stream import Sample, Samples, SampleStream, derive_seed
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class TrainImages(Dataset):
         self.full_px, self.operator, self.in_chans, self.seed = height_width(full_size_px), operator, in_chans, seed
         self.value_range = value_range
 
-    def __getitems__(self, samples: list[Sample]) -> list[tuple[list[Tensor], list[Corruption]]]:
+    def __getitems__(self, samples: Samples) -> list[tuple[list[Tensor], list[Corruption]]]:
         """Crops of a micro-batch, image by image: views of one image are neighbours, and it is decoded once."""
         by_image = itertools.groupby(samples, lambda s: (s.stage, s.number // self.stages[s.stage].views_per_image))
         return [self._crops(list(views)) for _, views in by_image]
@@ -157,7 +157,7 @@ def train_batches(
 
 def _decoded(
     dataset: TrainImages,
-    sampler: Sampler[list[Sample]],
+    sampler: Sampler[Samples],
     damage: CorruptLog,
     num_workers: int | None,
     pin_memory: bool,

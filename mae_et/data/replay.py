@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from ..plan.curriculum import Stage
-from .stream import Sample, SampleStream, rank_rows
+from .stream import Samples, SampleStream, rank_rows
 
 
 class Slots:
@@ -36,26 +36,25 @@ class Slots:
         self.numbers = np.full(-(-len(rows) // masks) * depth, -1, dtype=np.int64)
         return True
 
-    def insert(self, samples: list[Sample]) -> list[Sample]:
+    def insert(self, samples: Samples) -> Samples:
         """Insert a micro-batch; returns the samples that were missing, each once."""
-        missing = []
-        for sample in samples:
-            if self.numbers[sample.slot - self.first] != sample.number:
-                self.numbers[sample.slot - self.first] = sample.number
-                missing.append(sample)
+        places = samples.slot - self.first
+        # Rows that show one sample, with a mask each, are neighbours.
+        missing = samples[(np.diff(places, prepend=-1) != 0) & (self.numbers[places] != samples.number)]
+        self.numbers[missing.slot - self.first] = missing.number
         return missing
 
 
-class MissingSamples(Sampler[list[Sample]]):
+class MissingSamples(Sampler[Samples]):
     """The micro-batches of a stream, without the samples that the buffer holds by then. They may be empty."""
 
     def __init__(self, stream: SampleStream) -> None:
         self.stream = stream
 
-    def __iter__(self) -> Iterator[list[Sample]]:
+    def __iter__(self) -> Iterator[Samples]:
         slots = slots_of(self.stream)
         for samples in self.stream:
-            slots.start_stage(samples[0].stage)
+            slots.start_stage(samples.stage)
             yield slots.insert(samples)
 
 
@@ -64,13 +63,13 @@ def replayed(stream: SampleStream, decoded: Iterator[Tensor], pin_memory: bool) 
     slots = slots_of(stream)
     buffer = torch.empty(0)
     for samples, images in zip(stream, decoded, strict=True):
-        if slots.start_stage(samples[0].stage):
+        if slots.start_stage(samples.stage):
             buffer = torch.empty(0)  # free the old one first
             buffer = torch.empty(len(slots.numbers), *images.shape[1:], dtype=torch.uint8)
-        if missing := slots.insert(samples):
-            buffer[[sample.slot - slots.first for sample in missing]] = images
+        if len(missing := slots.insert(samples)):
+            buffer[torch.from_numpy(missing.slot - slots.first)] = images
         batch = torch.empty(len(samples), *buffer.shape[1:], dtype=torch.uint8, pin_memory=pin_memory)
-        yield torch.index_select(buffer, 0, torch.tensor([s.slot - slots.first for s in samples]), out=batch)
+        yield torch.index_select(buffer, 0, torch.from_numpy(samples.slot - slots.first), out=batch)
 
 
 def slots_of(stream: SampleStream) -> Slots:

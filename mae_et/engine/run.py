@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import files
 from ..data.pixels import ValueRange
-from ..data.stream import derive_seed, mask_noise, rank_rows
+from ..data.stream import derive_seed, mask_noise, mask_noise_of_batch
 from ..model import MaskedAutoencoder
 from ..plan.build import build_curriculum, shape_of
 from ..plan.config import PretrainConfig, peak_lr
@@ -35,11 +35,12 @@ class PretrainRun(Run):
     """Fingerprint of the data."""
     value_range: ValueRange | None = None
     """Of pixels of more than 8 bits, as configured or measured."""
+    mask_generator: str = "philox"
+    """Draws the mask noise; mt19937 in runs begun before 0.2."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.normalize = Normalize(self.config.pixel_mean, self.config.pixel_std, self.rt)
-        self._noise: tuple[int, Tensor] | None = None
 
     @classmethod
     def create(cls, config: PretrainConfig, rt: Runtime, num_images: int) -> PretrainRun:
@@ -82,12 +83,11 @@ class PretrainRun(Run):
         return self.loss(self.prepare(batch, stage), stage, self.noise(stage, rows))
 
     def noise(self, stage: Stage, rows: range) -> Tensor:
-        """Mask noise [b, L] of some rows of the current step. It is drawn for the whole batch, once per step."""
-        mine = rank_rows(stage.batch_size, self.rt.rank, self.rt.world_size)
-        if self._noise is None or self._noise[0] != self.step:
-            noise = mask_noise(self.config.seed, self.step, stage.batch_size, stage.patches)
-            self._noise = self.step, self.rt.to_device(noise[mine.start : mine.stop])
-        return self._noise[1][rows.start - mine.start : rows.stop - mine.start]
+        """Mask noise [b, L] of some rows of the current step."""
+        if self.mask_generator == "philox":
+            return self.rt.to_device(mask_noise(self.config.seed, self.step, rows, stage.patches))
+        whole = mask_noise_of_batch(self.config.seed, self.step, stage.batch_size, stage.patches)
+        return self.rt.to_device(whole[rows.start : rows.stop])
 
     def full_model(self) -> MaskedAutoencoder:
         """The model with all its weights, on rank 0 at least. All ranks call it."""
@@ -110,6 +110,7 @@ class PretrainRun(Run):
             "precision": self.rt.precision,
             "sampled_images": self.images,
             "value_range": self.value_range,
+            "mask_generator": self.mask_generator,
         }
         keep = self.config.keep_checkpoints
         if self.is_sharded and not full:
@@ -132,7 +133,7 @@ class PretrainRun(Run):
             spent = Ledger.from_state_dict(state["ledger"]).stages
             self.ledger.stages[: len(spent)] = spent
         sharded.restore(self.model, self.optimizer, state, source)
-        self.step = state["step"]
+        self.step, self.mask_generator = state["step"], state.get("mask_generator", "mt19937")
 
 
 def trained_network(model: MaskedAutoencoder, config: PretrainConfig, rt: Runtime) -> nn.Module:

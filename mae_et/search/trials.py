@@ -25,7 +25,7 @@ import torch
 
 from ..data.labelled import EvalCrops, eval_batches
 from ..data.sources import open_source
-from ..data.stream import mask_noise
+from ..data.stream import mask_noise_of_batch
 from ..engine import run_folder, runtime, storage
 from ..engine.pretrain import PretrainRun, pretrain
 from ..engine.step import take_step
@@ -148,7 +148,7 @@ def held_out_loss(config: PretrainConfig) -> tuple[float, float]:
         run.model.eval()
         stage, total, seen = run.curriculum.stages[0], 0.0, 0
         for i, (images, _) in enumerate(eval_batches(crops, 0, 1, config.num_workers, False, LOSS_BATCH)):
-            noise = mask_noise(0, i, len(images), stage.patches).to(rt.device)
+            noise = mask_noise_of_batch(0, i, len(images), stage.patches).to(rt.device)
             total += run.loss(run.prepare(images, stage), stage, noise).item() * len(images)
             seen += len(images)  # not those that can't be read
     return total / seen, held_out_loss_flops(seen, stage)
