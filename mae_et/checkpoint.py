@@ -19,12 +19,12 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from . import interop
+from . import hub, interop
 from . import record as records
 from .engine import run_folder, sharded
 from .engine.resume import FORMAT
 from .engine.storage import local_file, read, save, save_safetensors
-from .export import Exported, write_facebook, write_huggingface, write_timm
+from .export import DECODER, PREDICTS_KEY, Exported, write_facebook, write_huggingface, write_timm
 from .files import CheckpointError, kept
 from .interop import METADATA_KEY
 from .plan.config import default_statistics
@@ -48,7 +48,8 @@ log = logging.getLogger(__name__)
 EXPORT_FORMATS = ("timm", "facebook", "huggingface")
 ACCEPTED = (
     "a run folder, a checkpoint .pt, a .safetensors or .pth encoder of timm, a .pth of facebookresearch/mae, "
-    "a folder of transformers' ViTMAE or ViT, an https:// address of such a file, or the name of a timm model"
+    "a folder of transformers' ViTMAE or ViT, an https:// address of such a file, the name of a timm model, "
+    "hf-hub:ORG/NAME or local-dir:FOLDER"
 )
 
 load = sharded.load_full
@@ -90,7 +91,7 @@ def read_pretrained(source: str | Path, encoder_only: bool = False, num_heads: i
     files that don't say; default: the usual number for its width, else width/64, with a warning.
     Raises FileNotFoundError, CheckpointError, or ValueError if the weights are not those of a plain ViT or an MAE.
     """
-    path = local_file(source) or Path(source)
+    path = hub.local_folder(source) or local_file(source) or Path(source)
     if path.is_dir() and path.suffix != sharded.SUFFIX:
         return _read_folder(path, encoder_only, num_heads)
     if path.exists():
@@ -116,12 +117,25 @@ def _read_folder(folder: Path, encoder_only: bool, num_heads: int | None) -> Pre
     if (folder / "config.json").exists():
         if "pretrained_cfg" in _read_json(folder / "config.json"):
             weights = next((f for name in HUB_WEIGHTS if (f := folder / name).is_file()), folder / HUB_WEIGHTS[0])
-            return _read_file(weights, encoder_only, num_heads)
+            encoder = _read_file(weights, encoder_only, num_heads)
+            has_decoder = not encoder_only and (folder / DECODER).is_file()
+            return _with_decoder(encoder, folder / DECODER) if has_decoder else encoder
         return _read_huggingface(folder, encoder_only)
     raise FileNotFoundError(
         f"{folder}: holds neither checkpoint.pt or encoder.safetensors (a run folder) nor config.json (a folder of "
         "transformers' ViTMAE)"
     )
+
+
+def _with_decoder(encoder: Pretrained, file: Path) -> Pretrained:
+    """An encoder from a folder for timm, with the decoder that `export` wrote beside it."""
+    decoder, metadata = read(file)
+    if not metadata.keys() >= {METADATA_KEY, PREDICTS_KEY}:
+        raise CheckpointError(f"{file}: doesn't say what it decodes: export the run again, or give --encoder_only")
+    state, predicts = encoder.state | decoder, json.loads(metadata[PREDICTS_KEY])
+    with prefix_errors(file):
+        shape = _complete(json.loads(metadata[METADATA_KEY]), state)
+    return replace(encoder, state=state, shape=shape, has_decoder=True, **predicts)
 
 
 def write_export(
@@ -131,12 +145,13 @@ def write_export(
     out: Path,
     norm_pix_loss: bool | None = None,
     encoder_only: bool = False,
+    **about: Any,
 ) -> None:
     """Write weights in our layout for others, with what belongs to them, see `export`.
 
     format: "timm" a .safetensors file or a folder, "facebook" a .pth, "huggingface" a folder. shape: arguments of
-    `create_mae`. norm_pix_loss: default: what `source` knows. encoder_only: leave out the decoder ("timm" always does)
-    and the classifier of a fine-tuned model.
+    `create_mae`. norm_pix_loss: default: what `source` knows. encoder_only: leave out the decoder (a file for timm
+    always does) and the classifier of a fine-tuned model. about: run, license and name for the model card.
     Raises ValueError on an unknown format, weights that are no model of this package, or a decoder or classifier that
     the format can't hold; CheckpointError if the file can't be written.
     """
@@ -150,7 +165,9 @@ def write_export(
     facts = facts.completed_by(WeightsRecord(*default_statistics(shape.in_chans)))
     decoder = interop.has_decoder(state)
     norm_pix_loss = source.norm_pix_loss if norm_pix_loss is None else norm_pix_loss
-    weights = Exported(state, head, shape, facts, *((norm_pix_loss, source.target) if decoder else (None, None)))
+    weights = Exported(
+        state, head, shape, facts, *((norm_pix_loss, source.target) if decoder else (None, None)), **about
+    )
     {"timm": write_timm, "facebook": write_facebook, "huggingface": write_huggingface}[format](weights, Path(out))
 
 

@@ -17,6 +17,7 @@ import tyro
 
 from .console import console, logging_to_console
 from .files import CheckpointError
+from .hub import check_repository
 from .plan.flags import POSITIVE, RUN, WEIGHTS, check, parse, to_yaml
 
 #: Mistakes and mishaps that one line explains; anything else is a bug and shows its traceback.
@@ -126,30 +127,43 @@ class ExportConfig:
     source: Annotated[str, WEIGHTS, tyro.conf.Positional]
     """A run folder, or anything else that --finetune reads."""
     format: Annotated[str, RUN] = "timm"
-    """timm (a .safetensors file of the encoder), facebook (a .pth) or huggingface (a folder of ViTMAE)."""
+    """timm (a folder with a model card), facebook (a .pth) or huggingface (a folder of ViTMAE)."""
     out: Annotated[str, RUN] = ""
-    """File, or folder for huggingface; default: beside the run's checkpoint."""
+    """Folder, or file for facebook; for timm a .safetensors file of the encoder, too. Default: in the run folder."""
     encoder_only: Annotated[bool, RUN] = False
     """Leave out the decoder, and the classifier of a fine-tuned model."""
     num_heads: Annotated[int | None, RUN, POSITIVE] = None
     """Heads of the encoder, for weights that don't say; default: what is usual for its width, with a warning."""
+    license: Annotated[str, RUN] = ""
+    """Licence of the weights for their model card, as the hub names it: mit, apache-2.0, cc-by-nc-4.0 …"""
+    push: Annotated[str, RUN] = ""
+    """ORG/NAME: upload timm's folder to this repository of the Hugging Face hub."""
 
     def __post_init__(self) -> None:
         check(self)
+        if self.push:
+            check_repository(f"--push {self.push}", self.push)
+            if self.format != "timm" or self.out.endswith(".safetensors"):
+                raise ValueError("--push uploads the folder of --format timm; drop --push, or the other format or file")
 
 
 def _export(argv: list[str]) -> None:
     config = parse(ExportConfig, argv, prog="mae_et export")
     from .checkpoint import read_pretrained, write_export
+    from .engine.run_folder import run_of
+    from .hub import push
 
     with logging_to_console():
         pretrained = read_pretrained(config.source, config.encoder_only, config.num_heads)
-    names = {"timm": "timm.safetensors", "facebook": "facebook.pth", "huggingface": "huggingface"}
-    source = Path(config.source)
-    folder = source if source.is_dir() else source.parent
-    out = Path(config.out) if config.out else folder / names.get(config.format, "")
-    write_export(pretrained, pretrained.shape, config.format, out, encoder_only=config.encoder_only)
+        names = {"timm": "timm", "facebook": "facebook.pth", "huggingface": "huggingface"}
+        source = Path(config.source)
+        folder = source if source.is_dir() else source.parent if source.exists() else Path()
+        out = Path(config.out) if config.out else folder / names.get(config.format, "")
+        about = {"run": run_of(source), "license": config.license, "name": config.push and f"hf-hub:{config.push}"}
+        write_export(pretrained, pretrained.shape, config.format, out, encoder_only=config.encoder_only, **about)
     console.print(f"{pretrained.origin} → {out}", highlight=False, soft_wrap=True)
+    if config.push:
+        console.print(f"{out} → {push(out, config.push)}", highlight=False, soft_wrap=True)
 
 
 def _compare(argv: list[str]) -> None:

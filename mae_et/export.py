@@ -12,13 +12,18 @@ from typing import Any
 from torch import Tensor
 
 from . import interop, record
+from .card import OURS, model_card
 from .engine.storage import save, save_safetensors
-from .files import make_folder, write_text
+from .files import make_folder, remove, write_text
 from .interop import METADATA_KEY
 from .plan.shapes import NORM_EPS, ModelShape
 from .record import RECORD_KEY, WeightsRecord
 
 log = logging.getLogger(__name__)
+
+DECODER, CARD = "decoder.safetensors", "README.md"
+PREDICTS_KEY = "mae_et_predicts"
+"""Where the metadata of a decoder's file hold its target and norm_pix_loss, as JSON."""
 
 
 def metadata_of(shape: Mapping, facts: WeightsRecord) -> dict[str, str]:
@@ -38,6 +43,11 @@ class Exported:
     record: WeightsRecord
     norm_pix_loss: bool | None = None
     target: str | None = None
+    run: Path | None = None
+    """Run folder that the weights come from."""
+    license: str = ""
+    name: str = ""
+    """What timm loads the folder by, once it is on the hub."""
 
     @property
     def num_classes(self) -> int:
@@ -54,7 +64,8 @@ def write_timm(weights: Exported, out: Path) -> None:
     """The encoder, and a classifier if there is one.
 
     out: a .safetensors file, beside which its `pretrained_cfg` is written as .json; or a folder, for
-    `timm.create_model("local-dir:FOLDER", pretrained=True)`. Warns where timm would build other norms.
+    `timm.create_model("local-dir:FOLDER", pretrained=True)`, with a model card and, beside the encoder, the decoder in
+    our layout. Warns where timm would build other norms.
     """
     if weights.shape.norm_eps != NORM_EPS:
         eps = weights.shape.norm_eps
@@ -66,6 +77,25 @@ def write_timm(weights: Exported, out: Path) -> None:
     file, beside = (out, out.with_suffix(".json")) if is_file else (out / "model.safetensors", out / "config.json")
     save_safetensors(tensors, file, metadata_of(weights.stored_shape, weights.record))
     write_text(beside, config)
+    if not is_file:
+        _write_decoder(weights, out / DECODER)
+        name, has_decoder = weights.name or f"local-dir:{out.name}", interop.has_decoder(weights.state)
+        about = weights.shape, weights.record, weights.num_classes, has_decoder, weights.run, weights.license
+        card = out / CARD
+        if card.exists() and OURS not in card.read_text():
+            log.warning("%s is not of this export, or was changed: it is left as it is", card)
+        else:
+            write_text(card, model_card(name, *about))
+
+
+def _write_decoder(weights: Exported, file: Path) -> None:
+    """What the encoder lacks; of an export before this one, nothing is left."""
+    remove(file)
+    decoder = {key: tensor for key, tensor in weights.state.items() if not key.startswith("encoder.")}
+    if decoder:
+        predicts = {"norm_pix_loss": weights.norm_pix_loss, "target": weights.target}
+        metadata = metadata_of(weights.stored_shape, weights.record) | {PREDICTS_KEY: json.dumps(predicts)}
+        save_safetensors(decoder, file, metadata)
 
 
 def write_facebook(weights: Exported, out: Path) -> None:

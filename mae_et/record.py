@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .plan.shapes import ModelShape, SizePx, height_width
+from .plan.shapes import SIZES, ModelShape, SizePx, height_width
 
 RECORD_KEY = "mae_et_record"
 """Where safetensors (metadata, as JSON) and exports for facebookresearch/mae hold a record."""
@@ -107,8 +107,10 @@ def timm_config(record: WeightsRecord, shape: ModelShape, num_classes: int) -> d
     arguments = {"img_size": [height, width], "patch_size": shape.patch_size, "in_chans": shape.in_chans}
     arguments |= {name: shape[name] for name in ("embed_dim", "depth", "num_heads", "mlp_ratio")}
     arguments |= {"global_pool": "avg" if record.pooled else "token"}
+    known = {f"vit_{size}_patch{own['patch_size']}_224": own for size, own in SIZES.items()}
+    like = next((name for name, own in known.items() if own.items() <= arguments.items()), "vit_base_patch16_224")
     return {
-        "architecture": "vit_base_patch16_224",
+        "architecture": like,  # the arguments say the rest
         "num_classes": num_classes,
         "num_features": shape.embed_dim,
         "global_pool": "avg" if record.pooled else "token",

@@ -14,10 +14,11 @@ MAX_LINES = 400
 #: From the ground up. A module may import only modules before it, so a room only rooms before it.
 ROOMS = {
     "plan": "shapes curriculum schedules cost flags config build report",
-    "": "files console record spectral targets model layouts interop wrappers",
+    "": "files console record spectral targets model layouts interop wrappers hub",
     "data": "config stream photos folders tars shards webdataset datasets sources pixels views decode replay loader"
     " labelled prepare measure",
     "engine": "run_folder runtime meters optim storage sharded resume step logger picture run pretrain",
+    "card": "",
     "export": "",
     "checkpoint": "",
     "evaluate": "config encoder classes accuracy augmentation finetune probe reconstruct",

@@ -1,0 +1,193 @@
+"""The model card of exported weights: what they are, how to load them, and what their run folder says of them.
+
+Files of the run are quoted as they are; what they don't say, the card doesn't either. Paths of the machine are left
+out. No torch.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .engine import run_folder
+from .plan.config import PretrainConfig
+from .plan.flags import from_dict, names, to_dict
+from .plan.shapes import ModelShape, SizePx, as_size, show_size
+from .record import WeightsRecord, to_timm
+
+UNKNOWN_LICENSE = "unknown"
+"""The hub's word for weights of which nobody has said it."""
+OURS = "<!-- Written by mae_et's export, which writes it anew. Remove this line to keep what you change. -->"
+"""The last line of a card."""
+#: Evaluations by their protocol, for people.
+PROTOCOLS = {
+    "finetune": "fine-tuning",
+    "finetuned": "the fine-tuned classifier",
+    "knn": "kNN",
+    "linear_probe": "linear probe",
+    "linear_probe_augmented": "linear probe, augmented as in the paper",
+}
+
+
+def model_card(
+    name: str, shape: ModelShape, facts: WeightsRecord, outputs: int, decoder: bool, run: Path | None, license: str
+) -> str:
+    """README.md of a folder that timm loads.
+
+    name: what `timm.create_model` takes. outputs: of the classifier, 0 without one. run: the run folder, if the weights
+    are a run's. license: an identifier of the hub, or "".
+    """
+    config = _config(run)
+    title = run.resolve().name if run and name.startswith("local-dir:") else name.replace(":", "/").rpartition("/")[2]
+    parts = [_front_matter(license, outputs, config), _what(title, shape, outputs, config), _use(name, shape, outputs)]
+    if decoder:
+        parts.append(_decoder(name))
+    parts.append(_images(shape, facts, outputs))
+    if run is not None:
+        parts += [_training(run, config) if config else "", _evaluations(run)]
+    parts += [_license(license), OURS + "\n"]
+    return "\n".join(part for part in parts if part)
+
+
+def _front_matter(license: str, outputs: int, config: PretrainConfig | None) -> str:
+    about: dict[str, Any] = {
+        "license": license or UNKNOWN_LICENSE,
+        "library_name": "timm",
+        "pipeline_tag": "image-classification" if outputs else "image-feature-extraction",
+        "tags": ["timm", "mae_et", "masked-autoencoder", "self-supervised"],
+    }
+    if config is not None and config.data_path.lower().startswith("hfds/"):
+        about["datasets"] = [config.data_path.partition("/")[2].partition(":")[0]]
+    return f"---\n{yaml.safe_dump(about, sort_keys=False)}---\n"
+
+
+def _what(title: str, shape: ModelShape, outputs: int, config: PretrainConfig | None) -> str:
+    size = f"{shape.depth} blocks of width {shape.embed_dim}, {shape.num_heads} heads, patches of {shape.patch_size} px"
+    kind = f"classifier of {outputs} classes" if outputs else "encoder, without a classifier"
+    how = ""
+    if config is not None:
+        target = {"pixel": "pixels", "hog": "HOG"}[config.target]
+        curriculum = "vanilla MAE" if config.curriculum == "vanilla" else f"curriculum {config.curriculum}"
+        how = f" It was pretrained as a masked autoencoder that predicts {target} ({curriculum})."
+    return f"# {title}\n\nA plain ViT ({size}): {kind}.{how} Made with mae_et.\n"
+
+
+def _use(name: str, shape: ModelShape, outputs: int) -> str:
+    result = (
+        f"logits = model(images)  # [1, {outputs}]"
+        if outputs
+        else f"features = model(images)  # [1, {shape.embed_dim}]"
+    )
+    return f"""## Use
+
+```python
+import timm
+from PIL import Image
+
+model = timm.create_model("{name}", pretrained=True).eval()
+config = timm.data.resolve_model_data_config(model)  # size, mean, std, interpolation and crop of this model
+transform = timm.data.create_transform(**config, is_training=False)
+images = transform(Image.open("image.jpg"))[None]
+{result}
+tokens = model.forward_features(images)  # [1, 1 + {shape.num_patches}, {shape.embed_dim}]: class token, patches
+```
+
+To fine-tune or judge it with mae_et: `python main_finetune.py --finetune {name} --data_path IMAGES` (`--knn`,
+`--linear_probe`).
+"""
+
+
+def _decoder(name: str) -> str:
+    return f"""`decoder.safetensors` is the decoder of pretraining, which timm doesn't need. In Python:
+`mae_et.checkpoint.read_pretrained("{name}")`.
+"""
+
+
+def _images(shape: ModelShape, facts: WeightsRecord, outputs: int) -> str:
+    cfg = to_timm(facts, shape, outputs)
+    rows = {
+        "size": f"{show_size(shape.img_size)} px, {shape.in_chans} channels",
+        "mean": _numbers(cfg["mean"]),
+        "std": _numbers(cfg["std"]),
+        "interpolation": cfg["interpolation"],
+        "centre crop": f"{cfg['crop_pct']:g} of the resized image",
+    }
+    if facts.value_range:
+        rows["range of values"] = f"{_numbers(facts.value_range)} become 0 and 1, before mean and std"
+    return "## Images\n\n| | |\n|---|---|\n" + "".join(f"| {name} | {text} |\n" for name, text in rows.items())
+
+
+def _training(run: Path, config: PretrainConfig) -> str:
+    environment = _read_json(run / run_folder.ENVIRONMENT)
+    count = f", {environment['num_images']:,} images" if environment.get("num_images") else ""
+    text = f"## Pretraining\n\n- Data: {_data(config)}{count}\n"
+    if environment:
+        text += f"- On {environment['devices']} × {environment['device']}, in {environment['precision']}\n"
+        versions = {"mae_et": environment.get("mae_et"), "revision": environment.get("git")} | environment["packages"]
+        text += "- " + ", ".join(f"{name} {version}" for name, version in versions.items() if version) + "\n"
+    if (run / run_folder.LEDGER).is_file():
+        ledger = run_folder.read_ledger(run)
+        text += "\n| stage | steps | images | training FLOPs | seconds |\n|---|---|---|---|---|\n"
+        for label, cost in [*((f"{_show(c.size_px)} px", c) for c in ledger.stages), ("total", ledger.total)]:
+            text += f"| {label} | {cost.steps:,} | {cost.images:,} | {cost.flops:.3g} | {cost.seconds:,.0f} |\n"
+    # Roles say what a model depends on; the rest is where and how a run ran.
+    defaults = to_dict(PretrainConfig())
+    told = names(PretrainConfig, lambda role: role.name not in ("run", "images"))
+    changed = {name: value for name, value in to_dict(config).items() if name in told and value != defaults[name]}
+    recipe = f"Recipe `{Path(config.recipe).stem}`, w" if config.recipe else "W"
+    listing = yaml.safe_dump(changed, sort_keys=False, default_flow_style=None, width=100)
+    return text + f"\n{recipe}hat differs from the defaults of `main_pretrain.py`:\n\n```yaml\n{listing}```\n"
+
+
+def _evaluations(run: Path) -> str:
+    rows = []
+    for path in sorted(run.glob("eval-*.json")):
+        found = _read_json(path)
+        if "top1" in found:
+            labels = (found.get("flags") or {}).get("train_images")
+            protocol = PROTOCOLS.get(found["protocol"].partition("-")[0], found["protocol"])
+            few = f", {labels:,} labels" if labels else ""
+            rows.append(f"| {protocol}{few} | {found['top1']:.2f} % | {found.get('num_images', 0):,} |\n")
+    if not rows:
+        return "## Evaluation\n\nNone is recorded in the run folder.\n"
+    return "## Evaluation\n\n| protocol | top-1 | held-out images |\n|---|---|---|\n" + "".join(rows)
+
+
+def _license(license: str) -> str:
+    if license and license != UNKNOWN_LICENSE:
+        return f"## Licence\n\n{license}\n"
+    return "## Licence\n\nNot stated. The images that a model was trained on may limit its use.\n"
+
+
+def _config(run: Path | None) -> PretrainConfig | None:
+    """Of the run, even where it was written by another version with other flags; None for one of fine-tuning."""
+    values = {} if run is None else yaml.safe_load((run / run_folder.CONFIG).read_text()) or {}
+    if "curriculum" not in values:
+        return None
+    known = PretrainConfig.__dataclass_fields__
+    return from_dict(PretrainConfig, {k: v for k, v in values.items() if k in known}, str(run / run_folder.CONFIG))
+
+
+def _data(config: PretrainConfig) -> str:
+    """The name of the data set; of a path only its last part."""
+    kind = config.data_path.partition("/")[0].lower()
+    if kind in ("hfds", "torch"):
+        return config.data_path.partition(":")[0]
+    return Path(config.data_path).name
+
+
+def _show(size_px: SizePx | list[int]) -> str:
+    """Of a ledger's file, which knows no tuples."""
+    return show_size(size_px if isinstance(size_px, int) else as_size(size_px))
+
+
+def _numbers(values: Any) -> str:
+    return " ".join(f"{value:g}" for value in values)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """{} where a run has none."""
+    return json.loads(path.read_text()) if path.is_file() else {}
