@@ -17,7 +17,7 @@ ROOMS = {
     "": "files console record spectral targets model layouts interop wrappers hub",
     "data": "config stream photos folders tars shards webdataset datasets sources pixels views decode replay loader"
     " labelled prepare measure",
-    "engine": "run_folder runtime meters optim storage sharded resume step logger picture run pretrain",
+    "engine": "run_folder runtime meters optim storage sharded resume step logger picture features run online pretrain",
     "card": "",
     "export": "",
     "checkpoint": "",

@@ -15,12 +15,13 @@ from tiny import QUICK, SHAPE
 from torch import nn
 
 from mae_et import checkpoint
+from mae_et.engine.features import knn_scores
 from mae_et.engine.runtime import Runtime
 from mae_et.evaluate import probe as probe_module
 from mae_et.evaluate.accuracy import Accuracy
 from mae_et.evaluate.config import FinetuneConfig
 from mae_et.evaluate.encoder import build_classifier, load_encoder
-from mae_et.evaluate.probe import features_of, knn_scores, lars, probe, probe_heads, solve_linear, standardize
+from mae_et.evaluate.probe import features_of, lars, probe, probe_heads, solve_linear, standardize
 from mae_et.model import MaskedAutoencoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -37,6 +37,8 @@ class RunLogger:
         self, folder: Path, log_dir: str | None, curriculum: Curriculum, first_step: int, ledger: Ledger, on: bool
     ) -> None:
         self.curriculum, self.on, self.live, self.last = curriculum, on, on and console.is_terminal, ledger.total
+        self.latest: dict[str, Any] = {}
+        """The latest value of each name in metrics.jsonl."""
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -50,6 +52,8 @@ class RunLogger:
             self.metrics = folder / METRICS
             kept = [record for record in read_json_lines(self.metrics) if record["step"] < first_step]
             write_json_lines(self.metrics, kept)
+            for record in kept:
+                self.latest |= record
             self.board = SummaryWriter(log_dir or str(folder), purge_step=first_step)
 
     def __enter__(self) -> RunLogger:
@@ -77,6 +81,7 @@ class RunLogger:
         if not self.on:
             return
         append_json_line(self.metrics, record)
+        self.latest |= record
         for name, value in record.items():
             if isinstance(value, int | float) and name != "step":
                 self.board.add_scalar(f"{prefix}/{name}", value, record["step"])
@@ -196,4 +201,7 @@ def ledger_table(ledger: Ledger, curriculum: Curriculum, vanilla_flops_per_image
         table.add_row(*row(show_size(stage.size_px), cost))
     table.add_section()
     table.add_row(*row("total", total))
+    if total.probe_flops:
+        table.caption = f"Online quality apart from that: {total.probe_seconds:,.1f} s, {total.probe_flops:.2e} FLOPs"
+        table.caption_justify = "left"
     return table

@@ -8,7 +8,7 @@ import itertools
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -30,6 +30,7 @@ from ..record import RECORD_KEY, WeightsRecord
 from . import run_folder, runtime, sharded, storage
 from .logger import RunLogger, data_wait_hints, ledger_table, log_plan
 from .meters import EnergyMeter, peak_memory_bytes
+from .online import OnlineProbe, is_due, quality_words
 from .optim import learning_rate
 from .picture import draw_reconstruction
 from .resume import fingerprint
@@ -72,6 +73,7 @@ def pretrain(config: PretrainConfig) -> Path:
         del state
         check_ranks(run, len(source))
         check_micro_batches(run)
+        probe = OnlineProbe(run) if config.probe_every else None
 
         # The first batch before anything on disk is replaced.
         loader = open_loader(run, source)
@@ -82,7 +84,7 @@ def pretrain(config: PretrainConfig) -> Path:
             log_plan(run, vanilla)
         logger = RunLogger(run.folder, config.log_dir, run.curriculum, run.step, run.ledger, on=rt.is_main)
         with files.disk_full_errors(run.folder), contextlib.closing(loader), logger:
-            train(run, batches, logger, stop, vanilla.stages[0].flops_per_image)
+            train(run, batches, logger, stop, vanilla.stages[0].flops_per_image, probe)
         finish(run, source, vanilla)
         return run.folder
 
@@ -126,7 +128,12 @@ def open_folder(run: PretrainRun, resume: Path | None, read_from: Path | None) -
 
 
 def train(
-    run: PretrainRun, batches: Iterator[Tensor], logger: RunLogger, stop: Stop, vanilla_flops_per_image: float
+    run: PretrainRun,
+    batches: Iterator[Tensor],
+    logger: RunLogger,
+    stop: Stop,
+    vanilla_flops_per_image: float,
+    probe: OnlineProbe | None,
 ) -> None:
     """The loop: from `run.step` to the end of the curriculum, or until asked to stop.
 
@@ -154,7 +161,8 @@ def train(
 
         stage_ends = run.step == curriculum.start(index) + stage.steps
         picture = config.picture_steps > 0 and run.step % config.picture_steps == 0
-        due = cadence.after(run.step, save=stage_ends, report=picture, stopping=stop.requested)
+        measure = is_due(curriculum, run.step, config.probe_every)
+        due = cadence.after(run.step, save=stage_ends, report=picture or measure, stopping=stop.requested)
         stopping, data_seconds = False, 0.0
         if due.look:
             stopping = outcomes.look(run.step, f" in stage {index + 1} ({show_size(stage.size_px)} px)") and due.stop
@@ -164,7 +172,9 @@ def train(
         if due.report or stopping:
             cost.peak_memory_bytes = max(cost.peak_memory_bytes, peak_memory_bytes(run.rt.device))
             cost.energy_joules += meter.since()
-            report(run, logger, index, *outcomes.report(), lr, vanilla_flops_per_image)
+            quality = probe.measure(run, index) if measure else {}
+            meter.since()  # what measuring quality takes is not the stage's
+            report(run, logger, index, *outcomes.report(), lr, vanilla_flops_per_image, quality)
         with evaluation_time(run, index):
             if picture:
                 draw(run, [stage], run.folder / f"reconstruction-{run.step:07d}.png")
@@ -176,7 +186,14 @@ def train(
 
 
 def report(
-    run: PretrainRun, logger: RunLogger, index: int, loss: float, norm: float, lr: float, vanilla_flops: float
+    run: PretrainRun,
+    logger: RunLogger,
+    index: int,
+    loss: float,
+    norm: float,
+    lr: float,
+    vanilla_flops: float,
+    quality: Mapping[str, float],
 ) -> None:
     """One record of metrics.jsonl and its line, after the latest step, which is of stage number `index`."""
     curriculum, total, size_px = run.curriculum, run.ledger.total, run.curriculum.stages[index].size_px
@@ -192,11 +209,12 @@ def report(
         **rates,
         "flops": total.flops,
         "flops_vanilla": total.images * vanilla_flops,
+        **quality,
     }
     line = (
         f"step {run.step}/{curriculum.total_steps} · stage {index + 1}, {show_size(size_px)} px · loss {loss:.4f} · "
         f"lr {lr:.2e} · {rates['images_per_second']:,.0f} img/s · data wait {rates['data_wait']:.0%} · "
-        f"{total.flops:.2e} FLOPs, vanilla {record['flops_vanilla']:.2e}"
+        f"{total.flops:.2e} FLOPs, vanilla {record['flops_vanilla']:.2e}{quality_words(logger.latest | record)}"
     )
     logger.report("pretrain", record, line, total)
 

@@ -1,7 +1,6 @@
 """Probes of frozen features: kNN and linear classifiers. The backbone is in evaluation mode and never changes.
 
-N images · L patches · D width · K classes. Sources: MAE, arXiv 2111.06377, Appendix A.1 (linear probe); DINO,
-arXiv 2104.14294, Appendix (kNN).
+N images · L patches · D width · K classes. Source: MAE, arXiv 2111.06377, Appendix A.1 (linear probe).
 """
 
 from __future__ import annotations
@@ -18,19 +17,12 @@ from timm.optim import Lars
 from torch import Tensor, nn
 
 from ..console import logging_to_console
-from ..data.labelled import (
-    CORRUPT,
-    Augmentation,
-    EvalCrops,
-    TrainCrops,
-    eval_batches,
-    labelled_batches,
-    open_labelled,
-)
+from ..data.labelled import Augmentation, EvalCrops, TrainCrops, labelled_batches, open_labelled
 from ..data.loader import CorruptLog
 from ..data.sources import Source
 from ..data.stream import SampleStream, derive_seed, micro_batches
 from ..engine import runtime
+from ..engine.features import gather_features, knn_scores
 from ..engine.optim import learning_rate, set_learning_rate
 from ..engine.runtime import Normalize, Runtime
 from ..plan.curriculum import Curriculum, Stage
@@ -112,7 +104,6 @@ def _result(
     return result | (headline.details(classes) if config.report else {})
 
 
-@torch.no_grad()
 def extract(
     model: VisionTransformer,
     crops: EvalCrops,
@@ -121,30 +112,11 @@ def extract(
     config: FinetuneConfig,
     rt: Runtime,
 ) -> tuple[Features, Tensor]:
-    """Features of all centre crops at each layer, and their labels [N], in order, on every rank.
-
-    In the host's memory: of a million images, one layer's take gigabytes.
-    """
-    normalize, parts, labels = Normalize(encoder.mean, encoder.std, rt), {layer: [] for layer in layers}, []
-    pin, where = config.pin_mem and rt.device.type == "cuda", (rt.rank, rt.world_size)
-    for images, batch_labels in eval_batches(crops, *where, config.num_workers, pin, keep_places=True):
-        for layer, features in features_of(model, normalize(images), layers, rt).items():
-            parts[layer].append(features.cpu())
-        labels.append(batch_labels)
-    first = len(crops) * rt.rank // rt.world_size
-
-    def gather(batches: list[Tensor]) -> Tensor:  # [N, …] from every rank's rows
-        rows = torch.cat(batches)
-        if rt.world_size == 1:
-            return rows
-        everything = rows.new_zeros(len(crops), *rows.shape[1:])
-        everything[first : first + len(rows)] = rows
-        return rt.sum(everything.to(rt.device)).cpu()
-
-    gathered = gather(labels)
-    readable = gathered != CORRUPT
-    crops.corrupt.check(int((~readable).sum()))  # over all ranks; each one has checked its own
-    return {layer: gather(batches)[readable] for layer, batches in parts.items()}, gathered[readable]
+    """Features of all centre crops at each layer, and their labels [N], as :func:`gather_features` has them."""
+    normalize = Normalize(encoder.mean, encoder.std, rt)
+    return gather_features(
+        lambda images: features_of(model, normalize(images), layers, rt), crops, rt, config.num_workers, config.pin_mem
+    )
 
 
 @torch.no_grad()
@@ -164,19 +136,6 @@ def features_of(model: VisionTransformer, images: Tensor, layers: list[FeatureLa
     return {
         (b, p): (by_block[b][1][:, 0] if p == "cls" else by_block[b][0].float().mean(dim=1)).float() for b, p in layers
     }
-
-
-def knn_scores(train: Tensor, labels: Tensor, queries: Tensor, num_classes: int, k: int, temperature: float) -> Tensor:
-    """Votes [Q, K]: of the k nearest by cosine, each weighs exp(cosine / temperature).
-
-    train: [N, D]. labels: [N]. queries: [Q, D].
-    """
-    train, votes = F.normalize(train, dim=1), []
-    for chunk in F.normalize(queries, dim=1).split(max(1, 2**28 // len(train))):  # at most 1 GiB of similarities
-        cosine, nearest = (chunk @ train.T).topk(k, dim=1)  # [q, k]
-        weights = (cosine / temperature).exp()
-        votes.append(weights.new_zeros(len(chunk), num_classes).scatter_add_(1, labels[nearest], weights))
-    return torch.cat(votes)
 
 
 def standardize(train: Tensor, *others: Tensor) -> list[Tensor]:

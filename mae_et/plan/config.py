@@ -26,6 +26,7 @@ from .flags import (
     POSITIVE,
     RUN,
     SEED,
+    SHARE,
     SHARE_BELOW_1,
     TASK,
     OneOf,
@@ -299,6 +300,8 @@ class PretrainRunFlags(RunFlags):
     """Steps between lines of the log and of metrics.jsonl."""
     picture_steps: Annotated[int, RUN, NOT_NEGATIVE] = 0
     """Steps between reconstruction pictures; 0: only one at the end."""
+    probe_every: Annotated[float, RUN, SHARE] = 0.0
+    """Share of the compute between looks at the features of the --holdout images (kNN, RankMe); 0: none."""
     print_config: Annotated[bool, RUN] = False
     """Print the configuration as a recipe and stop."""
 
@@ -342,6 +345,8 @@ class PretrainConfig(
             raise ValueError("--max_batch_size limits --early_large_batch; add it, or drop --max_batch_size")
         check_statistics(self.mean, self.std, self.in_chans, f"--in_chans {self.in_chans}")
         self._check_folders()
+        if self.probe_every and not self.holdout:
+            raise ValueError("--probe_every looks at training images that are kept out; give --holdout, such as 1000")
         if self.branch and self.start_epoch:
             raise ValueError("--branch begins where that run ended and contradicts --start_epoch; drop one of them")
 

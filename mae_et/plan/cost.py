@@ -89,13 +89,17 @@ class StageCost:
     predicted_patches: int = 0
     flops: float = 0.0
     train_seconds: float = 0.0
-    """Steps: forward, backward, update. Excludes the three fields below."""
+    """Steps: forward, backward, update. Excludes the fields of seconds below."""
     data_seconds: float = 0.0
     """Waiting for the loader."""
     eval_seconds: float = 0.0
     """Pictures, checkpoints, evaluation."""
     warmup_seconds: float = 0.0
     """Compiling and warming the stage's shapes."""
+    probe_seconds: float = 0.0
+    """Measuring online quality, see --probe_every."""
+    probe_flops: float = 0.0
+    """Forward passes of the encoder for that, on full-size images; not part of `flops`."""
     peak_memory_bytes: int = 0
     energy_joules: float = 0.0
     """Of the devices, or of the CPU packages, between reports; 0 where they don't tell."""
