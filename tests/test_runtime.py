@@ -10,13 +10,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from ranks import on_ranks
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 import mae_et
-from mae_et.engine import meters, runtime
+from mae_et.engine import device, meters, optim, runtime
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -108,8 +111,8 @@ class Queue:
     def work(self, seconds: float) -> None:
         self.device = max(self.device, self.host) + seconds
 
-    def event(self, enable_timing: bool) -> Queue.Event:
-        assert enable_timing
+    def event(self, device: torch.device, enable_timing: bool) -> Queue.Event:
+        assert device.type in ("cuda", "xpu") and enable_timing
         return Queue.Event(self)
 
     class Event:
@@ -126,10 +129,11 @@ class Queue:
             return 1e3 * (end.at - self.at)
 
 
-def test_a_gpu_waits_for_data_only_where_it_has_no_work_left(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["cuda", "xpu"])
+def test_a_gpu_waits_for_data_only_where_it_has_no_work_left(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     queue = Queue()
-    monkeypatch.setattr(torch.cuda, "Event", queue.event)
-    idle = meters.IdleTime(torch.device("cuda"))
+    monkeypatch.setattr(torch, "Event", queue.event)
+    idle = meters.IdleTime(torch.device(kind))
 
     def steps(number: int, load: float, compute: float) -> float:
         for _ in range(number):
@@ -157,7 +161,7 @@ def test_a_cpu_waits_as_long_as_its_host() -> None:
     ("precision", "fast", "warns"), [("bf16", False, True), ("bf16", True, False), ("auto", False, False)]
 )
 def test_slow_bf16_is_said(monkeypatch, caplog, precision: str, fast: bool, warns: bool) -> None:
-    monkeypatch.setattr(runtime, "_fast_bf16", lambda device: fast)
+    monkeypatch.setattr(device, "has_fast_bf16", lambda _: fast)
     with runtime.start("cpu", precision) as rt:
         assert rt.precision == ("bf16" if precision == "bf16" else "fp32")
     assert ("--precision fp32" in caplog.text) == warns
@@ -178,3 +182,140 @@ def test_a_lost_rank_is_told_from_what_torch_says(message: str, monkeypatch: pyt
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConnectionError, match="another rank has died"), runtime.start("cpu"):
         raise RuntimeError(message)
+
+
+# ── accelerators that are not here ──
+
+
+class Accelerator:
+    """Stands for torch.accelerator, and the device's own module, on a machine with two devices of a kind."""
+
+    def __init__(self, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.kind, self.called = kind, []
+        monkeypatch.setattr(torch, "accelerator", self)
+        monkeypatch.setattr(torch, "get_device_module", lambda _: self)
+
+    def current_accelerator(self, check_available: bool) -> torch.device:
+        assert check_available, "that torch was built for it is not enough"
+        return torch.device(self.kind)
+
+    def device_count(self) -> int:
+        return 2
+
+    def is_bf16_supported(self, including_emulation: bool) -> bool:
+        assert not including_emulation
+        return True
+
+    def get_device_name(self, device: torch.device) -> str:
+        return f"fake {device}"
+
+    def __getattr__(self, name: str):
+        return lambda *arguments: self.called.append((name, *map(str, arguments)))
+
+
+def test_any_accelerator_of_torch_is_taken(monkeypatch, caplog) -> None:
+    fake = Accelerator("xpu", monkeypatch)
+    with runtime.start("xpu:1") as rt:
+        assert (rt.describe(), rt.pins) == ("xpu (fake xpu:1), bf16", True)
+        rt.synchronize()
+        meters.reset_peak_memory(rt.device)
+        meters.peak_memory_bytes(rt.device)
+        assert meters.EnergyMeter(rt.device).since() == 0, "not that of the CPU beside it"
+    names = "set_device_index synchronize empty_cache reset_peak_memory_stats max_memory_allocated"
+    assert [name for name, *_ in fake.called] == names.split()
+    assert all(where in ([], ["xpu:1"]) for _, *where in fake.called)
+    assert "xpu: no --fsdp" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("kind", "ranks", "given", "chosen"),
+    [
+        ("xpu", 1, "auto", "cpu"),  # not one that we have not tried, unless it is named
+        ("xpu", 1, "xpu", "xpu:0"),
+        ("xpu", 2, "xpu:0", "xpu:1"),  # the rank's own
+        ("cuda", 1, "auto", "cuda:0"),
+        ("cuda", 1, "cpu", "cpu"),
+        ("cuda", 1, "cuda:2", "--device cuda:2: this machine has 2 cuda devices"),
+        ("cuda", 1, "xpu", "--device xpu: torch finds no such device here; choose from auto, cuda, cuda:N, cpu"),
+        ("xpu", 1, "gpu", "unknown --device 'gpu'; choose from auto, xpu, xpu:N, cpu"),
+        ("mps", 2, "mps", "--device mps: torch has one such device and no ranks on it; start one process, or use cpu"),
+    ],
+)
+def test_devices_are_chosen_or_refused(kind: str, ranks: int, given: str, chosen: str, monkeypatch) -> None:
+    Accelerator(kind, monkeypatch)
+    try:
+        found = str(device.choose(given, ranks - 1, ranks))
+    except ValueError as error:
+        found = str(error)
+    assert found == chosen
+
+
+def test_without_an_accelerator_there_is_the_cpu(monkeypatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+    assert device.choose("auto").type == "cpu"
+    with pytest.raises(ValueError, match=r"^--device cuda: torch finds no such device here; choose from auto, cpu$"):
+        device.choose("cuda")
+
+
+def test_where_a_kernel_may_not_heed_the_guard_the_host_does(monkeypatch) -> None:
+    """torch's fused AdamW skips a step on CPUs and CUDA; of others nobody says so."""
+    monkeypatch.setattr(torch, "isfinite", lambda loss: False)
+    optim.guarded_step(None, SimpleNamespace(device=torch.device("xpu")))  # a step would fail: there is no optimiser
+
+
+# ── exactness ──
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tf32_is_off_whatever_another_library_says() -> None:
+    """Both sets of torch's names say so, or reading the older one, as torch.compile does, would raise."""
+    torch.backends.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "tf32"
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    device._exact_float32()
+    assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert torch.backends.cuda.matmul.fp32_precision == torch.backends.cudnn.conv.fp32_precision == "ieee"
+
+
+def test_deterministic_kernels_while_a_run_runs_and_no_longer(monkeypatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is put back afterwards
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    flags = (
+        torch.are_deterministic_algorithms_enabled,
+        torch.backends.cuda.flash_sdp_enabled,
+        torch.backends.cuda.math_sdp_enabled,
+        torch.backends.cuda.mem_efficient_sdp_enabled,
+        torch.backends.cuda.cudnn_sdp_enabled,
+    )
+    before = [flag() for flag in flags]
+    with runtime.start("cpu", deterministic=True):
+        assert [flag() for flag in flags] == [True, True, True, False, False]
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        with pytest.raises(RuntimeError, match="deterministic"):
+            torch.zeros(2, 2).put_(torch.tensor([0, 0]), torch.ones(2))
+    assert [flag() for flag in flags] == before
+
+
+# ── one process that stands for several ──
+
+
+def test_one_process_is_wrapped_as_several_are(monkeypatch) -> None:
+    """MAE_ET_WRAP=1: the gradients of DDP and of FSDP2 of one rank are those of the bare model."""
+    monkeypatch.setenv("MAE_ET_WRAP", "1")
+    model = torch.nn.Linear(3, 2)
+    model(torch.ones(3)).sum().backward()
+    expected = model.weight.grad.clone()
+    model.zero_grad()
+    with runtime.start("cpu") as rt:
+        assert rt.is_distributed and rt.world_size == 1
+        network = rt.parallel(model)
+        assert isinstance(network, DistributedDataParallel)
+        network(torch.ones(3)).sum().backward()
+        assert torch.equal(model.weight.grad, expected)
+        del network
+        sharded = torch.nn.Sequential(torch.nn.Linear(3, 2))
+        rt.shard(sharded, [sharded[0]])
+        sharded(torch.ones(3)).sum().backward()
+        assert isinstance(sharded[0].weight, DTensor)
+        assert torch.equal(sharded[0].weight.grad.full_tensor(), expected)
+    assert not torch.distributed.is_initialized()

@@ -19,14 +19,14 @@ class EnergyMeter:
 
     A CUDA device has a counter (read through nvidia-ml-py, where that is installed): this rank's, times the number of
     devices, since asking the others would make them wait. CPU packages have RAPL (Linux's powercap interface, which
-    often only root may read): those of this machine.
+    often only root may read): those of this machine. Other devices don't tell.
     """
 
     def __init__(self, device: torch.device, devices: int = 1) -> None:
         self._devices, self._gpu, self._packages = devices, None, []
         if device.type == "cuda":
             self._gpu = _gpu_millijoules(device)
-        else:
+        elif device.type == "cpu":
             found = sorted(POWERCAP.glob("intel-rapl:[0-9]*"))
             self._packages = [package for package in found if package.name.count(":") == 1]  # not parts of packages
         self._last = self._read()
@@ -64,10 +64,24 @@ def _gpu_millijoules(device: torch.device) -> Callable[[], int] | None:
     return functools.partial(pynvml.nvmlDeviceGetTotalEnergyConsumption, handle)
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Give back what the device's allocator keeps for later, and start its high-water mark anew."""
+    if device.type == "mps":
+        torch.mps.empty_cache()  # torch.accelerator doesn't know MPS's allocator before torch 2.13
+    elif device.type != "cpu":
+        torch.accelerator.empty_cache()
+        torch.accelerator.reset_peak_memory_stats(device)
+
+
 def peak_memory_bytes(device: torch.device) -> int:
-    """High-water mark of memory: allocated on a CUDA device since its last reset, else resident in this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+    """High-water mark of memory: allocated on a device since :func:`reset_peak_memory`, else resident in this process.
+
+    MPS has no such mark; there it is what its allocator holds, most of which it keeps.
+    """
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    if device.type != "cpu":
+        return torch.accelerator.max_memory_allocated(device)
     if sys.platform == "win32":
         return 0  # no high-water mark in the standard library
     import resource
@@ -84,14 +98,14 @@ class IdleTime:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._on_gpu, self._seconds = device.type == "cuda", 0.0
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._device, self._seconds = device, 0.0
+        self._events: list[tuple[torch.Event, torch.Event]] = []
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
         """Around what waits for a batch, with nothing of that batch's work queued yet."""
-        if self._on_gpu:
-            idle, busy = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        if self._device.type != "cpu":
+            idle, busy = (torch.Event(self._device, enable_timing=True) for _ in range(2))
             idle.record()  # comes to pass when all earlier work is done
             yield
             busy.record()

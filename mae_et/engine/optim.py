@@ -43,7 +43,10 @@ def guarded_step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
     """Update the weights unless `loss`, any number that must be finite, is not. The host does not wait for it.
 
     `found_inf` is how torch's own GradScaler tells a fused optimiser to skip; the step counter doesn't move either.
+    That other devices' kernels heed it is not known: there the host waits.
     """
+    if loss.device.type not in ("cpu", "cuda") and not torch.isfinite(loss):
+        return
     optimizer.found_inf = (~torch.isfinite(loss)).float()
     optimizer.step()
 

@@ -29,7 +29,7 @@ from ..plan.shapes import height_width, show_size
 from ..record import RECORD_KEY, WeightsRecord
 from . import run_folder, runtime, sharded, storage
 from .logger import RunLogger, data_wait_hints, ledger_table, log_plan
-from .meters import EnergyMeter, peak_memory_bytes
+from .meters import EnergyMeter, peak_memory_bytes, reset_peak_memory
 from .online import OnlineProbe, is_due, quality_words
 from .optim import learning_rate
 from .picture import draw_reconstruction
@@ -53,7 +53,7 @@ def pretrain(config: PretrainConfig) -> Path:
     # A resumed run keeps its precision, which also decides how attention is computed.
     precision = state.get("precision", "auto") if config.precision == "auto" else config.precision
     with (
-        runtime.start(config.device, precision, config.dist_url) as rt,
+        runtime.start(config.device, precision, config.dist_url, config.deterministic) as rt,
         logging_to_console(verbose=rt.is_main),
         stop_signals() as stop,
     ):
@@ -106,7 +106,7 @@ def open_loader(run: PretrainRun, source: Source) -> Iterator[Tensor]:
         SampleStream(run.curriculum, config.seed, config.batch_size, run.step, rt.rank, rt.world_size),
         CorruptLog(len(source), config.damaged_limit),
         config.num_workers,
-        config.pin_mem and rt.device.type == "cuda",
+        config.pin_mem and rt.pins,
     )
 
 
@@ -222,9 +222,7 @@ def report(
 def warm_up(run: PretrainRun, stage: Stage) -> float:
     """Compile and warm the stage's shapes before its clock starts; weights stay as they are. Returns seconds."""
     began, rt = time.perf_counter(), run.rt
-    if rt.device.type == "cuda":
-        torch.cuda.empty_cache()  # blocks of the last stage's sizes
-        torch.cuda.reset_peak_memory_stats(rt.device)
+    reset_peak_memory(rt.device)  # the allocator keeps blocks of the last stage's sizes
     # The sizes of all ranks, since each backward is one that they do together.
     for size in sorted({len(rows) for rank in range(rt.world_size) for rows in run.micro_batches(stage, rank)}):
         images = torch.zeros(size, run.config.in_chans, *height_width(stage.loader_px), dtype=torch.uint8)

@@ -58,7 +58,7 @@ class PretrainRun(Run):
 
     @property
     def is_sharded(self) -> bool:
-        return self.config.fsdp and self.rt.world_size > 1
+        return self.config.fsdp and self.rt.is_distributed
 
     @property
     def peak_lr(self) -> float:
@@ -145,7 +145,11 @@ def trained_network(model: MaskedAutoencoder, config: PretrainConfig, rt: Runtim
         model.compile_blocks()
     if config.activation_checkpointing:
         model.recompute_blocks()
-    if config.fsdp and rt.world_size > 1:
+    if config.fsdp and rt.is_distributed:
+        if rt.device.type not in ("cpu", "cuda"):
+            raise ValueError(
+                f"--fsdp is not supported on {rt.device.type}; leave it out, or choose --device cuda or cpu"
+            )
         rt.shard(model, model.blocks)
         return model
     return rt.parallel(model)

@@ -1,18 +1,20 @@
-"""Device, precision and ranks, decided once; the loops have no branch for them. Variables call a Runtime `rt`."""
+"""Device, precision and ranks, decided once; the loops have no branch for them. Variables call a Runtime `rt`.
+
+MAE_ET_WRAP=1 in the environment makes one process a group of one rank, whose model is wrapped as those of several are:
+so one GPU can run what DDP and FSDP2 do.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import logging
 import os
-import platform
 import re
 import signal
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -26,6 +28,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
+from . import device as devices
+
 log = logging.getLogger(__name__)
 
 #: How other launchers say that there are several processes; without torchrun's RANK each would think it is alone.
@@ -34,8 +38,6 @@ OTHER_LAUNCHERS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE")
 LOST_RANK = re.compile(
     r"gloo|NCCL|Connection (was likely )?(closed|reset|refused)|Broken pipe|time(d )?out", re.IGNORECASE
 )
-#: glibc's names in malloc.h: how many blocks may be mapped, and how many free bytes the heap may keep.
-M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
 #: How long ranks wait for the first one to download; the time-outs of gloo and NCCL are meant for steps.
 DOWNLOAD_TIMEOUT = timedelta(days=1)
 
@@ -56,16 +58,26 @@ class Runtime:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def is_distributed(self) -> bool:
+        """Whether the model is wrapped: there are several ranks, or one that stands for them (MAE_ET_WRAP)."""
+        return self.world_size > 1 or self.store is not None
+
+    @property
+    def pins(self) -> bool:
+        """Whether copies from page-locked memory to the device are faster."""
+        return devices.pins(self.device)
+
     def autocast(self) -> contextlib.AbstractContextManager:
         """Context in which matrix products run in the chosen precision."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def parallel(self, model: nn.Module) -> nn.Module:
         """The model, averaging gradients over ranks where there are several."""
-        if self.world_size == 1:
+        if not self.is_distributed:
             return model
-        devices = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+        own = None if self.device.type == "cpu" else [self.device]
+        return DistributedDataParallel(model, device_ids=own, gradient_as_bucket_view=True)
 
     def shard(self, model: nn.Module, blocks: Collection[nn.Module]) -> None:
         """Share the model's parameters out over ranks, in place; a block is whole only while it runs (FSDP2).
@@ -94,13 +106,13 @@ class Runtime:
 
     def to_device(self, tensor: Tensor) -> Tensor:
         """Copy without waiting for it."""
-        if self.device.type == "cuda":
+        if self.pins:
             tensor = tensor.pin_memory()
         return tensor.to(self.device, non_blocking=True)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place; no host synchronisation."""
-        if self.world_size > 1:
+        if self.is_distributed:
             dist.all_reduce(tensor)
         return tensor
 
@@ -110,8 +122,8 @@ class Runtime:
 
     def synchronize(self) -> None:
         """Wait for the device, so that a clock read next is honest."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
 
     def from_main(self, value: Any) -> Any:
         """What rank 0 has."""
@@ -147,7 +159,7 @@ class Runtime:
                 self.store.set("main_first", "done")
 
     def barrier(self) -> None:
-        if self.world_size > 1:
+        if self.is_distributed:
             dist.barrier()
 
     def facts(self) -> dict[str, Any]:
@@ -155,9 +167,8 @@ class Runtime:
         return {"device": self.describe(), "precision": self.precision, "devices": self.world_size}
 
     def describe(self) -> str:
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"{os.cpu_count()} cores"
         ranks = f", {self.world_size} ranks" if self.world_size > 1 else ""
-        return f"{self.device.type} ({name}{ranks}), {self.precision}"
+        return f"{self.device.type} ({devices.name_of(self.device)}{ranks}), {self.precision}"
 
 
 class Normalize:
@@ -178,7 +189,7 @@ def check_launcher(world_size: int) -> None:
 
 
 @contextlib.contextmanager
-def start(device: str = "auto", precision: str = "auto", dist_url: str = "env://"):
+def start(device: str = "auto", precision: str = "auto", dist_url: str = "env://", deterministic: bool = False):
     """Decide device, precision and ranks (from torchrun's environment); yields a :class:`Runtime`, tidies up after it.
 
     Raises ValueError for a device that is not there.
@@ -186,30 +197,28 @@ def start(device: str = "auto", precision: str = "auto", dist_url: str = "env://
     if "RANK" not in os.environ and any(int(os.environ.get(name, 1)) > 1 for name in OTHER_LAUNCHERS):
         raise ValueError(f"several processes without torchrun's RANK ({', '.join(OTHER_LAUNCHERS)} > 1): use torchrun")
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    chosen = _device(device, int(os.environ.get("LOCAL_RANK", 0)), world_size)
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)  # first of all: what torch tells of the GPU is of the current one
-        # The spectral crop is exact, and fp32 means fp32, whatever TORCH_ALLOW_TF32_CUBLAS_OVERRIDE says.
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    else:
-        _keep_freed_memory()
-    if precision == "auto":
-        precision = "bf16" if _fast_bf16(chosen) else "fp32"
-    elif precision == "bf16" and rank == 0 and not _fast_bf16(chosen):
-        log.warning("%s has no fast bf16 that torch knows of; --precision fp32 may be many times as fast", chosen.type)
-    # On CPU the backward of fused attention in bf16 takes more than half of a step; plain products are faster.
-    set_fused_attn(not (chosen.type == "cpu" and precision == "bf16"))
-    store = _join(chosen, dist_url, rank, world_size) if world_size > 1 else None
-    try:
-        yield Runtime(chosen, precision, rank, world_size, store)
-    except RuntimeError as error:
-        if world_size == 1 or not LOST_RANK.search(str(error)):
-            raise
-        raise ConnectionError(
-            f"rank {rank} of {world_size}: another rank has died or can't be reached; the last checkpoint is intact, "
-            "start again with --resume auto"
-        ) from error
-    if world_size > 1:  # not after an error: tearing down would wait for ranks that wait for this one
+    chosen = devices.choose(device, int(os.environ.get("LOCAL_RANK", 0)), world_size)
+    with devices.deterministic(deterministic):
+        devices.prepare(chosen)
+        if precision == "auto":
+            precision = "bf16" if devices.has_fast_bf16(chosen) else "fp32"
+        elif precision == "bf16" and rank == 0 and not devices.has_fast_bf16(chosen):
+            kind = chosen.type
+            log.warning("%s has no fast bf16 that torch knows of; --precision fp32 may be many times as fast", kind)
+        # On CPU the backward of fused attention in bf16 takes more than half of a step; plain products are faster.
+        set_fused_attn(not (chosen.type == "cpu" and precision == "bf16"))
+        joins = world_size > 1 or os.environ.get("MAE_ET_WRAP") == "1"
+        store = _join(chosen, dist_url, rank, world_size) if joins else None
+        try:
+            yield Runtime(chosen, precision, rank, world_size, store)
+        except RuntimeError as error:
+            if world_size == 1 or not LOST_RANK.search(str(error)):
+                raise
+            raise ConnectionError(
+                f"rank {rank} of {world_size}: another rank has died or can't be reached; the last checkpoint is "
+                "intact, start again with --resume auto"
+            ) from error
+    if joins:  # not after an error: tearing down would wait for ranks that wait for this one
         dist.destroy_process_group()
 
 
@@ -218,17 +227,20 @@ def _join(device: torch.device, dist_url: str, rank: int, world_size: int) -> di
 
     torchrun keeps its store when it restarts ranks; where those before were, the new ones would find dead addresses.
     """
-    on_gpu = device.type == "cuda"
-    if not on_gpu:
+    on_cpu = device.type == "cpu"
+    if on_cpu:
         _sleep_before_forks()
-    store, rank, world_size = next(rendezvous(dist_url, rank, world_size))
-    store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    if world_size > 1:
+        store, rank, world_size = next(rendezvous(dist_url, rank, world_size))
+        store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    else:
+        store = dist.HashStore()
     dist.init_process_group(
-        "nccl" if on_gpu else "gloo",
+        dist.get_default_backend_for_device(device),
         store=store,
         rank=rank,
         world_size=world_size,
-        device_id=device if on_gpu else None,  # else a barrier takes the GPU of the rank's number, whoever has it
+        device_id=None if on_cpu else device,  # else a barrier takes the GPU of the rank's number, whoever has it
     )
     return store
 
@@ -241,44 +253,6 @@ def _sleep_before_forks() -> None:
     """
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(before=lambda: time.sleep(0.02))
-
-
-def _device(name: str, local_rank: int, world_size: int) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"unknown --device {name!r}; choose from auto, cuda, cuda:N, cpu") from None
-    if device.type not in ("cuda", "cpu"):
-        raise ValueError(f"--device {name} is not supported; choose from auto, cuda, cuda:N, cpu")
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError(f"--device {name}: no CUDA device here; choose auto or cpu")
-        if device.index is None or world_size > 1:
-            device = torch.device("cuda", local_rank)
-        if device.index >= torch.cuda.device_count():
-            raise ValueError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
-    return device
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc reuse what a step has freed, instead of giving it back to the system and faulting it in again.
-
-    A step frees and allocates the same few gigabytes of activations; fresh pages cost more than the arithmetic on them.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, -1)  # never
-
-
-def _fast_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities: Callable[[], dict] = getattr(torch.cpu, "get_capabilities", dict)  # new in torch 2.10
-    known = capabilities()
-    return bool(known.get("amx_bf16") or known.get("avx512_bf16"))
 
 
 @dataclass

@@ -88,7 +88,7 @@ def evaluate(
     rt = normalize.rt
     accuracy = Accuracy(num_classes, rt.device)
     model.eval()
-    pin = config.pin_mem and rt.device.type == "cuda"
+    pin = config.pin_mem and rt.pins
     for images, labels in eval_batches(crops, rt.rank, rt.world_size, config.num_workers, pin):
         with rt.autocast():
             logits = model(normalize(images))

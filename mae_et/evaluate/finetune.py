@@ -253,7 +253,7 @@ def open_loader(run: FinetuneRun, source: Source) -> Iterator[tuple[Tensor, Tens
         SampleStream(run.curriculum, config.seed, run.micro_size, run.step, rt.rank, rt.world_size),
         CorruptLog(len(source), config.damaged_limit),
         config.num_workers,
-        config.pin_mem and rt.device.type == "cuda",
+        config.pin_mem and rt.pins,
     )
 
 

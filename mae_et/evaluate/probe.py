@@ -53,6 +53,8 @@ def probe(config: FinetuneConfig) -> dict[str, dict[str, Any]]:
     runtime.check_launcher(config.world_size)
     with runtime.start(config.device, config.precision, config.dist_url) as rt, logging_to_console(rt.is_main):
         began = time.perf_counter()
+        if rt.device.type == "mps" and any(p.linear_probe and p.features == "cached" for p in config.probes):
+            raise ValueError("--linear_probe is solved in float64, which mps hasn't; use --device cpu")
         encoder = load_encoder(config)
         train, val = (open_labelled(encoder.data_path, s, n, config.seed, config.holdout) for s, n in _splits(config))
         encoder = encoder.with_value_range(train, rt)
@@ -242,7 +244,7 @@ def _train_augmented(
         SampleStream(curriculum, config.seed, micro, 0, rt.rank, rt.world_size),
         CorruptLog(len(source), config.damaged_limit),
         config.num_workers,
-        config.pin_mem and rt.device.type == "cuda",
+        config.pin_mem and rt.pins,
     )
     torch.manual_seed(derive_seed(config.seed, "head"))
     heads = {layer: head.to(rt.device) for layer, head in probe_heads(layers, model.embed_dim, num_classes).items()}

@@ -82,7 +82,7 @@ class RunFlags:
     seed: Annotated[int, SEED] = 0
     """Data order, augmentation, masks and initial weights are functions of it."""
     device: Annotated[str, RUN] = "auto"
-    """auto, cuda, cuda:N or cpu."""
+    """auto (cuda, or without one cpu), cuda, cuda:N, cpu, or another accelerator that torch knows: mps, xpu."""
     precision: Annotated[str, COMPUTE, OneOf(PRECISIONS)] = "auto"
     """auto (bf16 where the device is fast at it), bf16 or fp32."""
     save_steps: Annotated[int, RUN, NOT_NEGATIVE] = 0
@@ -296,6 +296,8 @@ class PretrainRunFlags(RunFlags):
     """Share parameters, gradients and optimiser state out over ranks (FSDP2), for models too large for a device."""
     activation_checkpointing: Annotated[bool, COMPUTE] = False
     """Compute the activations inside each block again in the backward pass instead of keeping them."""
+    deterministic: Annotated[bool, COMPUTE] = False
+    """Only kernels that give the same bits each time, as on a CPU: for a GPU, at some speed."""
     print_steps: Annotated[int, RUN, POSITIVE] = 20
     """Steps between lines of the log and of metrics.jsonl."""
     picture_steps: Annotated[int, RUN, NOT_NEGATIVE] = 0
