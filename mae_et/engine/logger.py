@@ -104,7 +104,7 @@ def log_plan(run: Run, vanilla: Curriculum) -> None:
         *(batch, rt.world_size, len(run.micro_batches(vanilla.stages[0])), config.batch_size, run.peak_lr),
     )
     warn_of_launchers(config)
-    if config.fsdp and rt.world_size == 1:
+    if config.fsdp and not rt.is_distributed:
         log.warning("--fsdp: one rank has nothing to share out; start with torchrun for more")
     for i, stage in enumerate(curriculum.stages):
         log.info(
