@@ -35,7 +35,7 @@ def gather_features(
     layer's take gigabytes. Images that can't be read are left out.
     """
     parts, labels, where = {}, [], (rt.rank, rt.world_size)
-    pin = pin_mem and rt.device.type == "cuda"
+    pin = pin_mem and rt.pins
     for images, batch_labels in eval_batches(crops, *where, num_workers, pin, batch_size, keep_places=True):
         for layer, features in features_of(images).items():
             parts.setdefault(layer, []).append(features.cpu())
