@@ -23,7 +23,7 @@ ROOMS = {
     "export": "",
     "checkpoint": "",
     "evaluate": "config encoder classes accuracy augmentation finetune probe reconstruct",
-    "compare": "runs arms answers compare report",
+    "compare": "runs arms words answers compare figures report",
     "search": "config trials space search report",
     "cli": "",
     "__main__": "",

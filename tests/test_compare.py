@@ -23,7 +23,9 @@ from mae_et.cli import main
 from mae_et.compare import runs
 from mae_et.compare.answers import interpolate, needed
 from mae_et.compare.compare import CompareConfig, compare
-from mae_et.compare.report import answer_compute, answer_quality, number, write_report
+from mae_et.compare.figures import draw_figures
+from mae_et.compare.report import markdown, write_report
+from mae_et.compare.words import answer_compute, answer_quality, number
 from mae_et.evaluate.config import FinetuneConfig
 from mae_et.plan.flags import to_dict
 
@@ -180,6 +182,30 @@ def test_damaged_folders_are_named_in_one_line(tmp_path, capsys, spoil, message)
         main(["compare", str(tmp_path / "a")])
     printed = capsys.readouterr()
     assert end.value.code == 1 and message in printed.err and len(printed.err.splitlines()) == 1
+
+
+def test_online_quality_has_a_column_and_a_curve_where_runs_have_it(study):
+    plain = compare(CompareConfig((str(study),)))
+    assert "online" not in markdown(plain, {}) and not any(name.startswith("online") for name in draw_figures(plain))
+    for run in study.glob("*-seed*"):
+        points = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for i in (4, 9):
+            points[i] |= {"flops": i * 1e11, "seconds": i, "knn_mean": 40 + i + int(run.name[-1]), "rankme_mean": 3.0}
+        (run / "metrics.jsonl").write_text("".join(json.dumps(point) + "\n" for point in points))
+    report = compare(CompareConfig((str(study),)))
+    arm = next(arm for arm in report["arms"] if arm["name"] == "et_pp")
+    assert arm["online"]["knn_mean"]["mean"] == 50 and arm["online"]["knn_mean"]["n"] == 3
+    assert arm["online_curves"][0] == {
+        "flops": [4e11, 9e11],
+        "seconds": [4, 9],
+        "knn_mean": [44, 49],
+        "rankme_mean": [3.0, 3.0],
+    }
+    text = markdown(report, {})
+    assert " | online kNN, mean of patches |" in text and "50.00 ± 1.00" in text and "RankMe" not in text
+    (curve, caption) = draw_figures(report)["online-knn_mean"]
+    lines = curve.axes[0].get_lines()
+    assert len(lines) == 12 and list(lines[0].get_ydata()) == [44, 49] and "against training FLOPs" in caption
 
 
 # ── archives ──

@@ -21,6 +21,7 @@ from ..plan.shapes import as_size, num_patches, show_size
 from .answers import AXES, equal_compute, equal_quality
 from .arms import Arm, arm_fields, baseline_arms, group, varied_fields
 from .runs import RunRecord, expand, flag_value, incomparable, read_run
+from .words import ONLINE
 
 LOSS_POINTS = 100
 """Points per run that a report keeps of a loss curve."""
@@ -105,6 +106,7 @@ def arm_report(arm: Arm, baseline: Sequence[Arm], varied: Sequence[str]) -> dict
     fields = arm_fields(arm.runs[0])
     protocols = dict.fromkeys(p for run in arm.runs for p in run.evaluations)
     energy = [t.energy_joules for t in totals]
+    online = [curve for run in arm.runs if (curve := _online(run))]
     return {
         "name": arm.name,
         "family": arm.family,
@@ -126,6 +128,8 @@ def arm_report(arm: Arm, baseline: Sequence[Arm], varied: Sequence[str]) -> dict
         "quality": {protocol: summary(arm.quality(protocol)) for protocol in protocols},
         "stages": stage_reports(arm, baseline) if arm.pretrained else [],
         "loss": [_thinned(run) for run in arm.runs if run.metrics],
+        "online": {name: summary(last) for name in ONLINE if (last := [c[name][-1] for c in online if name in c])},
+        "online_curves": online,
     }
 
 
@@ -180,6 +184,13 @@ def _thinned(run: RunRecord) -> dict[str, Any]:
     every = max(1, math.ceil(len(run.metrics) / LOSS_POINTS))
     points = run.metrics[::every] + (run.metrics[-1:] if (len(run.metrics) - 1) % every else [])
     return {"seed": run.seed, "p": [m["p"] for m in points], "loss": [m["loss"] for m in points]}
+
+
+def _online(run: RunRecord) -> dict[str, Any]:
+    """Curves of online quality (--probe_every) against what the run had cost by then; empty if it has none."""
+    points = [record for record in run.metrics if ONLINE.keys() & record.keys()]
+    names = [name for name in ONLINE if name in points[0]] if points else []
+    return {name: [point[name] for point in points] for name in ("flops", "seconds", *names)} if names else {}
 
 
 def _environments(runs: Sequence[RunRecord]) -> dict[str, list[str]]:

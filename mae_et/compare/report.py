@@ -6,26 +6,18 @@ import base64
 import html
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from rich.table import Table
 
 from ..files import write_json, write_text
+from .figures import draw_figures
+from .words import AXIS_LABELS, ONLINE, answer_compute, answer_quality, gibibytes, number, online_names, spread
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
-
-AXIS_LABELS = {"flops": "training FLOPs", "seconds": "training seconds"}
-#: Okabe and Ito's colours, which people with any colour vision can tell apart.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-MARKERS = "osD^vP*X"
-FIGURE_INCHES = (5.6, 4.2)
-"""Small enough for its text to be read on a phone."""
 Row = Sequence[str]
 
 
@@ -45,57 +37,6 @@ def write_report(report: Mapping[str, Any], out: Path) -> list[Path]:
     return paths
 
 
-# ── figures in words ──
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """1.27e+13 and 0.0123 as people write them; – for nothing."""
-    if value is None:
-        return "–"
-    if value and not 1e-3 <= abs(value) < 1e6:
-        mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
-        return f"{mantissa}e{int(exponent)}"
-    return f"{value:,.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"
-
-
-def spread(summary: Mapping[str, Any] | None, show: Callable[[float], str] = lambda v: f"{v:.2f}") -> str:
-    """81.20 ± 0.15, without the spread for one seed."""
-    if summary is None:
-        return "–"
-    return show(summary["mean"]) + (f" ± {show(summary['std'])}" if summary["std"] is not None else "")
-
-
-def gibibytes(value: float) -> str:
-    return f"{value / 2**30:.2f}"
-
-
-def answer_compute(row: Mapping[str, Any]) -> str:
-    """+0.83 [0.41, 1.20], or why there is no answer."""
-    if row["difference"] is None:
-        return "outside the baseline's arms"
-    return f"{row['difference']:+.2f}" + interval(row["interval"], "+.2f")
-
-
-def answer_quality(row: Mapping[str, Any]) -> str:
-    """1.93× [1.41, 2.60], or that the baseline has it already, or never."""
-    if row["status"] == "no baseline":
-        return "not evaluated"
-    if row["status"] == "below":
-        return f"less than {row['shortest'] / row['cost']:.2f}×: its shortest arm has it" + interval(
-            row["interval"], ".2f"
-        )
-    if row["status"] == "not reached":
-        return f"not reached within {row['longest'] / row['cost']:.2f}×" + interval(row["interval"], ".2f")
-    return f"{row['ratio']:.2f}×" + interval(row["interval"], ".2f")
-
-
-def interval(ends: Sequence[float | None] | None, form: str) -> str:
-    """[0.41, 1.20]; … for an end outside the baseline's arms; nothing without repeated seeds, or with both outside."""
-    if ends is None or not any(ends):
-        return ""
-    return f" [{', '.join('…' if end is None else format(end, form) for end in ends)}]"
-
-
 # ── tables: heads and rows of text, for every kind of report ──
 
 
@@ -104,7 +45,9 @@ def arm_table(report: Mapping[str, Any]) -> tuple[Row, list[Row]]:
     heads = ["arm", "n", "steps", "images", "passes", "FLOPs", "seconds", "data wait", "memory GiB"]
     energy = any(arm["energy_joules"] for arm in report["arms"])
     decoded = any(arm["decoded_images"] < arm["images"] for arm in report["arms"])
+    online = online_names(report)
     heads += (["decoded"] if decoded else []) + (["energy kJ"] if energy else []) + list(report["protocols"])
+    heads += [ONLINE[name] for name in online]
     rows = []
     for arm in report["arms"]:
         row = [arm["name"] + (" (baseline)" if arm["baseline"] else ""), str(arm["n"])]
@@ -116,7 +59,8 @@ def arm_table(report: Mapping[str, Any]) -> tuple[Row, list[Row]]:
             row += ["–"] * 7
         row += [number(arm["decoded_images"])] if decoded else []
         row += [spread(arm["energy_joules"], lambda v: number(v / 1e3))] if energy else []
-        rows.append(row + [spread(arm["quality"].get(protocol)) for protocol in report["protocols"]])
+        row += [spread(arm["quality"].get(protocol)) for protocol in report["protocols"]]
+        rows.append(row + [spread(arm["online"].get(name)) for name in online])
     return heads, rows
 
 
@@ -195,93 +139,6 @@ def terminal_tables(report: Mapping[str, Any]) -> list[Table]:
             table.add_row(*(row[i] for i in shown))
         tables.append(table)
     return tables
-
-
-# ── pictures ──
-
-
-def draw_figures(report: Mapping[str, Any]) -> dict[str, tuple[Figure, str]]:
-    """Pictures by name, each with its caption."""
-    arms = [arm for arm in report["arms"] if arm["stages"]]
-    figures = {}
-    for protocol in report["protocols"]:
-        for axis, label in AXIS_LABELS.items():
-            caption = f"{protocol}: top-1 against {label}. Lines join arms that differ only in length; dots are seeds."
-            figures[f"{protocol}-{axis}"] = _draw_quality(report, arms, protocol, axis), caption
-    if any(arm["loss"] for arm in arms):
-        caption = "Training loss against the share of the compute, each stage at its own size, so not on one scale."
-        figures["loss"] = _draw_loss(arms), caption
-    for axis, label in AXIS_LABELS.items():
-        figures[f"stages-{axis}"] = _draw_stages(arms, axis), f"{label[0].upper()}{label[1:]} of every arm, by stage."
-    return figures
-
-
-def _draw_quality(report: Mapping, arms: Sequence[Mapping], protocol: str, axis: str) -> Figure:
-    figure, plot = plt.subplots(figsize=FIGURE_INCHES, layout="constrained")
-    families = list(dict.fromkeys(arm["family"] for arm in arms if protocol in arm["quality"]))
-    ticks = []
-    for i, family in enumerate(families):
-        colour, marker, points = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], []
-        for arm in arms:
-            if arm["family"] == family and protocol in arm["quality"]:
-                cost = arm["flops"] if axis == "flops" else arm["seconds"]["mean"]
-                summary = arm["quality"][protocol]
-                points.append((cost, summary["mean"]))
-                ticks += [cost] if arm["baseline"] else []
-                plot.plot([cost] * summary["n"], summary["values"], marker, color=colour, alpha=0.35, ms=4, mew=0)
-        plot.plot(*zip(*sorted(points), strict=True), "-", marker=marker, color=colour, ms=6, lw=1.5, label=family)
-    for arm in report["arms"]:
-        if not arm["stages"] and protocol in arm["quality"]:
-            level = arm["quality"][protocol]["mean"]
-            plot.axhline(level, color="#666666", ls=":", lw=1)
-            style = {"xycoords": ("axes fraction", "data"), "va": "bottom", "fontsize": 8, "color": "#666666"}
-            plot.annotate(arm["name"], (0.02, level), **style)
-    plot.set_xscale("log")
-    plot.set_xticks(ticks, [number(tick, 2) for tick in ticks])  # the baseline's arms
-    plot.xaxis.set_minor_formatter(NullFormatter())
-    plot.set_xlabel(AXIS_LABELS[axis])
-    plot.set_ylabel(f"{protocol}, top-1 %")
-    plot.grid(alpha=0.25)
-    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
-    return figure
-
-
-def _draw_loss(arms: Sequence[Mapping]) -> Figure:
-    figure, axis = plt.subplots(figsize=FIGURE_INCHES, layout="constrained")
-    for i, arm in enumerate(arms):
-        for j, curve in enumerate(arm["loss"]):
-            colour, dashes = COLOURS[i % len(COLOURS)], "-" if i < len(COLOURS) else "--"
-            axis.plot(
-                curve["p"], curve["loss"], dashes, color=colour, lw=1, alpha=0.8, label=None if j else arm["name"]
-            )
-    axis.set_xlabel("p, share of the compute")
-    axis.set_ylabel("training loss")
-    axis.set_yscale("log")
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-    axis.yaxis.set_minor_formatter(FuncFormatter(lambda v, _: f"{v:.2g}"))
-    axis.grid(alpha=0.25, which="both")
-    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
-    return figure
-
-
-def _draw_stages(arms: Sequence[Mapping], axis: str) -> Figure:
-    figure, plot = plt.subplots(figsize=(FIGURE_INCHES[0], 1.2 + 0.3 * len(arms)), layout="constrained")
-    sizes = list(dict.fromkeys(stage["size_px"] for arm in arms for stage in arm["stages"]))
-    sizes.sort(key=lambda size: [int(side) for side in size.split("×")])
-    shades = {size: plt.get_cmap("viridis")(0.15 + 0.75 * i / max(1, len(sizes) - 1)) for i, size in enumerate(sizes)}
-    for row, arm in enumerate(arms):
-        left = 0.0
-        for stage in arm["stages"]:
-            width = stage["flops"] if axis == "flops" else stage["seconds"]["mean"]
-            plot.barh(row, width, left=left, color=shades[stage["size_px"]], height=0.7)
-            left += width
-    plot.set_xlabel(AXIS_LABELS[axis])
-    plot.set_yticks(range(len(arms)), [arm["name"] for arm in arms], fontsize=8)
-    plot.invert_yaxis()
-    handles = [plt.Rectangle((0, 0), 1, 1, color=shade) for shade in shades.values()]
-    labels = [f"{size} px" for size in shades]
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
-    return figure
 
 
 # ── files ──

@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from ..compare.report import COLOURS
+from ..compare.figures import COLOURS
 from ..files import write_text
 from ..plan.flags import to_yaml
 from .search import PICTURE, RECIPE, SearchResult

@@ -1,0 +1,123 @@
+"""Pictures of a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from .words import AXIS_LABELS, ONLINE, number, online_names
+
+#: Okabe and Ito's colours, which people with any colour vision can tell apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+MARKERS = "osD^vP*X"
+FIGURE_INCHES = (5.6, 4.2)
+"""Small enough for its text to be read on a phone."""
+
+
+def draw_figures(report: Mapping[str, Any]) -> dict[str, tuple[Figure, str]]:
+    """Pictures by name, each with its caption."""
+    arms = [arm for arm in report["arms"] if arm["stages"]]
+    figures = {}
+    for protocol in report["protocols"]:
+        for axis, label in AXIS_LABELS.items():
+            caption = f"{protocol}: top-1 against {label}. Lines join arms that differ only in length; dots are seeds."
+            figures[f"{protocol}-{axis}"] = _draw_quality(report, arms, protocol, axis), caption
+    if any(arm["loss"] for arm in arms):
+        caption = "Training loss against the share of the compute, each stage at its own size, so not on one scale."
+        figures["loss"] = _draw_loss(arms), caption
+    for name in online_names(report):
+        caption = f"{ONLINE[name]}, of held-out training images while each run trained, against training FLOPs."
+        figures[f"online-{name}"] = _draw_online(arms, name), caption
+    for axis, label in AXIS_LABELS.items():
+        figures[f"stages-{axis}"] = _draw_stages(arms, axis), f"{label[0].upper()}{label[1:]} of every arm, by stage."
+    return figures
+
+
+def _draw_quality(report: Mapping, arms: Sequence[Mapping], protocol: str, axis: str) -> Figure:
+    figure, plot = plt.subplots(figsize=FIGURE_INCHES, layout="constrained")
+    families = list(dict.fromkeys(arm["family"] for arm in arms if protocol in arm["quality"]))
+    ticks = []
+    for i, family in enumerate(families):
+        colour, marker, points = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], []
+        for arm in arms:
+            if arm["family"] == family and protocol in arm["quality"]:
+                cost = arm["flops"] if axis == "flops" else arm["seconds"]["mean"]
+                summary = arm["quality"][protocol]
+                points.append((cost, summary["mean"]))
+                ticks += [cost] if arm["baseline"] else []
+                plot.plot([cost] * summary["n"], summary["values"], marker, color=colour, alpha=0.35, ms=4, mew=0)
+        plot.plot(*zip(*sorted(points), strict=True), "-", marker=marker, color=colour, ms=6, lw=1.5, label=family)
+    for arm in report["arms"]:
+        if not arm["stages"] and protocol in arm["quality"]:
+            level = arm["quality"][protocol]["mean"]
+            plot.axhline(level, color="#666666", ls=":", lw=1)
+            style = {"xycoords": ("axes fraction", "data"), "va": "bottom", "fontsize": 8, "color": "#666666"}
+            plot.annotate(arm["name"], (0.02, level), **style)
+    plot.set_xscale("log")
+    plot.set_xticks(ticks, [number(tick, 2) for tick in ticks])  # the baseline's arms
+    plot.xaxis.set_minor_formatter(NullFormatter())
+    plot.set_xlabel(AXIS_LABELS[axis])
+    plot.set_ylabel(f"{protocol}, top-1 %")
+    plot.grid(alpha=0.25)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    return figure
+
+
+def _draw_loss(arms: Sequence[Mapping]) -> Figure:
+    figure, axis = plt.subplots(figsize=FIGURE_INCHES, layout="constrained")
+    for i, arm in enumerate(arms):
+        for j, curve in enumerate(arm["loss"]):
+            colour, dashes = COLOURS[i % len(COLOURS)], "-" if i < len(COLOURS) else "--"
+            axis.plot(
+                curve["p"], curve["loss"], dashes, color=colour, lw=1, alpha=0.8, label=None if j else arm["name"]
+            )
+    axis.set_xlabel("p, share of the compute")
+    axis.set_ylabel("training loss")
+    axis.set_yscale("log")
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    axis.yaxis.set_minor_formatter(FuncFormatter(lambda v, _: f"{v:.2g}"))
+    axis.grid(alpha=0.25, which="both")
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    return figure
+
+
+def _draw_online(arms: Sequence[Mapping], name: str) -> Figure:
+    figure, plot = plt.subplots(figsize=FIGURE_INCHES, layout="constrained")
+    for i, arm in enumerate(arms):
+        for j, curve in enumerate(curve for curve in arm["online_curves"] if name in curve):
+            colour, dashes = COLOURS[i % len(COLOURS)], "-" if i < len(COLOURS) else "--"
+            label = None if j else arm["name"]
+            plot.plot(curve["flops"], curve[name], dashes, color=colour, lw=1, alpha=0.8, label=label)
+    plot.set_xscale("log")
+    plot.set_xlabel(AXIS_LABELS["flops"])
+    plot.set_ylabel(ONLINE[name] + (", top-1 %" if name.startswith("knn") else ""))
+    plot.grid(alpha=0.25)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    return figure
+
+
+def _draw_stages(arms: Sequence[Mapping], axis: str) -> Figure:
+    figure, plot = plt.subplots(figsize=(FIGURE_INCHES[0], 1.2 + 0.3 * len(arms)), layout="constrained")
+    sizes = list(dict.fromkeys(stage["size_px"] for arm in arms for stage in arm["stages"]))
+    sizes.sort(key=lambda size: [int(side) for side in size.split("×")])
+    shades = {size: plt.get_cmap("viridis")(0.15 + 0.75 * i / max(1, len(sizes) - 1)) for i, size in enumerate(sizes)}
+    for row, arm in enumerate(arms):
+        left = 0.0
+        for stage in arm["stages"]:
+            width = stage["flops"] if axis == "flops" else stage["seconds"]["mean"]
+            plot.barh(row, width, left=left, color=shades[stage["size_px"]], height=0.7)
+            left += width
+    plot.set_xlabel(AXIS_LABELS[axis])
+    plot.set_yticks(range(len(arms)), [arm["name"] for arm in arms], fontsize=8)
+    plot.invert_yaxis()
+    handles = [plt.Rectangle((0, 0), 1, 1, color=shade) for shade in shades.values()]
+    labels = [f"{size} px" for size in shades]
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    return figure
