@@ -13,6 +13,7 @@ test: lint
 lint: $(VENV)/installed-test
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
 
 $(VENV)/bin/python:
 	python3 -m venv $(VENV)

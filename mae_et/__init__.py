@@ -2,6 +2,21 @@
 
 import importlib
 import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the names of _HOMES, for type checkers and editors; `as` says that they are public
+    from .engine.pretrain import pretrain as pretrain
+    from .model import MaskedAutoencoder as MaskedAutoencoder
+    from .model import create_mae as create_mae
+    from .plan.cost import flops_per_image as flops_per_image
+    from .plan.curriculum import Curriculum as Curriculum
+    from .plan.curriculum import Stage as Stage
+    from .plan.schedules import efficient_train as efficient_train
+    from .plan.schedules import efficient_train_pp as efficient_train_pp
+    from .plan.schedules import vanilla as vanilla
+    from .spectral import low_frequency_crop as low_frequency_crop
+    from .targets import hog_target as hog_target
+    from .targets import pixel_target as pixel_target
 
 # Both before torch is loaded. Idle OpenMP threads spin for a fraction of a millisecond, then sleep: asleep at once
 # (OMP_WAIT_POLICY=passive) they must be woken for every small operation, and a tiny ViT trains at half the speed;
@@ -29,7 +44,7 @@ _HOMES = {
 __all__ = list(_HOMES)
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

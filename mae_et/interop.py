@@ -227,7 +227,7 @@ def _write(state: State, layout: Layout, img_size: SizePx | None = None) -> dict
     if has_cross_decoder(state):
         raise ValueError(f"a cross-attention decoder has no place in {layout.who}: export with --encoder_only")
     decoder_depth = _depth(state, OURS.decoder_blocks) if has_decoder(state) else None
-    written = {}
+    written: dict[str, Tensor] = {}
     for key, theirs in layout.pairs(_depth(state, OURS.encoder_blocks), decoder_depth):
         # Cloned, since files refuse tensors that share their memory.
         parts = [state[key]] if len(theirs) == 1 else [part.clone() for part in state[key].chunk(len(theirs))]
@@ -326,8 +326,8 @@ def _grid(state: State, img_size: SizePx | None) -> tuple[int, int]:
     # A sin-cos table tells its grid even when it is not square.
     factors = [(rows, patches // rows) for rows in range(1, patches + 1) if not patches % rows]
     tables = (grid for grid in square + factors if not width % 4 and _close(table, sincos_table(width, grid, grid)))
-    if grid := next(tables, square[0] if square else None):
-        return grid
+    if found := next(tables, square[0] if square else None):
+        return found
     raise ValueError(
         f"the grid of {patches} patches can't be told from encoder.pos_embed, which is neither square nor MAE's "
         "sin-cos table: pass img_size"

@@ -231,7 +231,7 @@ def sincos_table(width: int, grid: tuple[int, int], full_grid: tuple[int, int]) 
     return table.float()
 
 
-def create_mae(name: str = "mae_vit_base_patch16", **overrides) -> MaskedAutoencoder:
+def create_mae(name: str = "mae_vit_base_patch16", **overrides: Any) -> MaskedAutoencoder:
     """A :class:`MaskedAutoencoder` by name, with any of its arguments overridden (None = keep)."""
     return MaskedAutoencoder(**model_shape(name) | {k: v for k, v in overrides.items() if v is not None})
 

@@ -148,6 +148,15 @@ def test_public_names_come_from_the_package_in_any_order():
     )
 
 
+def test_type_checkers_see_the_public_names_where_they_are():
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    seen = {alias.asname: node.module for node in block.body for alias in node.names}
+    homes = next(n.value for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "_HOMES")
+    assert seen == ast.literal_eval(homes)
+    assert (PACKAGE / "py.typed").is_file()
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_habits(module):
     assert not problems(MODULES[module].read_text())

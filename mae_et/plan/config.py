@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Protocol
 
 import tyro
 
@@ -118,17 +118,26 @@ class LauncherFlags:
 
 
 class LearningRateFlags(Protocol):
-    lr: float | None
-    blr: float | None
+    @property
+    def lr(self) -> float | None: ...
+
+    @property
+    def blr(self) -> float | None: ...
 
 
 def peak_lr(config: LearningRateFlags, total_batch: int) -> float:
     """--lr, or --blr for this many images per step (MAE, Appendix A.1: linear scaling, base 256)."""
-    return config.blr * total_batch / 256 if config.lr is None else config.lr
+    if config.lr is not None:
+        return config.lr
+    assert config.blr is not None
+    return config.blr * total_batch / 256
 
 
-def check_shared(config: DataFlags | RunFlags | LauncherFlags) -> None:
-    """Range of every flag, and what pretraining and fine-tuning refuse alike."""
+def check_shared(config: Any) -> None:
+    """Range of every flag, and what pretraining and fine-tuning refuse alike.
+
+    config: has `DataFlags`, `RunFlags` and `LauncherFlags`.
+    """
     check(config)
     if config.resume and config.overwrite:
         raise ValueError("--resume goes on with a run and --overwrite replaces it; give one of them")

@@ -18,14 +18,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import tyro
 import yaml
 
 from .shapes import choice
 
-Config = TypeVar("Config")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance  # of type checkers, which alone know it
+
+Config = TypeVar("Config", bound="DataclassInstance")
 
 
 @dataclass(frozen=True)
@@ -120,9 +123,10 @@ def names(config_type: type, wanted: Callable[[Role], bool]) -> list[str]:
     return [name for name, role in roles(config_type).items() if wanted(role)]
 
 
-def check(config: Any) -> None:
+def check(config: object) -> None:
     """ValueError that names the first flag whose value is out of its range, and what is legal."""
-    for name, marks in _marks(type(config)).items():
+    config_type: type = type(config)
+    for name, marks in _marks(config_type).items():
         value = getattr(config, name)
         values = value if isinstance(value, tuple) else (value,)
         for mark in marks:
@@ -175,7 +179,7 @@ def _parse(config_type: type[Config], argv: list[str], defaults: Config | None, 
     return config_type(**{f.name: getattr(part, f.name) for part in values for f in dataclasses.fields(part)})
 
 
-def _groups(config_type: type) -> list[type]:
+def _groups(config_type: type[Any]) -> list[type[Any]]:
     """Base classes with a `group` of their own: boxes of --help, in the order of their fields."""
     if "group" in vars(config_type):
         return [config_type]
@@ -255,7 +259,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     def plain(value: Any) -> Any:
         if isinstance(value, (list, tuple)):
             return [plain(item) for item in value]
-        if dataclasses.is_dataclass(value):
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
             return {k: plain(v) for k, v in dataclasses.asdict(value).items() if v is not None}
         return value
 
@@ -283,7 +287,7 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
             return tuple(_typed(item, kind, where) for item, kind in zip(value, kinds, strict=True))
     elif origin is Literal and value in arguments:
         return value
-    elif dataclasses.is_dataclass(hint):
+    elif isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if isinstance(value, hint):
             return value
         if isinstance(value, dict):

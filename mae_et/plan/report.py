@@ -117,9 +117,8 @@ def _totals(plan: Curriculum) -> dict[str, float]:
 def plan_table(report: dict[str, Any]) -> Table:
     """The stages of a :func:`plan_report` as a table."""
     heads = ("size", "patches", "visible", "predicted", "batch", "passes", "steps", "images", "GFLOPs/image", "compute")
-    heads += ("per device", "TFLOPs/step")
     table = Table(title=f"Plan of {report['recipe']}", title_justify="left")
-    for head in heads:
+    for head in (*heads, "per device", "TFLOPs/step"):
         table.add_column(head, justify="right")
     for row in report["stages"]:
         table.add_row(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from .curriculum import Curriculum, Stage, StageRow
 from .shapes import OPERATORS, SizePx, area_px, as_size, choice, grid_of, num_patches, show_size
@@ -138,24 +139,24 @@ def plan_stages(
     return Curriculum(tuple(stages), num_images, remainder_images=asked_images - planned_images)
 
 
-def scheduled(name: str, *, full_size_px: SizePx = 224, patch_px: int = 16, **plan) -> Curriculum:
+def scheduled(name: str, *, full_size_px: SizePx = 224, patch_px: int = 16, **plan: Any) -> Curriculum:
     """A published schedule (a key of SCHEDULES) scaled to `full_size_px`; `plan` as in :func:`plan_stages`."""
     share_of, rows = SCHEDULES[choice("curriculum", name, SCHEDULES)]
     scaled = [StageRow(scale_size(size, full_size_px, patch_px), share) for size, share in rows]
     return plan_stages(scaled, full_size_px=full_size_px, patch_px=patch_px, share_of=share_of, **plan)
 
 
-def vanilla(**plan) -> Curriculum:
+def vanilla(**plan: Any) -> Curriculum:
     """Plain MAE: full size for everything. Arguments as in :func:`plan_stages`."""
     return scheduled("vanilla", **plan)
 
 
-def efficient_train(**plan) -> Curriculum:
+def efficient_train(**plan: Any) -> Curriculum:
     """ET: 160/192/224 px at 60/20/20 % of the epochs (at a full size of 224). Arguments as in :func:`plan_stages`."""
     return scheduled("et", **plan)
 
 
-def efficient_train_pp(**plan) -> Curriculum:
+def efficient_train_pp(**plan: Any) -> Curriculum:
     """ET++: 96/160/224 px at 20/40/40 % of the compute (at a full size of 224). Arguments as in :func:`plan_stages`."""
     return scheduled("et_pp", **plan)
 

@@ -145,8 +145,8 @@ class ModelShape(Mapping):
     decoder_depth: int = 8
     decoder_num_heads: int = 16
     mlp_ratio: float = 4.0
-    target_dim: int | None = None
-    """Values predicted per patch; None becomes the patch's pixels."""
+    target_dim: int = 0
+    """Values predicted per patch; 0, or None, becomes the patch's pixels."""
     own_positions: bool = False
     """Number the patches of a smaller grid from zero, instead of in coordinates of the full grid."""
     decoder: str = "self"
