@@ -1,7 +1,10 @@
-"""The low-frequency crop: the centre of an image's Fourier spectrum, as a smaller image.
+"""The low-frequency crop: the low end of an image's spectrum, as a smaller image.
 
 Shapes: images [..., H, W] -> [..., h, w]. The crop is linear and separable, so it is two small matrix products with
 cached operators: no FFT, differentiable, and the same on every device.
+
+`fourier`, the papers' operator, takes an image as periodic: the jump between opposite borders of a photograph rings
+along them. `dct` mirrors the borders instead, so there is no jump.
 
 Sources: EfficientTrain, arXiv 2211.09703, Sec. 4.1; EfficientTrain++, arXiv 2405.08768, Sec. 4.1 and 6 (`lanczos`).
 """
@@ -14,18 +17,22 @@ import math
 import torch
 from torch import Tensor
 
-from .plan.shapes import SizePx, height_width
+from .plan.shapes import SPECTRAL, SizePx, choice, height_width
 
 
-def low_frequency_crop(images: Tensor, size: SizePx) -> Tensor:
-    """Keep the frequencies -floor(s/2) … ceil(s/2)-1 of each axis, as an image of that size; the mean is kept.
+def low_frequency_crop(images: Tensor, size: SizePx, operator: str = "fourier") -> Tensor:
+    """Keep the lowest frequencies of each axis, as an image of that size; the mean is kept.
 
     images: [..., H, W], floating point (normalise first). size: s, or (h, w), in pixels; at most (H, W).
-    Returns [..., h, w] in the dtype of `images`; half precision is computed in float32. Equals the real part of
-    ifft2(crop(fft2(images))) · (h·w)/(H·W). Sample j of the result sits at source pixel j·H/h.
+    operator: `fourier` keeps the frequencies -floor(s/2) … ceil(s/2)-1: the real part of
+    ifft2(crop(fft2(images))) · (h·w)/(H·W), with sample j at source pixel j·H/h. `dct` keeps the s lowest of the
+    orthonormal DCT-II: sqrt(h·w/(H·W)) · idct2(crop(dct2(images))), with sample j at (j + ½)·H/h − ½.
+    Returns [..., h, w] in the dtype of `images`; half precision is computed in float32.
 
-    Raises ValueError if the size is larger than the image or not positive, or the images are not floating point.
+    Raises ValueError if the operator is unknown, the size is larger than the image or not positive, or the images are
+    not floating point.
     """
+    choice("operator", operator, SPECTRAL)
     h, w = height_width(size)
     H, W = images.shape[-2:]
     if not (0 < h <= H and 0 < w <= W):
@@ -35,10 +42,10 @@ def low_frequency_crop(images: Tensor, size: SizePx) -> Tensor:
     if (h, w) == (H, W):
         return images
     dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
-    rows, columns = _operator(H, h, dtype, images.device), _operator(W, w, dtype, images.device)
+    rows, columns = (_operator(operator, *axis, dtype, images.device) for axis in ((H, h), (W, w)))
     with torch.autocast(images.device.type, enabled=False):
         small = images.to(dtype)
-        # For even sizes the operators carry one extra row, the unpaired Nyquist term (see _operator).
+        # For even sizes the Fourier operators carry one extra row, the unpaired Nyquist term (see _fourier).
         if w < W:
             small = small @ columns.mT  # [..., H, w(+1)]
         if h < H:
@@ -50,8 +57,13 @@ def low_frequency_crop(images: Tensor, size: SizePx) -> Tensor:
 
 
 @functools.lru_cache(maxsize=128)
-def _operator(full: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Re A_s, [s, N], of METHOD: A_s[j, n] = 1/N · Σ_k exp(2πi·k·(j/s − n/N)), built in float64.
+def _operator(name: str, full: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What one axis is multiplied with, [s, N] or with the Nyquist row [s + 1, N], built in float64."""
+    return {"fourier": _fourier, "dct": _dct}[name](full, size).to(device=device, dtype=dtype)
+
+
+def _fourier(full: int, size: int) -> Tensor:
+    """Re A_s[j, n] = 1/N · Re Σ_k exp(2πi·k·(j/s − n/N)), k = -floor(s/2) … ceil(s/2)-1.
 
     The crop is Re A_h · x · Re A_wᵀ − Im A_h · x · Im A_wᵀ. Im A is zero for odd s; for even s only the unpaired
     frequency k = −s/2 is left in it: Im A[j, n] = (−1)^j · sin(π·s·n/N)/N, of rank 1. Its n-part is appended as row s,
@@ -64,7 +76,17 @@ def _operator(full: int, size: int, dtype: torch.dtype, device: torch.device) ->
     operator = (kj.cos() @ kn.cos() + kj.sin() @ kn.sin()) / full  # Σ_k cos(k·(j/s − n/N)), [s, N]
     if size % 2 == 0 and size < full:
         operator = torch.cat([operator, (torch.sin(math.pi * size * n) / full)[None]])
-    return operator.to(device=device, dtype=dtype)
+    return operator
+
+
+def _dct(full: int, size: int) -> Tensor:
+    """sqrt(s/N) · D_sᵀ · D_N[:s], with D the orthonormal DCT-II: the Fourier crop of the mirrored axis."""
+    k = math.pi * torch.arange(size, dtype=torch.float64)
+    j = (torch.arange(size, dtype=torch.float64) + 0.5) / size
+    n = (torch.arange(full, dtype=torch.float64) + 0.5) / full
+    weight = torch.full((size, 1), 2 / full, dtype=torch.float64)  # sqrt(s/N) · sqrt(2/s) · sqrt(2/N)
+    weight[0] = 1 / full
+    return (j[:, None] * k).cos() @ (weight * (k[:, None] * n).cos())
 
 
 def _alternating(size: int, like: Tensor) -> Tensor:

@@ -205,7 +205,7 @@ def from_mapping(**values):
         ),
         (lambda: flags(*DATA, "--curriculum", "custom"), "--curriculum custom needs a recipe with `stages`"),
         (lambda: flags(*DATA, "--target", "hogs"), "choose from pixel, hog"),
-        (lambda: flags(*DATA, "--lowfreq", "fft"), "choose from fourier, lanczos, bilinear, scaled"),
+        (lambda: flags(*DATA, "--lowfreq", "fft"), "choose from fourier, dct, lanczos, bilinear, scaled"),
         (lambda: flags(*DATA, "--allocation", "time"), "choose from area, flops"),
         (lambda: flags(*DATA, "--share_of", "time"), "choose from compute, epochs"),
         (lambda: flags(*DATA, "--precision", "fp16"), "choose from auto, bf16, fp32"),

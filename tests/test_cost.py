@@ -25,7 +25,7 @@ from mae_et.plan.curriculum import Curriculum, Stage
 from mae_et.plan.flags import from_recipe
 from mae_et.plan.report import PlanConfig, plan_report
 from mae_et.plan.schedules import scheduled
-from mae_et.plan.shapes import MODELS, grid_of
+from mae_et.plan.shapes import MODELS, SPECTRAL, grid_of
 from mae_et.spectral import low_frequency_crop
 from mae_et.targets import hog_target
 
@@ -100,17 +100,17 @@ def test_features_cost_an_encoder_that_sees_everything():
     assert encoder_flops_per_image(model, 8 * 6) == counter.get_total_flops()
 
 
+@pytest.mark.parametrize("operator", SPECTRAL)
 @pytest.mark.parametrize("in_chans", [1, 3])
-def test_the_input_operators_are_counted(in_chans):
+def test_the_input_operators_are_counted(in_chans, operator):
     full, small = (32, 48), (16, 24)
     images = torch.zeros(1, in_chans, *full)
-    low_frequency_crop(images, small)  # builds the operators, once
+    low_frequency_crop(images, small, operator)  # builds the operators, once
     with FlopCounterMode(display=False) as counter:
-        hog_target(low_frequency_crop(images, small), 8)
+        hog_target(low_frequency_crop(images, small, operator), 8)
     # HOG itself is element-wise: no matrix product is counted.
-    assert (
-        input_flops_per_image(full, small, in_chans) == counter.get_total_flops() == in_chans * crop_flops(full, small)
-    )
+    counted = input_flops_per_image(full, small, in_chans, operator)
+    assert counted == counter.get_total_flops() == in_chans * crop_flops(full, small, operator)
     assert counter.get_total_flops() > 0
     assert input_flops_per_image(full, small, in_chans, "lanczos") == 0  # in the loader
     assert input_flops_per_image(full, full, in_chans) == 0  # nothing to do

@@ -22,7 +22,7 @@ from mae_et.data.labelled import EvalCrops, eval_batches
 from mae_et.data.photos import _photograph
 from mae_et.data.pixels import CorruptImage, measure_value_range, to_image
 from mae_et.data.views import draw_view
-from mae_et.plan.shapes import OPERATORS
+from mae_et.plan.shapes import OPERATORS, SPECTRAL
 
 FEW = settings(max_examples=15, deadline=None)
 FULL, SMALL = (64, 64), (32, 32)
@@ -121,7 +121,7 @@ def test_every_format_gives_the_asked_channels(name, in_chans):
         out = crop(FORMATS[name], operator=operator, in_chans=in_chans)
         assert out.dtype == torch.uint8
         assert out.is_contiguous()
-        assert out.shape == (in_chans, *(FULL if operator == "fourier" else SMALL))
+        assert out.shape == (in_chans, *(FULL if operator in SPECTRAL else SMALL))
 
 
 @pytest.mark.parametrize("name", ["rgb png", "bmp", "ppm", "multi-page tiff", "npy rgb", "npy fortran", "pillow rgb"])
@@ -665,7 +665,7 @@ def test_any_size_can_be_cropped(width, height, orientation, seed, out_height, o
     item = oriented(RGB.resize((width, height)), orientation)
     for operator in OPERATORS:
         out = crop(item, (out_height, out_width), operator, seed, full_px=(40, 40))
-        assert out.shape == (3, *((40, 40) if operator == "fourier" else (out_height, out_width)))
+        assert out.shape == (3, *((40, 40) if operator in SPECTRAL else (out_height, out_width)))
 
 
 def test_scaled_decodes_no_more_than_it_needs(photo, monkeypatch):

@@ -80,7 +80,7 @@ def train_crop(
 
     `size_px` and `full_px` are (height, width); `crop_scale` bounds the area of the crop as a share of the image;
     `augment` is RandAugment's magnitude, 0..30; `value_range` is that of :func:`to_image`. Returns uint8 [C, *full_px]
-    for the operator `fourier` and [C, *size_px] otherwise. A function of its arguments alone: the geometry depends only
+    for a SPECTRAL operator and [C, *size_px] otherwise. A function of its arguments alone: the geometry depends only
     on `seed`, `crop_scale` and the size of the image, and torch's global generator is left as it was.
 
     Raises CorruptImage if no image can be made of `item`, ValueError for arguments that do not fit together.

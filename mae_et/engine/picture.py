@@ -63,14 +63,16 @@ def draw_reconstruction(
     path: str | Path,
     seed: int = 0,
     statistics: str = "visible",
+    operator: str = "dct",
     title: str = "",
     max_images: int = 6,
 ) -> None:
     """Write a PNG with one block per stage and, per image, input | masked input | prediction | pasted.
 
     images: [B, C, H, W] at full size, normalised with mean and std ([C] each); the first `max_images` are drawn, each
-    low-frequency cropped to the stage's size. Pasted: visible patches of the input, the prediction elsewhere; patches
-    that are neither are striped. With `target="hog"` the last two are predicted and true HOG, as strokes along edges.
+    low-frequency cropped to the stage's size by `operator`. Pasted: visible patches of the input, the prediction
+    elsewhere; patches that are neither are striped. With `target="hog"` the last two are predicted and true HOG, as
+    strokes along edges.
     normalized: the target was per-patch normalised pixels; `statistics` says whose mean and std undo it: "visible"
     (guessed from the visible patches) or "true" (a leak, and labelled as one).
     seed: of the masks. path: written atomically; its folder is made.
@@ -89,7 +91,7 @@ def draw_reconstruction(
     try:
         blocks = []
         for stage in stages:
-            small = low_frequency_crop(images, stage.size_px)
+            small = low_frequency_crop(images, stage.size_px, operator)
             patches = num_patches(stage.size_px, model.patch_size)
             noise = torch.rand(len(small), patches, generator=torch.Generator().manual_seed(seed))
             output = model(small, stage.num_visible, stage.num_predicted, noise.to(small.device))

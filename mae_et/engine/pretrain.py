@@ -25,7 +25,7 @@ from ..plan.build import as_vanilla, build_curriculum
 from ..plan.config import PretrainConfig
 from ..plan.curriculum import Curriculum, Stage
 from ..plan.flags import to_yaml
-from ..plan.shapes import height_width, show_size
+from ..plan.shapes import height_width, show_size, spectral_operator
 from ..record import RECORD_KEY, WeightsRecord
 from . import run_folder, runtime, sharded, storage
 from .logger import RunLogger, data_wait_hints, ledger_table, log_plan
@@ -252,6 +252,7 @@ def draw(run: PretrainRun, stages: list[Stage] | tuple[Stage, ...], path: Path) 
             mean=config.pixel_mean,
             std=config.pixel_std,
             path=path,
+            operator=spectral_operator(config.lowfreq),
             title=f"{config.recipe or config.model} after {run.step} of {run.curriculum.total_steps} steps",
         )
 

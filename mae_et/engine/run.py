@@ -17,7 +17,7 @@ from ..plan.build import build_curriculum, shape_of
 from ..plan.config import PretrainConfig, peak_lr
 from ..plan.cost import Ledger
 from ..plan.curriculum import Stage
-from ..plan.shapes import show_size
+from ..plan.shapes import show_size, spectral_operator
 from ..spectral import low_frequency_crop
 from ..targets import hog_target, pixel_target, reconstruction_loss, take_patches
 from . import run_folder, sharded, storage
@@ -66,7 +66,7 @@ class PretrainRun(Run):
 
     def prepare(self, images: Tensor, stage: Stage) -> Tensor:
         """uint8 [b, C, S, S] from the loader -> normalised float32 [b, C, s, s] at the stage's size, on the device."""
-        return low_frequency_crop(self.normalize(images), stage.size_px)
+        return low_frequency_crop(self.normalize(images), stage.size_px, spectral_operator(self.config.lowfreq))
 
     def loss(self, images: Tensor, stage: Stage, noise: Tensor) -> Tensor:
         """Mean loss of a micro-batch of prepared images; noise [b, L]."""

@@ -18,7 +18,7 @@ from ..model import MaskedAutoencoder
 from ..plan.config import default_statistics
 from ..plan.curriculum import Stage, StageRow
 from ..plan.schedules import SCHEDULES, patch_counts, scale_size
-from ..plan.shapes import TARGETS, ModelShape, height_width
+from ..plan.shapes import TARGETS, ModelShape, height_width, spectral_operator
 from ..record import WeightsRecord
 from .config import ReconstructConfig
 
@@ -56,6 +56,7 @@ def reconstruct(config: ReconstructConfig) -> Path:
         std=std,
         path=_path(config),
         seed=config.seed,
+        operator=spectral_operator(record.get("config", {}).get("lowfreq", "dct")),
         statistics="true" if config.true_statistics else "visible",
         title=f"{run.resolve().name} after {record['step']} steps" if record else run.resolve().name,
         max_images=config.num_images,

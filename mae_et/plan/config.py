@@ -234,7 +234,7 @@ class CurriculumFlags:
     allocation: Annotated[str, TASK, OneOf(ALLOCATIONS)] = "area"
     """How a share of compute becomes passes: area (as published) or flops (exact)."""
     lowfreq: Annotated[str, TASK, OneOf(tuple(OPERATORS))] = "fourier"
-    """How inputs become small: fourier (exact, on the device), lanczos, bilinear or scaled (in the loader)."""
+    """How inputs become small: fourier or dct (exact, on the device), lanczos, bilinear or scaled (in the loader)."""
     crop_scale: Annotated[tuple[float, float], TASK] = (0.2, 1.0)
     """Area range of the random resized crop."""
     augment: Annotated[int, TASK] = 0

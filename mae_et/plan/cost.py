@@ -10,7 +10,7 @@ import dataclasses
 from dataclasses import dataclass, field
 
 from .curriculum import Curriculum, Stage
-from .shapes import ModelShape, SizePx, height_width
+from .shapes import SPECTRAL, ModelShape, SizePx, height_width
 
 
 def flops_per_image(model: ModelShape, stage: Stage, training: bool = True) -> int:
@@ -41,15 +41,15 @@ def flops_per_image(model: ModelShape, stage: Stage, training: bool = True) -> i
 
 def input_flops_per_image(full_size_px: SizePx, size_px: SizePx, in_chans: int, operator: str = "fourier") -> int:
     """FLOPs of the spectral crop on the device, part of the method's cost; the other operators run in the loader."""
-    return in_chans * crop_flops(full_size_px, size_px) if operator == "fourier" else 0
+    return in_chans * crop_flops(full_size_px, size_px, operator) if operator in SPECTRAL else 0
 
 
-def crop_flops(full_size: SizePx, size: SizePx) -> int:
+def crop_flops(full_size: SizePx, size: SizePx, operator: str = "fourier") -> int:
     """FLOPs (2 per multiply-add) of `low_frequency_crop` for one channel of one image."""
     (H, W), (h, w) = height_width(full_size), height_width(size)
-    # An even size carries one row more, the unpaired Nyquist term.
-    columns = w + (w < W and w % 2 == 0)
-    rows = h + (h < H and h % 2 == 0)
+    # An even size of a Fourier crop carries one row more, the unpaired Nyquist term.
+    columns = w + (operator == "fourier" and w < W and w % 2 == 0)
+    rows = h + (operator == "fourier" and h < H and h % 2 == 0)
     return 2 * (H * W * columns * (w < W) + rows * H * columns * (h < H))
 
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from .curriculum import Curriculum, Stage, StageRow
-from .shapes import OPERATORS, SizePx, area_px, as_size, choice, grid_of, num_patches, show_size
+from .shapes import OPERATORS, SPECTRAL, SizePx, area_px, as_size, choice, grid_of, num_patches, show_size
 
 #: (size at a full size of 224 px, share) per stage, and what the shares are shares of.
 SCHEDULES: dict[str, tuple[str, tuple[tuple[int, float], ...]]] = {
@@ -59,7 +59,7 @@ def plan_stages(
         (`share_of="epochs"`). A stage with compute share c makes T·c·F(full)/F(stage) passes (ET++, Sec. 5.2), with F
         proportional to the image area (`allocation="area"`, as published) or exact (`"flops"`).
     num_images: images in the data set. batch_size: images per step over all devices.
-    lowfreq: operator, a key of OPERATORS; `fourier` works on the device, so its images leave the loader at full size.
+    lowfreq: operator, a key of OPERATORS; images of a SPECTRAL one leave the loader at full size.
     replay: replay as ET++ does (REPLAY) where a row doesn't say otherwise.
     early_large_batch: a stage of cheaper images takes more of them per step, so that a step's work stays that of full
         size (ET++, Sec. 5.3): as many on each of `devices`, at most `max_batch_size` in all. Its learning rate grows by
@@ -100,7 +100,7 @@ def plan_stages(
             views_per_image=views_per_image,
             masks_per_image=masks_per_image,
             patches=num_patches(row.size_px, patch_px),
-            loader_px=full_size_px if lowfreq == "fourier" else row.size_px,
+            loader_px=full_size_px if lowfreq in SPECTRAL else row.size_px,
         )
         return replace(stage, flops_per_image=flops(stage))
 

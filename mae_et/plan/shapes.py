@@ -13,13 +13,16 @@ SizePx = int | tuple[int, int]
 """Side of a square in pixels, or (height, width)."""
 
 NORM_EPS = 1e-6  # MAE, as in ViT
-#: How an image becomes small, and where. Only `fourier` is exact; tests state how far the others are from it.
+#: How an image becomes small, and where. The spectral ones are exact; tests state how far the others are from them.
 OPERATORS = {
-    "fourier": "exact spectral crop, on the device, from the full-size image",
+    "fourier": "exact crop of the Fourier spectrum, on the device, from the full-size image; rings at unequal borders",
+    "dct": "exact crop of the cosine spectrum (borders mirrored), on the device, from the full-size image",
     "lanczos": "Lanczos resize of the full-size crop in the loader (ET++'s efficient down-sampling)",
     "bilinear": "the same with antialiased bilinear: blurrier, for comparison",
     "scaled": "DCT-scaled JPEG decoding, then one Lanczos resize in the loader: the cheapest",
 }
+#: Operators on the device, whose images leave the loader at full size.
+SPECTRAL = ("fourier", "dct")
 #: How the decoder's queries see the rest.
 DECODERS = {
     "self": "queries and visible patches attend to each other, as in MAE",
@@ -82,6 +85,11 @@ def fits_in(size_px: SizePx, outer_px: SizePx) -> bool:
 def show_size(size_px: SizePx) -> str:
     """224 or 224×160."""
     return str(size_px) if isinstance(size_px, int) else "×".join(map(str, size_px))
+
+
+def spectral_operator(operator: str) -> str:
+    """Crop of full-size images: the operator itself, or, where the loader resizes, the one that a resize comes near."""
+    return operator if operator in SPECTRAL else "dct"
 
 
 def grid_of(size_px: SizePx, patch_px: int) -> tuple[int, int]:
