@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import struct
 import subprocess
 import sys
 import zipfile
@@ -20,6 +21,7 @@ from mae_et.compare.report import markdown
 ROOT = Path(__file__).parent.parent
 STUDIES = sorted((ROOT / "benchmarks" / "studies").glob("*.yaml"))
 STUDY_OF = {path.stem: path for path in STUDIES}
+IMAGES = {"photos": 3264, "/usr/share/datasets/fashion-mnist": 60_000, "/data/natural/tiles": 18_161}
 RESULTS = sorted(path.parent for path in (ROOT / "docs" / "results").glob("*/report.md"))
 
 
@@ -34,7 +36,7 @@ def harness():
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_shipped_studies_match_what_they_say(harness, monkeypatch, path):
-    monkeypatch.setattr(harness, "count_images", lambda config: 3264 if config.data_path == "photos" else 60_000)
+    monkeypatch.setattr(harness, "count_images", lambda config: IMAGES[config.data_path])
     study = yaml.safe_load(path.read_text())
     for arm in study["arms"].values():
         (arm or {}).pop("seeds", None)  # arms that are run elsewhere, too
@@ -154,3 +156,26 @@ def test_a_study_runs_keeps_its_results_and_goes_on(tmp_path):
     assert logs == [(tmp_path / "out" / f"{name}-seed0.log").read_text() for name in ("plain", "grown")]
     assert json.loads((kept / "report.json").read_text()) == report
     assert (kept / "runs.zip").read_bytes() == packed
+
+
+def test_photographs_are_read_out_of_a_resource_archive():
+    """The tree of a Qt resource archive, written by hand: a folder with an image and a compressed script."""
+    spec = importlib.util.spec_from_file_location("natural_images", ROOT / "benchmarks" / "natural_images.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    words, contents = ["animals", "a.webp", "b.js"], [b"an image", b"\0\0\0\0"]
+    names, name_at = b"", []
+    for word in words:
+        name_at.append(len(names))
+        names += struct.pack(">HI", len(word), 0) + word.encode("utf-16-be")
+    data, data_at = b"", []
+    for content in contents:
+        data_at.append(len(data))
+        data += struct.pack(">I", len(content)) + content
+    nodes = [(0, 2, 1, 1), (name_at[0], 2, 2, 2), (name_at[1], 0, 0, data_at[0]), (name_at[2], 4, 0, data_at[1])]
+    tree = b"".join(struct.pack(">IHIIQ", *node, 0) for node in nodes)
+    archive = b"qres" + struct.pack(">IIII", 3, 20, 20 + len(tree), 20 + len(tree) + len(data)) + tree + data + names
+    assert list(module.rcc_files(archive)) == [("/animals/a.webp", b"an image")]
+    with pytest.raises(ValueError, match="not a Qt resource archive of version 1 to 3"):
+        list(module.rcc_files(b"zres" + archive[4:]))
