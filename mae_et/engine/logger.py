@@ -1,4 +1,4 @@
-"""What a person sees of a run: metrics.jsonl, TensorBoard, a line per report, and what the run cost at its end."""
+"""What a person sees of a run: metrics.jsonl and its sinks, a line per report, and what the run cost at its end."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from torch.utils.tensorboard import SummaryWriter
 
 from ..console import console
 from ..data.sources import is_prepared
 from ..files import append_json_line, read_json_lines, write_json_lines
-from ..plan.config import DataFlags, LauncherFlags, PretrainConfig
+from ..plan.config import DataFlags, LauncherFlags, PretrainConfig, RunFlags
 from ..plan.cost import Ledger, StageCost
 from ..plan.curriculum import Curriculum
 from ..plan.shapes import show_size
 from .run_folder import METRICS
+from .sinks import open_sinks
 from .step import Run
 
 log = logging.getLogger(__name__)
@@ -28,13 +28,13 @@ MAX_DATA_WAIT = 0.1
 
 
 class RunLogger:
-    """Reports a run on the console, in metrics.jsonl and on TensorBoard. Off on all ranks but one.
+    """Reports a run on the console, in metrics.jsonl and to the sinks of --log_to. Off on all ranks but one.
 
     On a terminal a progress bar holds the latest line; elsewhere lines are printed below each other.
     """
 
     def __init__(
-        self, folder: Path, log_dir: str | None, curriculum: Curriculum, first_step: int, ledger: Ledger, on: bool
+        self, folder: Path, config: RunFlags, curriculum: Curriculum, first_step: int, ledger: Ledger, on: bool
     ) -> None:
         self.curriculum, self.on, self.live, self.last = curriculum, on, on and console.is_terminal, ledger.total
         self.latest: dict[str, Any] = {}
@@ -54,16 +54,16 @@ class RunLogger:
             write_json_lines(self.metrics, kept)
             for record in kept:
                 self.latest |= record
-            self.board = SummaryWriter(log_dir or str(folder), purge_step=first_step)
+        self.sinks = open_sinks(folder, config, first_step) if on else []
 
     def __enter__(self) -> RunLogger:
         self.bar.start()
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, failure: object, *_: object) -> None:
         self.bar.stop()
-        if self.on:
-            self.board.close()
+        for sink in self.sinks:
+            sink.close(failed=failure is not None)
 
     def rates(self, total: StageCost) -> dict[str, float]:
         """Images and seconds so far, and images per second and share of waiting for data since this was last called."""
@@ -77,14 +77,14 @@ class RunLogger:
         }
 
     def report(self, prefix: str, record: Mapping[str, Any], line: str, total: StageCost) -> None:
-        """Write a record, whose "step" was the latest, and show its line. Numbers go to TensorBoard as prefix/name."""
+        """Write a record, whose "step" was the latest, and show its line. Numbers go to sinks as prefix/name."""
         if not self.on:
             return
         append_json_line(self.metrics, record)
         self.latest |= record
-        for name, value in record.items():
-            if isinstance(value, int | float) and name != "step":
-                self.board.add_scalar(f"{prefix}/{name}", value, record["step"])
+        numbers = {f"{prefix}/{k}": v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
+        for sink in self.sinks:
+            sink.log(numbers, record["step"])
         if self.live:
             self.bar.update(self.task, completed=total.flops, description=line)
         else:

@@ -36,6 +36,7 @@ from .picture import draw_reconstruction
 from .resume import fingerprint
 from .run import PretrainRun, check_micro_batches, check_ranks
 from .runtime import Stop, stop_signals
+from .sinks import check_installed
 from .step import Cadence, Outcomes, evaluation_time, take_step
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ def pretrain(config: PretrainConfig) -> Path:
 
     Raises ValueError, OSError or CheckpointError, with one line, for whatever the user can mend.
     """
+    check_installed(config.log_to)
     resume = run_folder.resume_path(config.resume, Path(config.output_dir))
     branch = None if resume or not config.branch else run_folder.find_checkpoint("--branch", config.branch)
     state, read_from = sharded.load_newest(resume or branch) if resume or branch else ({}, None)
@@ -82,7 +84,7 @@ def pretrain(config: PretrainConfig) -> Path:
         if rt.is_main:
             open_folder(run, resume, read_from)
             log_plan(run, vanilla)
-        logger = RunLogger(run.folder, config.log_dir, run.curriculum, run.step, run.ledger, on=rt.is_main)
+        logger = RunLogger(run.folder, config, run.curriculum, run.step, run.ledger, on=rt.is_main)
         with files.disk_full_errors(run.folder), contextlib.closing(loader), logger:
             train(run, batches, logger, stop, vanilla.stages[0].flops_per_image, probe)
         finish(run, source, vanilla)

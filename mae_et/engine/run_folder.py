@@ -19,6 +19,7 @@ CHECKPOINT, CONFIG, ENVIRONMENT = "checkpoint.pt", "config.yaml", "environment.j
 SHARDED = "checkpoint.dcp"
 METRICS, LEDGER, ENCODER, PICTURE = "metrics.jsonl", "ledger.json", "encoder.safetensors", "reconstruction.png"
 BEST = "best.pt"
+SINK_ID = "sink_id.txt"
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow")
 
 
@@ -38,7 +39,7 @@ def prepare(path: Path, keep: bool, overwrite: bool) -> None:
             "--overwrite, or choose another folder"
         )
     if overwrite:
-        for old in (*older, CHECKPOINT, SHARDED, METRICS, LEDGER, ENCODER, PICTURE, BEST):
+        for old in (*older, CHECKPOINT, SHARDED, METRICS, LEDGER, ENCODER, PICTURE, BEST, SINK_ID):
             files.remove(path / old)
         for pattern in ("eval-*.json", "events.out.tfevents.*", "reconstruction-*.png"):
             for old in path.glob(pattern):

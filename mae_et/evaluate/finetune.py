@@ -33,6 +33,7 @@ from ..engine.meters import peak_memory_bytes
 from ..engine.optim import learning_rate
 from ..engine.resume import FORMAT, check_config, check_images, fingerprint
 from ..engine.runtime import Normalize, Stop, stop_signals
+from ..engine.sinks import check_installed
 from ..engine.step import Cadence, Outcomes, Run, evaluation_time, take_step
 from ..plan.cost import Ledger
 from ..plan.curriculum import Curriculum, Stage
@@ -171,6 +172,7 @@ def finetune(config: FinetuneConfig) -> Path:
 
     Raises ValueError, OSError or CheckpointError, with one line, for whatever the user can mend.
     """
+    check_installed(config.log_to)
     runtime.check_launcher(config.world_size)
     with (
         runtime.start(config.device, config.precision, config.dist_url) as rt,
@@ -195,7 +197,7 @@ def finetune(config: FinetuneConfig) -> Path:
             open_folder(run, resume, read_from)
             log_plan(run)
         first_step = run.step - bool(run.unreported)
-        logger = RunLogger(run.folder, config.log_dir, run.curriculum, first_step, run.ledger, on=rt.is_main)
+        logger = RunLogger(run.folder, config, run.curriculum, first_step, run.ledger, on=rt.is_main)
         with files.disk_full_errors(run.folder), contextlib.closing(loader), logger:
             result = train(run, batches, logger, stop)
         return finish(run, source, result, began)

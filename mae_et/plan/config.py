@@ -38,6 +38,8 @@ from .shapes import DECODERS, OPERATORS, TARGETS, SizePx, as_size
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CURRICULA = (*SCHEDULES, "custom")
 PRECISIONS = ("auto", "bf16", "fp32")
+SINKS = ("tensorboard", "wandb", "trackio", "mlflow")
+"""Names of libraries, and of the extras that install them."""
 
 
 # ── shared with fine-tuning ──
@@ -73,6 +75,8 @@ class RunFlags:
     """Run folder."""
     log_dir: Annotated[str | None, RUN] = None
     """TensorBoard folder; default: the run folder."""
+    log_to: Annotated[tuple[str, ...], RUN, OneOf(SINKS)] = ("tensorboard",)
+    """Where metrics go beside metrics.jsonl: tensorboard, wandb, trackio, mlflow, several or none."""
     resume: Annotated[str, RUN] = ""
     """Go on from: auto (output_dir, if it holds a checkpoint), a run folder, or a checkpoint."""
     overwrite: Annotated[bool, RUN] = False
