@@ -143,6 +143,29 @@ def test_plan_prints_it(capsys):
     )
 
 
+def planned_on(devices: int, *flags: str) -> dict:
+    config = from_recipe(PlanConfig, "in1k_vitb_etpp400_hog")
+    changes = {"devices": devices, "device_flops": 989e12} | dict.fromkeys(flags, True)
+    return plan_report(replace(config, **changes), lambda config: config.num_images)
+
+
+def test_a_host_with_too_little_to_do_at_once_makes_the_curriculum_slower_than_vanilla():
+    few, many = planned_on(8)["scaling"], planned_on(64)["scaling"]
+    assert {row["bound"] for row in few["stages"]} == {"compute"}
+    assert {row["bound"] for row in many["stages"]} == {"host"}
+    # Steps of all stages then take as long, so what counts is how many there are: 284,370 against 125,114.
+    assert many["hours_over_vs_at_equal_flops"] == pytest.approx(284370 / 125114, rel=0.01)
+    assert few["hours_over_vs_at_equal_flops"] < 1.1
+    assert planned_on(64, "early_large_batch")["scaling"]["hours_over_vs_at_equal_flops"] < 1.1
+
+
+def test_estimated_utilisation_is_honest_about_small_work():
+    """About what a roofline over every operator of the step gave for an H100, a fifth of its peak."""
+    shares = [row["mfu"] for row in planned_on(8)["scaling"]["stages"]]
+    assert shares == sorted(shares) and 0.15 < shares[0] < shares[-1] < 0.25
+    assert planned_on(8)["stages"][-1]["peak_memory_bytes"] < 30 * 2**30
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -13,7 +13,8 @@ from .config import PretrainConfig
 from .cost import encoder_flops_per_image
 from .curriculum import Curriculum, Stage
 from .flags import POSITIVE, RUN, SHARE_ABOVE_0, from_recipe
-from .shapes import ModelShape, show_size
+from .gpu import GpuStep
+from .shapes import show_size
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class EstimateFlags:
     """Devices to plan for; default: world_size."""
     device_flops: Annotated[float | None, RUN, POSITIVE] = None
     """Peak FLOP/s of a device; with it, hours are predicted."""
-    utilisation: Annotated[float, RUN, SHARE_ABOVE_0] = 0.4
-    """Share of the peak that training achieves."""
+    utilisation: Annotated[float | None, RUN, SHARE_ABOVE_0] = None
+    """Share of the peak that training achieves; default: an estimate for each stage."""
     link: Annotated[float | None, RUN, POSITIVE] = None
     """Bytes a second from a device to the next, for the gradients' all-reduce; default: as if it were free."""
     images_per_second: Annotated[float | None, RUN, POSITIVE] = None
@@ -58,6 +59,7 @@ def plan_report(config: PlanConfig, count_images: Callable[[PretrainConfig], int
     devices = config.devices or config.world_size
     plan, against = (build_curriculum(c, count_images(c), devices) for c in (config, other))
     shape = shape_of(config)
+    steps = [GpuStep.of(config, stage, devices) for stage in plan.stages]
     # Forward and backward of the encoder on all patches of all images, at full size; the head is too small to count.
     finetune = 3 * encoder_flops_per_image(shape, shape.num_patches) * config.finetune_epochs * plan.num_images
     return {
@@ -80,8 +82,11 @@ def plan_report(config: PlanConfig, count_images: Callable[[PretrainConfig], int
                 "lr_scale": stage.lr_scale,
                 "images_per_device": stage.batch_size / devices,
                 "gflops_per_device_step": stage.batch_size / devices * stage.flops_per_image / 1e9,
+                "micro_batches": step.micro_batches,
+                "launches": step.micro_batches * step.launches,
+                "peak_memory_bytes": step.peak_memory_bytes,
             }
-            for stage in plan.stages
+            for stage, step in zip(plan.stages, steps, strict=True)
         ],
         "totals": _totals(plan) | {"remainder_images": plan.remainder_images},
         "finetune": {"epochs": config.finetune_epochs, "flops": finetune},
@@ -92,16 +97,28 @@ def plan_report(config: PlanConfig, count_images: Callable[[PretrainConfig], int
             # How much the same number of images would have cost at the other plan's cost per image.
             "flops_same_images": plan.total_images * against.total_flops / against.total_images,
         },
-        **_scaling(config, plan, shape, devices),
+        **_scaling(config, plan, other, against, devices),
     }
 
 
-def _scaling(config: PlanConfig, plan: Curriculum, shape: ModelShape, devices: int) -> dict[str, Any]:
+def _scaling(
+    config: PlanConfig, plan: Curriculum, other: PretrainConfig, against: Curriculum, devices: int
+) -> dict[str, Any]:
     """{"scaling": …} where the devices are described."""
     if not config.device_flops:
         return {}
     cluster = Cluster(devices, config.device_flops, config.utilisation, config.link, config.images_per_second)
-    return {"scaling": scaling_report(plan, shape.num_parameters, cluster)}
+    ours, theirs = (
+        scaling_report(
+            curriculum,
+            shape_of(flags).num_parameters,
+            cluster,
+            [GpuStep.of(flags, stage, devices) for stage in curriculum.stages],
+        )
+        for flags, curriculum in ((config, plan), (other, against))
+    )
+    equal = theirs["hours"] * plan.total_flops / against.total_flops
+    return {"scaling": ours | {"hours_over_vs_at_equal_flops": ours["hours"] / equal}}
 
 
 def _totals(plan: Curriculum) -> dict[str, float]:
@@ -116,9 +133,9 @@ def _totals(plan: Curriculum) -> dict[str, float]:
 
 def plan_table(report: dict[str, Any]) -> Table:
     """The stages of a :func:`plan_report` as a table."""
-    heads = ("size", "patches", "visible", "predicted", "batch", "passes", "steps", "images", "GFLOPs/image", "compute")
+    heads = ("size", "patches", "visible", "predicted", "batch", "passes", "steps", "images", "GFLOPs", "compute")
     table = Table(title=f"Plan of {report['recipe']}", title_justify="left")
-    for head in (*heads, "per device", "TFLOPs/step"):
+    for head in (*heads, "per device", "TFLOPs/step", "peak GiB"):
         table.add_column(head, justify="right")
     for row in report["stages"]:
         table.add_row(
@@ -131,6 +148,7 @@ def plan_table(report: dict[str, Any]) -> Table:
             f"{row['compute_share']:.1%}",
             f"{row['images_per_device']:,.0f}",
             f"{row['gflops_per_device_step'] / 1e3:.3g}",
+            f"{row['peak_memory_bytes'] / 2**30:.1f}" if row["peak_memory_bytes"] else "",
         )
     total = report["totals"]
     table.add_section()
@@ -141,8 +159,7 @@ def plan_table(report: dict[str, Any]) -> Table:
         f"{total['images']:,}",
         "",
         "100%",
-        "",
-        "",
+        *("", "", ""),
     )
     return table
 
@@ -160,6 +177,10 @@ def plan_summary(report: dict[str, Any]) -> list[str]:
                 f"{show_size(row['size_px'])} px shows each decoded sample in {row['replay']} steps; its replay buffer "
                 f"takes {row['replay_bytes'] / 2**30:.2f} GiB over all devices"
             )
+    scaling = []
+    if "scaling" in report:
+        slower = report["scaling"]["hours_over_vs_at_equal_flops"]
+        scaling.append(f"{slower:.2f}× the time that the same FLOPs take with {vs['recipe']}")
     return [
         *decoded,
         f"{total['flops']:.3e} training FLOPs; whole steps leave {total['remainder_images']:+.0f} images over",
@@ -169,14 +190,15 @@ def plan_summary(report: dict[str, Any]) -> list[str]:
         f"{finetune['flops'] / total['flops']:.2f}× this plan",
         f"the same {total['images']:,} images there: {vs['flops_same_images']:.3e} FLOPs, "
         f"{vs['flops_same_images'] / total['flops']:.2f}×",
+        *scaling,
     ]
 
 
 # ── estimate for a cluster ──
 #
-# A step takes as long as the slowest of three things that overlap: the devices' arithmetic; the ring all-reduce of the
-# gradients, once per step, which DDP overlaps with the backward pass; and the loaders. What doesn't
-# overlap comes on top.
+# A step takes as long as the slowest of four things that overlap: the devices' kernels; the hosts, who ask for one
+# kernel after the other; the ring all-reduce of the gradients, once per step, which DDP overlaps with the backward
+# pass; and the loaders. What doesn't overlap comes on top.
 
 GRADIENT_BYTES = 4
 """Per parameter: gradients are float32 in either precision."""
@@ -189,8 +211,8 @@ class Cluster:
     devices: int
     device_flops: float
     """Peak FLOP/s of one device in the precision of the run."""
-    utilisation: float
-    """Share of it that training achieves."""
+    utilisation: float | None
+    """Share of it that training achieves; None: as estimated for each stage."""
     link: float | None = None
     """Bytes a second that a device can send to the next one in the ring; None: communication costs nothing."""
     images_per_second: float | None = None
@@ -200,55 +222,64 @@ class Cluster:
         """Of a ring: each device sends and receives 2·(N − 1)/N of the bytes (Patarasuk & Yuan, 2009)."""
         return 2 * (self.devices - 1) / self.devices * size_bytes / self.link if self.link else 0.0
 
-    def seconds_per_step(self, stage: Stage, parameters: int) -> dict[str, float]:
-        """Seconds of one step by what takes them: compute, link, data."""
+    def seconds_per_step(self, stage: Stage, parameters: int, step: GpuStep | None = None) -> dict[str, float]:
+        """Seconds of one step by what takes them: compute, host, link, data. step: else nothing is known of hosts."""
         images = stage.batch_size / self.devices
+        share = self.utilisation or step.utilisation(self.device_flops)
         return {
-            "compute": images * stage.flops_per_image / (self.device_flops * self.utilisation),
+            "compute": images * stage.flops_per_image / (self.device_flops * share),
+            "host": step.host_seconds if step else 0.0,
             "link": self.all_reduce_seconds(GRADIENT_BYTES * parameters),
             "data": images / self.images_per_second if self.images_per_second else 0.0,
         }
 
 
-def scaling_report(plan: Curriculum, parameters: int, cluster: Cluster) -> dict[str, Any]:
+def scaling_report(
+    plan: Curriculum, parameters: int, cluster: Cluster, steps: Sequence[GpuStep] = ()
+) -> dict[str, Any]:
     """Predicted hours per stage and in total, as plain values. parameters: those that are trained."""
     rows = []
-    for stage in plan.stages:
-        seconds = cluster.seconds_per_step(stage, parameters)
+    for stage, step in zip(plan.stages, steps or [None] * len(plan.stages), strict=True):
+        seconds = cluster.seconds_per_step(stage, parameters, step)
         bound = max(seconds, key=seconds.__getitem__)
-        without_data = max(seconds["compute"], seconds["link"])
+        without_data = max(value for name, value in seconds.items() if name != "data")
+        flops = stage.batch_size / cluster.devices * stage.flops_per_image
         rows.append(
             {
                 "size_px": stage.size_px,
                 **{f"{name}_seconds": value for name, value in seconds.items()},
                 "bound": bound,
+                "mfu": flops / cluster.device_flops / seconds[bound],
                 "hours": stage.steps * seconds[bound] / 3600,
                 # What the loaders of one device must deliver so as never to be waited for.
                 "images_per_second_needed": stage.batch_size / cluster.devices / without_data,
             }
         )
+    hours = sum(row["hours"] for row in rows)
     return {
         "devices": cluster.devices,
         "device_flops": cluster.device_flops,
         "utilisation": cluster.utilisation,
+        "mfu": plan.total_flops / cluster.devices / cluster.device_flops / (3600 * hours),
         "link": cluster.link,
         "images_per_second": cluster.images_per_second,
         "gradient_bytes": GRADIENT_BYTES * parameters,
         "stages": rows,
-        "hours": sum(row["hours"] for row in rows),
+        "hours": hours,
     }
 
 
 def scaling_table(report: dict[str, Any]) -> Table:
     """A :func:`scaling_report` as a table."""
-    title = f"On {report['devices']} device(s) of {report['device_flops']:.3g} FLOP/s, {report['utilisation']:.0%} used"
+    title = f"On {report['devices']} device(s) of {report['device_flops']:.3g} FLOP/s, {report['mfu']:.0%} used"
     table = Table(title=title, title_justify="left")
-    for head in ("size", "compute s/step", "link s/step", "data s/step", "bound by", "images/s per device", "hours"):
+    names = "compute", "host", "link", "data"
+    for head in ("size", *(f"{name} s/step" for name in names), "bound by", "MFU", "images/s per device", "hours"):
         table.add_column(head, justify="right")
     for row in report["stages"]:
-        seconds = (f"{row[f'{name}_seconds']:.4f}" for name in ("compute", "link", "data"))
-        needed = f"{row['images_per_second_needed']:,.0f}"
-        table.add_row(show_size(row["size_px"]), *seconds, row["bound"], needed, f"{row['hours']:,.2f}")
+        seconds = (f"{row[f'{name}_seconds']:.4f}" for name in names)
+        found = row["bound"], f"{row['mfu']:.0%}", f"{row['images_per_second_needed']:,.0f}", f"{row['hours']:,.2f}"
+        table.add_row(show_size(row["size_px"]), *seconds, *found)
     table.add_section()
-    table.add_row("total", "", "", "", "", "", f"{report['hours']:,.2f}")
+    table.add_row("total", *[""] * 5, f"{report['mfu']:.0%}", "", f"{report['hours']:,.2f}")
     return table

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mae_et.plan.gpu import GpuStep
 from nullgpu.counters import counting, no_sync
 from nullgpu.steps import SMALL, started, steady, step
 
@@ -47,14 +48,30 @@ def test_no_steady_step_waits_for_the_device(flags):
             assert (found["syncs"], found["pageable"], found["mallocs"]) == (0, 0, 0), stage
 
 
-def test_launches_of_a_step_do_not_grow_with_its_images():
-    """Of ViT-B. They are what a host has to keep up with, whatever the GPU."""
-    with started("--recipe in1k_vitb_etpp400_hog --batch_size 512 --total_batch_size 512") as run:
+#: Wide enough that what a formula leaves out is small: blocks of the allocator are up to a megabyte too large.
+WIDE = "--model mae_vit_base_patch16 --depth 2 --decoder_depth 2 --curriculum et_pp --epochs 400"
+
+
+@pytest.mark.parametrize(
+    ("flags", "ranks", "tolerance"),
+    [
+        ("--recipe in1k_vitb_etpp400_hog --total_batch_size 512", 1, 0.01),
+        (f"{WIDE} --norm_pix_loss --batch_size 128 --total_batch_size 256", 1, 0.02),
+        (f"{WIDE} --decoder cross --predict_ratio 0.5 --batch_size 64 --total_batch_size 1024", 8, 0.02),
+        (f"{WIDE} --norm_pix_loss --activation_checkpointing --batch_size 256 --total_batch_size 256", 1, 0.1),
+    ],
+)
+def test_a_step_takes_the_memory_and_launches_of_the_plan(flags, ranks, tolerance):
+    with started(flags, ranks) as run:
         for stage in run.curriculum.stages[::2]:
+            planned = GpuStep.of(run.config, stage, ranks)
             batches = steady(run, stage)
+            assert len(batches) == planned.micro_batches
             with counting() as found:
                 step(run, stage, batches)
-            assert 500 < found["launches"] + found["gemms"] + found["memsets"] <= 1450, stage
+            assert planned.peak_memory_bytes == pytest.approx(found["peak"], rel=tolerance), stage
+            launches = found["launches"] + found["gemms"] + found["memsets"]
+            assert planned.micro_batches * planned.launches == pytest.approx(launches, rel=0.15), stage
 
 
 @pytest.mark.parametrize("flags", ["", "--fsdp"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Iterator
 from unittest import mock
 
@@ -30,6 +31,9 @@ SMALL = (
 def started(flags: str, ranks: int = 1) -> Iterator[PretrainRun]:
     """A run of these flags, on data that nobody reads; as rank 0 of several that are all alike."""
     config = parse(PretrainConfig, [*flags.split(), "--data_path", "none"])
+    gc.collect()  # memory of earlier runs, which hold themselves in circles
+    torch._C._cuda_clearCublasWorkspaces()  # one for each stream
+    torch.cuda.empty_cache()
     with contextlib.ExitStack() as stack:
         if ranks > 1:
             world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(ranks)}
@@ -37,6 +41,7 @@ def started(flags: str, ranks: int = 1) -> Iterator[PretrainRun]:
             alone = [(dist.HashStore(), 0, ranks)]
             stack.enter_context(mock.patch.object(runtime, "rendezvous", return_value=iter(alone)))
             stack.enter_context(real_reads())
+            stack.callback(lambda: dist.is_initialized() and dist.destroy_process_group())  # after an error, too
         rt = stack.enter_context(runtime.start("cuda", "bf16"))
         with torch.device(rt.device):  # weights are drawn where drawing them takes no time
             run = PretrainRun.create(config, rt, 1281167)
