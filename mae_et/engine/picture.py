@@ -15,6 +15,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from einops import rearrange, repeat
@@ -48,10 +49,25 @@ MARGIN, GAP, GROUP_GAP = 16, 4, 20
 INK, FAINT, WARNING = "#1a1a1a", "#6b6b6b", "#b3261e"
 
 Rows = list[list[Image.Image]]
+Block = tuple[str, Rows]
+
+
+def draw_reconstruction(
+    model: MaskedAutoencoder,
+    images: Tensor,
+    stages: Sequence[Stage],
+    *,
+    target: str,
+    path: str | Path,
+    title: str = "",
+    **options: Any,
+) -> None:
+    """Write a PNG with one block per stage: :func:`reconstruction_blocks`, drawn by :func:`write_sheet`."""
+    write_sheet(path, title, target, reconstruction_blocks(model, images, stages, target=target, **options))
 
 
 @torch.no_grad()
-def draw_reconstruction(
+def reconstruction_blocks(
     model: MaskedAutoencoder,
     images: Tensor,
     stages: Sequence[Stage],
@@ -60,14 +76,12 @@ def draw_reconstruction(
     normalized: bool,
     mean: Sequence[float],
     std: Sequence[float],
-    path: str | Path,
     seed: int = 0,
     statistics: str = "visible",
     operator: str = "dct",
-    title: str = "",
     max_images: int = 6,
-) -> None:
-    """Write a PNG with one block per stage and, per image, input | masked input | prediction | pasted.
+) -> list[Block]:
+    """Per stage a caption and, per image, input | masked input | prediction | pasted: all that needs the model.
 
     images: [B, C, H, W] at full size, normalised with mean and std ([C] each); the first `max_images` are drawn, each
     low-frequency cropped to the stage's size by `operator`. Pasted: visible patches of the input, the prediction
@@ -75,7 +89,7 @@ def draw_reconstruction(
     strokes along edges.
     normalized: the target was per-patch normalised pixels; `statistics` says whose mean and std undo it: "visible"
     (guessed from the visible patches) or "true" (a leak, and labelled as one).
-    seed: of the masks. path: written atomically; its folder is made.
+    seed: of the masks.
 
     The model is in eval mode meanwhile; its training flag is restored. Raises ValueError on an unknown target or
     statistics, or if mean and std don't have C values.
@@ -97,8 +111,13 @@ def draw_reconstruction(
             output = model(small, stage.num_visible, stage.num_predicted, noise.to(small.device))
             rows = _panels(small, output, model.patch_size, target, normalized, statistics, mean, std)
             blocks.append((_caption(stage, patches, channels, target, normalized, statistics), rows))
+        return blocks
     finally:
         model.train(was_training)
+
+
+def write_sheet(path: str | Path, title: str, target: str, blocks: list[Block]) -> None:
+    """Draw blocks below each other and write them as a PNG below MAX_BYTES, atomically; the path's folder is made."""
     for side_px, colors in PANELS:
         png = _encode(_sheet(title, HEADS[target], blocks, side_px), colors)
         if len(png) <= MAX_BYTES:
@@ -113,7 +132,7 @@ def predicted_pixels(
 ) -> Tensor:
     """A prediction as an image: [B, C, h, w], on the scale of `images`, 0 where nothing was predicted.
 
-    images: [B, C, h, w], what the model was given. normalized, statistics: as in :func:`draw_reconstruction`.
+    images: [B, C, h, w], what the model was given. normalized, statistics: as in :func:`reconstruction_blocks`.
     """
     grid = grid_of(tuple(images.shape[-2:]), patch_px)
     patches = pixel_target(images, patch_px)  # [B, L, T]
@@ -245,7 +264,7 @@ def _caption(stage: Stage, patches: int, channels: int, target: str, normalized:
     return "  ·  ".join(parts)
 
 
-def _sheet(title: str, heads: Sequence[str], blocks: Sequence[tuple[str, Rows]], side_px: int) -> Image.Image:
+def _sheet(title: str, heads: Sequence[str], blocks: Sequence[Block], side_px: int) -> Image.Image:
     """Lay the blocks out, two images side by side where there are several, panels with a longer side of `side_px`."""
     title_font, font, head_font = _font(17), _font(13), _font(12)
     title_height, caption_height, head_height = (30 if title else 0), 24, 20

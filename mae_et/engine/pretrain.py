@@ -9,6 +9,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ from .logger import RunLogger, data_wait_hints, ledger_table, log_plan
 from .meters import EnergyMeter, peak_memory_bytes, reset_peak_memory
 from .online import OnlineProbe, is_due, quality_words
 from .optim import learning_rate
-from .picture import draw_reconstruction
+from .picture import reconstruction_blocks, write_sheet
 from .resume import fingerprint
 from .run import PretrainRun, check_micro_batches, check_ranks
 from .runtime import Stop, stop_signals
@@ -85,9 +86,10 @@ def pretrain(config: PretrainConfig) -> Path:
             open_folder(run, resume, read_from)
             log_plan(run, vanilla)
         logger = RunLogger(run.folder, config, run.curriculum, run.step, run.ledger, on=rt.is_main)
-        with files.disk_full_errors(run.folder), contextlib.closing(loader), logger:
-            train(run, batches, logger, stop, vanilla.stages[0].flops_per_image, probe)
-        finish(run, source, vanilla)
+        with run.writer:
+            with files.disk_full_errors(run.folder), contextlib.closing(loader), logger:
+                train(run, batches, logger, stop, vanilla.stages[0].flops_per_image, probe)
+            finish(run, source, vanilla)
         return run.folder
 
 
@@ -245,7 +247,7 @@ def draw(run: PretrainRun, stages: list[Stage] | tuple[Stage, ...], path: Path) 
         log.warning("no picture: none of the held-out images tried can be read")
         return
     with run.rt.autocast(), torch.compiler.set_stance("force_eager"):  # not compiled anew for a picture
-        draw_reconstruction(
+        blocks = reconstruction_blocks(
             model,
             run.normalize(images),
             stages,
@@ -253,10 +255,10 @@ def draw(run: PretrainRun, stages: list[Stage] | tuple[Stage, ...], path: Path) 
             normalized=config.norm_pix_loss,
             mean=config.pixel_mean,
             std=config.pixel_std,
-            path=path,
             operator=spectral_operator(config.lowfreq),
-            title=f"{config.recipe or config.model} after {run.step} of {run.curriculum.total_steps} steps",
         )
+    title = f"{config.recipe or config.model} after {run.step} of {run.curriculum.total_steps} steps"
+    run.writer.submit("picture", partial(write_sheet, path, title, config.target, blocks))
 
 
 def finish(run: PretrainRun, source: Source, vanilla: Curriculum) -> None:
@@ -270,7 +272,9 @@ def finish(run: PretrainRun, source: Source, vanilla: Curriculum) -> None:
             storage.save_safetensors(interop.to_timm(weights), run.folder / run_folder.ENCODER, metadata)
         with evaluation_time(run, len(run.curriculum.stages) - 1):
             draw(run, run.curriculum.stages, run.folder / run_folder.PICTURE)
+            run.writer.wait()
     run.save(full=run.finished)
+    run.writer.wait()
     if run.rt.is_main:
         console.print(ledger_table(run.ledger, run.curriculum, vanilla.stages[0].flops_per_image))
         cores = spare_cores(run.config.num_workers)

@@ -93,7 +93,7 @@ class PretrainRun(Run):
         """The model with all its weights, on rank 0 at least. All ranks call it."""
         if not self.is_sharded:
             return self.model
-        state = sharded.gather(self.model.state_dict(), self.rt.is_main)
+        state = sharded.snapshot(self.model.state_dict(), self.rt, full=True)
         if not self.rt.is_main:
             return self.model
         model = MaskedAutoencoder(**self.model.shape).to(self.rt.device)
@@ -101,7 +101,11 @@ class PretrainRun(Run):
         return model
 
     def save(self, full: bool = False) -> None:
-        """Everything a resumed run needs, atomically; in shards if the model is, unless `full`. All ranks call it."""
+        """Have everything written that a resumed run needs, atomically, while training goes on. All ranks call it.
+
+        Waits for the save before it, and raises what that one raised. A sharded model's are shards, unless `full`.
+        """
+        self.writer.wait("save")  # before there is memory for another copy
         state = identity(self.config, self.curriculum) | {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -112,16 +116,20 @@ class PretrainRun(Run):
             "value_range": self.value_range,
             "mask_generator": self.mask_generator,
         }
-        keep = self.config.keep_checkpoints
-        if self.is_sharded and not full:
-            sharded.save(state, self.folder / run_folder.SHARDED, keep)
-        else:
-            state = sharded.gather(state, self.rt.is_main)
-            if self.rt.is_main:
+        in_shards = self.is_sharded and not full
+        state, keep = sharded.snapshot(state, self.rt, full=not in_shards), self.config.keep_checkpoints
+        group = self.rt.writing_group if in_shards else None
+
+        def write() -> None:
+            if in_shards:
+                sharded.save(state, self.folder / run_folder.SHARDED, keep, group)
+            elif self.rt.is_main:
                 storage.save(state, self.folder / run_folder.CHECKPOINT, keep)
                 run_folder.drop_shards(self.folder)
-        if self.rt.is_main:
-            files.write_json(self.folder / run_folder.LEDGER, self.ledger.state_dict())
+            if self.rt.is_main:
+                files.write_json(self.folder / run_folder.LEDGER, state["ledger"])
+
+        self.writer.submit("save", write)
 
     def restore(self, state: dict[str, Any], path: Path, flag: str, source: Path) -> None:
         """Go on from a checkpoint, read from `source`, or with the flag --branch begin where a finished run ended."""

@@ -110,6 +110,12 @@ class Runtime:
             tensor = tensor.pin_memory()
         return tensor.to(self.device, non_blocking=True)
 
+    @functools.cached_property
+    def writing_group(self) -> dist.ProcessGroup:
+        """All ranks over gloo, for a thread that writes while another computes; at first all ask for it together."""
+        _sleep_before_forks()
+        return dist.new_group(backend="gloo")
+
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place; no host synchronisation."""
         if self.is_distributed:

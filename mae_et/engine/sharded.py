@@ -25,26 +25,29 @@ from .. import files
 from ..files import CheckpointError, CorruptCheckpoint, crc32
 from . import storage
 from .optim import allocate
+from .runtime import Runtime
 
 SUFFIX = ".dcp"
 STATE = "state.pt"
 
 
-def save(state: Mapping, folder: Path, keep: int = 1) -> None:
+def save(state: Mapping, folder: Path, keep: int = 1, group: dist.ProcessGroup | None = None) -> None:
     """Write nested dicts whose tensors are sharded, atomically; `keep` folders stay. All ranks call it together.
 
+    group: of all ranks, over gloo; one of its own where another thread talks to the ranks meanwhile.
     Raises CheckpointError; the previous folder then survives.
     """
     rank, temporary = dist.get_rank(), folder.with_name(f".{folder.name}.tmp")
     if rank == 0:
         files.remove(temporary)
-    dist.barrier()
+    dist.barrier(group)
+    writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
     with checkpoint_errors(folder, "can't be written"):
-        dcp.save(_sharded(state), storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True))
+        dcp.save(_sharded(state), storage_writer=writer, process_group=group)
     mine = {file.name: crc32(file) for file in temporary.glob(f"shard-{rank + 1:05}-*.safetensors")}
     assert mine, "every rank holds a part of some matrix"
     checksums: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(checksums, mine)
+    dist.all_gather_object(checksums, mine, group)
     if rank == 0:
         unsharded = _map(state, lambda _, value: _blank(value, "meta") if isinstance(value, DTensor) else value)
         unsharded["shards"] = {name: crc for part in checksums for name, crc in part.items()}
@@ -95,16 +98,24 @@ def _fill(state: Mapping, folder: Path) -> dict:
     return state
 
 
-def gather(state: Mapping, keep: bool) -> dict:
-    """Full tensors on the CPU in place of sharded ones, None on ranks that don't `keep`. All ranks call it."""
+def snapshot(state: Mapping, rt: Runtime, full: bool) -> dict:
+    """Nested dicts with copies of their tensors on the host, which training no longer changes. All ranks call it.
 
-    def full(_: str, value: Any) -> Any:
-        if not isinstance(value, DTensor):
+    full: rank 0 gets whole tensors in place of sharded ones, other ranks None for each tensor.
+    """
+
+    def copy(_: str, value: Any) -> Any:
+        if not isinstance(value, Tensor):
             return value
-        value = value.full_tensor()
-        return value.cpu() if keep else None
+        if full:
+            value = value.full_tensor() if isinstance(value, DTensor) else value
+            if not rt.is_main:
+                return None
+        return value.detach().to("cpu", non_blocking=True, copy=True)  # from CUDA, into pinned memory
 
-    return _map(state, full)
+    copies = _map(state, copy)
+    rt.synchronize()
+    return copies
 
 
 def restore(model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping, source: Path) -> None:

@@ -20,6 +20,7 @@ from ..plan.curriculum import Curriculum, Stage
 from .meters import IdleTime
 from .optim import guarded_step, set_learning_rate
 from .runtime import Runtime
+from .writer import Writer
 
 
 @dataclass
@@ -36,9 +37,11 @@ class Run(ABC):
     ledger: Ledger
     step: int
     idle: IdleTime = field(init=False)
+    writer: Writer = field(init=False)
 
     def __post_init__(self) -> None:
         self.idle = IdleTime(self.rt.device)
+        self.writer = Writer()
 
     @property
     def micro_size(self) -> int:

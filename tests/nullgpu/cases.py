@@ -85,3 +85,13 @@ def test_ranks_add_collectives_and_no_waiting(flags):
         with no_sync(), counting() as found:
             step(run, stage, batches)
         assert found["collectives"] > 1 and (found["syncs"], found["pageable"]) == (0, 0)
+
+
+def test_a_save_copies_into_pinned_memory_and_waits_once(tmp_path):
+    with started(f"{SMALL} --output_dir {tmp_path}") as run:
+        stage = run.curriculum.stages[0]
+        step(run, stage, steady(run, stage))
+        with counting() as found, run.writer:
+            run.save()
+        assert (found["pageable"], found["syncs"]) == (0, 1)
+        assert (tmp_path / "checkpoint.pt").exists()
