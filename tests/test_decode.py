@@ -90,7 +90,7 @@ FORMATS = {
     "transparent rgb png": encode(RGB, transparency=(0, 0, 0)),
     "1-bit png": encode(RGB.convert("1")),
     "16-bit png": encode(gradient().astype(np.uint16) * 257),
-    "16-bit pgm": encode(gradient().astype(np.uint16) * 257, "PPM"),
+    "16-bit pgm": b"P5 20 12 65535\n" + (gradient().astype(">u2") * 257).tobytes(),  # not every Pillow writes it
     "ppm": encode(RGB, "PPM"),
     "bmp": encode(RGB, "BMP"),
     "webp": encode(RGB, "WEBP"),
