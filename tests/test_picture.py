@@ -231,6 +231,23 @@ def test_what_was_not_predicted_is_striped_and_what_was_is_not(tmp_path, blocks)
     assert striped == [len(np.unique(patch)) == 2 for patch in prediction]
 
 
+def test_what_was_seen_is_pale_grey_beside_what_was_predicted(tmp_path, blocks):
+    images = random_images(1, 3, 8, 16) / 4
+    draw = dict(target="pixel", normalized=False, path=tmp_path / "a.png", **GREY_STATISTICS)
+    draw_reconstruction(perfect_model((8, 16)), images, [Stage((8, 16), 3, 5, 1)], **draw)
+    shown, masked, prediction, _ = (
+        rearrange(np.asarray(panel) / 255, "(h p) (w q) c -> (h w) (p q) c", p=PATCH, q=PATCH)
+        for panel in blocks[0][1][0]
+    )
+    seen = (masked == shown).all((1, 2))
+    assert seen.sum() == 3
+    np.testing.assert_array_equal(prediction[~seen], shown[~seen])  # by a perfect model
+    grey = prediction[seen]
+    assert (grey == grey[..., :1]).all() and grey.min() > 0.5 and grey.max() < 0.95
+    brightness = shown[seen].mean(-1).ravel()
+    assert np.corrcoef(brightness, grey[..., 0].ravel())[0, 1] > 0.99, "what was seen can still be recognised"
+
+
 @pytest.mark.parametrize(("statistics", "says"), [("visible", "guessed from visible patches only"), ("true", "LEAK")])
 def test_the_caption_says_where_patch_statistics_come_from(tmp_path, blocks, statistics, says):
     draw_reconstruction(

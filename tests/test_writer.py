@@ -63,7 +63,7 @@ def test_training_goes_on_while_a_save_is_written(
     for step in set(written):
         assert read_bytes(tmp_path, "written", step) == read_bytes(tmp_path, "at-once", step), step
     assert len(drawn_by) == last // 10 + 1 and threading.main_thread() not in drawn_by
-    assert len(list(folder.glob("reconstruction-*.png"))) == last // 10
+    assert len(list(folder.glob("reconstruction-*.png"))) == last // 10 and (folder / "progress.png").exists()
     assert_same(weights(folder), weights(whole))
     resumed = pretrain(tiny(photos, tmp_path / "resumed", resume=str(tmp_path / "written-10.pt")))
     assert_same(weights(resumed), weights(whole))

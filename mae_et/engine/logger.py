@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column, Table
 
 from ..console import console
 from ..data.sources import is_prepared
@@ -25,6 +26,10 @@ log = logging.getLogger(__name__)
 
 MAX_DATA_WAIT = 0.1
 """Print data-wait hints above this share of a stage's time."""
+BAR_WIDTH = 8
+LINE = Column(no_wrap=True, overflow="ellipsis")
+SEPARATOR = " · "
+"""Between the facts of a line, the most important of which come first."""
 
 
 class RunLogger:
@@ -40,14 +45,12 @@ class RunLogger:
         self.latest: dict[str, Any] = {}
         """The latest value of each name in metrics.jsonl."""
         self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.percentage:.0f}% of the compute, ETA"),
-            TimeRemainingColumn(),
+            BarColumn(BAR_WIDTH),
+            TextColumn("{task.percentage:3.0f}% · {task.fields[left]} left · {task.description}", table_column=LINE),
             console=console,
             disable=not self.live,
         )
-        self.task = self.bar.add_task("starting", total=curriculum.total_flops)
+        self.task = self.bar.add_task("starting", total=curriculum.total_flops, left="?")
         if on:
             self.metrics = folder / METRICS
             kept = [record for record in read_json_lines(self.metrics) if record["step"] < first_step]
@@ -85,11 +88,20 @@ class RunLogger:
         numbers = {f"{prefix}/{k}": v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
         for sink in self.sinks:
             sink.log(numbers, record["step"])
+        left = timedelta(seconds=round((self.curriculum.total_flops / total.flops - 1) * total.seconds))
         if self.live:
-            self.bar.update(self.task, completed=total.flops, description=line)
+            room = console.width - BAR_WIDTH - len(f" 100% · {left} left · ")
+            self.bar.update(self.task, completed=total.flops, description=fitting(line, room), left=left)
         else:
-            left = (self.curriculum.total_flops / total.flops - 1) * total.seconds
-            console.print(f"{line} · ETA {left:,.0f} s", highlight=False, soft_wrap=True)
+            console.print(f"{line} · {left} left", highlight=False, soft_wrap=True)
+
+
+def fitting(line: str, room: int) -> str:
+    """As many facts of a line, whole and from its beginning, as there is room for; one at least."""
+    facts = line.split(SEPARATOR)
+    while len(facts) > 1 and len(SEPARATOR.join(facts)) > room:
+        facts.pop()
+    return SEPARATOR.join(facts)
 
 
 def log_plan(run: Run, vanilla: Curriculum) -> None:

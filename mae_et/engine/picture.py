@@ -12,14 +12,16 @@ from __future__ import annotations
 import importlib.util
 import io
 import itertools
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from einops import rearrange, repeat
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from ..files import write
@@ -41,9 +43,13 @@ MAX_BYTES = 300_000
 #: (longer side of a panel in pixels, colours of the palette): the first pair whose file stays below MAX_BYTES is taken.
 PANELS = ((192, 128), (160, 128), (160, 64), (144, 32), (96, 32), (64, 32))
 
+#: Name of a text in the PNG that says where the panels of each block lie, for the strip of a run's progress.
+PLACES = "panels"
+
 VISIBLE, PREDICTED, NEITHER = 0, 1, 2  # kinds of patch
 GREY, STRIPE = 0.55, 0.78  # what the model didn't see; stripes on it where nothing was predicted either
-BLANK = {"pixel": 0.92, "hog": 0.3}  # where the model saw the patch, in a panel that shows only predictions
+PALEST, CONTRAST = 0.93, 0.4  # greyed patches: their white, and how much darker their black is
+SEEN_STROKES = 0.3  # grey in place of strokes where the model saw the patch
 STROKE_CELL_PX = 9  # smallest cell in which a stroke's direction can be read
 MARGIN, GAP, GROUP_GAP = 16, 4, 20
 INK, FAINT, WARNING = "#1a1a1a", "#6b6b6b", "#b3261e"
@@ -118,8 +124,13 @@ def reconstruction_blocks(
 
 def write_sheet(path: str | Path, title: str, target: str, blocks: list[Block]) -> None:
     """Draw blocks below each other and write them as a PNG below MAX_BYTES, atomically; the path's folder is made."""
+    write_smallest(path, lambda side_px: _sheet(title, HEADS[target], blocks, side_px))
+
+
+def write_smallest(path: str | Path, draw: Callable[[int], Image.Image]) -> None:
+    """Write the first PNG of PANELS below MAX_BYTES, atomically. draw: a picture whose panels have that longer side."""
     for side_px, colors in PANELS:
-        png = _encode(_sheet(title, HEADS[target], blocks, side_px), colors)
+        png = _encode(draw(side_px), colors)
         if len(png) <= MAX_BYTES:
             break
     path = Path(path)
@@ -210,7 +221,7 @@ def _panels(
     if target == "pixel":
         pred = predicted_pixels(images, output, patch_px, normalized=normalized, statistics=statistics)
         pred = _displayable(pred, mean, std)
-        columns += [compose(patch_px, {VISIBLE: v, PREDICTED: pred}) for v in (BLANK[target], shown)]
+        columns += [compose(patch_px, {VISIBLE: seen, PREDICTED: pred}) for seen in (_greyed(shown), shown)]
     else:
         cell_px = max(STROKE_CELL_PX, PANELS[0][0] // (2 * max(grid)))  # big enough not to be enlarged afterwards
         true = hog_target(images, patch_px)
@@ -218,7 +229,7 @@ def _panels(
         pred = torch.zeros_like(true).scatter_(1, ids, output.pred.float())
         strokes = hog_strokes(pred, grid, cell_px).unsqueeze(1)
         columns += [
-            compose(2 * cell_px, {VISIBLE: BLANK[target], PREDICTED: strokes}),
+            compose(2 * cell_px, {VISIBLE: SEEN_STROKES, PREDICTED: strokes}),
             _to_images(hog_strokes(true, grid, cell_px).unsqueeze(1)),
         ]
     return [list(row) for row in zip(*columns, strict=True)]
@@ -228,6 +239,11 @@ def _displayable(images: Tensor, mean: Sequence[float], std: Sequence[float]) ->
     """Undo mean and std, clip to [0, 1], keep three channels or one: [B, C, h, w] -> [B, 3 or 1, h, w]."""
     mean, std = (torch.as_tensor(x, dtype=images.dtype, device=images.device)[:, None, None] for x in (mean, std))
     return (images * std + mean).clamp(0, 1)[:, : 3 if images.shape[1] >= 3 else 1]
+
+
+def _greyed(shown: Tensor) -> Tensor:
+    """Pale and without colour, [B, 1, h, w]: what the model saw, beside what it predicted."""
+    return PALEST - CONTRAST * (1 - shown.mean(1, keepdim=True))
 
 
 def _stripes(like: Tensor, patch_px: int) -> Tensor:
@@ -266,7 +282,7 @@ def _caption(stage: Stage, patches: int, channels: int, target: str, normalized:
 
 def _sheet(title: str, heads: Sequence[str], blocks: Sequence[Block], side_px: int) -> Image.Image:
     """Lay the blocks out, two images side by side where there are several, panels with a longer side of `side_px`."""
-    title_font, font, head_font = _font(17), _font(13), _font(12)
+    title_font, font, head_font = load_font(17), load_font(13), load_font(12)
     title_height, caption_height, head_height = (30 if title else 0), 24, 20
     first = blocks[0][1]
     longer = max(first[0][0].size)
@@ -283,25 +299,30 @@ def _sheet(title: str, heads: Sequence[str], blocks: Sequence[Block], side_px: i
     sheet = Image.new("RGB", (sheet_width, MARGIN + title_height + len(blocks) * block_height), "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((MARGIN, MARGIN), title, INK, title_font)
+    boxes: list[dict[str, Any]] = []
     for number, (caption, rows) in enumerate(blocks):
         top = MARGIN + title_height + number * block_height
         draw.text((MARGIN, top), caption, WARNING if "LEAK" in caption else INK, font)
         for left, head in zip(lefts, itertools.cycle(heads)):
             draw.text((left, top + caption_height), head, FAINT, head_font)
+        corners = []
         for place, picture in enumerate(itertools.chain(*rows)):
             row, column = divmod(place, len(lefts))
-            y = top + caption_height + head_height + row * (panel[1] + GAP)
-            sheet.paste(_resized(picture, panel), (lefts[column], y))
+            corners.append((lefts[column], top + caption_height + head_height + row * (panel[1] + GAP)))
+            sheet.paste(resized(picture, panel), corners[-1])
+        inputs, predictions = corners[:: len(heads)], corners[2 :: len(heads)]
+        boxes.append({"caption": caption, "panel": panel, "inputs": inputs, "predictions": predictions})
+    sheet.info[PLACES] = json.dumps(boxes)
     return sheet
 
 
-def _resized(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+def resized(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
     # Much enlarged, a small image should show its pixels, not a blur that the model never saw.
     sharp = size[0] >= 2 * picture.width
     return picture.resize(size, Image.Resampling.NEAREST if sharp else Image.Resampling.LANCZOS)
 
 
-def _font(size_px: int) -> ImageFont.FreeTypeFont:
+def load_font(size_px: int) -> ImageFont.FreeTypeFont:
     # Pillow's own font has no "×"; the one that matplotlib carries does.
     folder = importlib.util.find_spec("matplotlib").submodule_search_locations[0]  # importing it takes a quarter second
     return ImageFont.truetype(Path(folder, "mpl-data", "fonts", "ttf", "DejaVuSans.ttf"), size_px)
@@ -309,6 +330,7 @@ def _font(size_px: int) -> ImageFont.FreeTypeFont:
 
 def _encode(sheet: Image.Image, colors: int) -> bytes:
     """PNG with a palette: photographs shrink to a third, and text stays sharp."""
-    buffer = io.BytesIO()
-    sheet.quantize(colors, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
+    buffer, text = io.BytesIO(), PngInfo()
+    text.add_text(PLACES, sheet.info.get(PLACES, "[]"))
+    sheet.quantize(colors, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True, pnginfo=text)
     return buffer.getvalue()

@@ -34,6 +34,7 @@ from .meters import EnergyMeter, peak_memory_bytes, reset_peak_memory
 from .online import OnlineProbe, is_due, quality_words
 from .optim import learning_rate
 from .picture import reconstruction_blocks, write_sheet
+from .progress import write_progress
 from .resume import fingerprint
 from .run import PretrainRun, check_micro_batches, check_ranks
 from .runtime import Stop, stop_signals
@@ -216,9 +217,10 @@ def report(
         **quality,
     }
     line = (
-        f"step {run.step}/{curriculum.total_steps} · stage {index + 1}, {show_size(size_px)} px · loss {loss:.4f} · "
-        f"lr {lr:.2e} · {rates['images_per_second']:,.0f} img/s · data wait {rates['data_wait']:.0%} · "
-        f"{total.flops:.2e} FLOPs, vanilla {record['flops_vanilla']:.2e}{quality_words(logger.latest | record)}"
+        f"step {run.step}/{curriculum.total_steps} · loss {loss:.4f} · stage {index + 1}, {show_size(size_px)} px"
+        f"{quality_words(logger.latest | record)} · {rates['images_per_second']:,.0f} img/s · "
+        f"data wait {rates['data_wait']:.0%} · lr {lr:.2e} · "
+        f"{total.flops:.2e} FLOPs, vanilla {record['flops_vanilla']:.2e}"
     )
     logger.report("pretrain", record, line, total)
 
@@ -234,6 +236,10 @@ def warm_up(run: PretrainRun, stage: Stage) -> float:
     run.optimizer.zero_grad(set_to_none=True)
     rt.synchronize()
     return time.perf_counter() - began
+
+
+def title_of(config: PretrainConfig) -> str:
+    return config.recipe or config.model
 
 
 def draw(run: PretrainRun, stages: list[Stage] | tuple[Stage, ...], path: Path) -> None:
@@ -257,7 +263,7 @@ def draw(run: PretrainRun, stages: list[Stage] | tuple[Stage, ...], path: Path) 
             std=config.pixel_std,
             operator=spectral_operator(config.lowfreq),
         )
-    title = f"{config.recipe or config.model} after {run.step} of {run.curriculum.total_steps} steps"
+    title = f"{title_of(config)} after {run.step} of {run.curriculum.total_steps} steps"
     run.writer.submit("picture", partial(write_sheet, path, title, config.target, blocks))
 
 
@@ -272,6 +278,9 @@ def finish(run: PretrainRun, source: Source, vanilla: Curriculum) -> None:
             storage.save_safetensors(interop.to_timm(weights), run.folder / run_folder.ENCODER, metadata)
         with evaluation_time(run, len(run.curriculum.stages) - 1):
             draw(run, run.curriculum.stages, run.folder / run_folder.PICTURE)
+            if run.rt.is_main:
+                title = f"{title_of(run.config)}: predictions on the way"
+                run.writer.submit("progress", partial(write_progress, run.folder, title, run.step))
             run.writer.wait()
     run.save(full=run.finished)
     run.writer.wait()

@@ -18,6 +18,7 @@ from ..plan.cost import Ledger
 CHECKPOINT, CONFIG, ENVIRONMENT = "checkpoint.pt", "config.yaml", "environment.json"
 SHARDED = "checkpoint.dcp"
 METRICS, LEDGER, ENCODER, PICTURE = "metrics.jsonl", "ledger.json", "encoder.safetensors", "reconstruction.png"
+PROGRESS = "progress.png"
 BEST = "best.pt"
 SINK_ID = "sink_id.txt"
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow")
@@ -39,7 +40,7 @@ def prepare(path: Path, keep: bool, overwrite: bool) -> None:
             "--overwrite, or choose another folder"
         )
     if overwrite:
-        for old in (*older, CHECKPOINT, SHARDED, METRICS, LEDGER, ENCODER, PICTURE, BEST, SINK_ID):
+        for old in (*older, CHECKPOINT, SHARDED, METRICS, LEDGER, ENCODER, PICTURE, PROGRESS, BEST, SINK_ID):
             files.remove(path / old)
         for pattern in ("eval-*.json", "events.out.tfevents.*", "reconstruction-*.png"):
             for old in path.glob(pattern):

@@ -357,9 +357,9 @@ def report(
     rates = logger.rates(total)
     record = {"step": run.step - 1, "epoch": epoch, "loss": loss, "grad_norm": norm, "lr": lr, **accuracies, **rates}
     line = (
-        f"epoch {epoch:.1f} of {run.config.epochs:g} · step {run.step}/{curriculum.total_steps} · loss {loss:.4f} · "
-        f"lr {lr:.2e}{''.join(f' · {name} {value:.2f}' for name, value in accuracies.items())} · "
-        f"{rates['images_per_second']:.0f} img/s · data wait {rates['data_wait']:.0%}"
+        f"epoch {epoch:.1f} of {run.config.epochs:g} · step {run.step}/{curriculum.total_steps} · loss {loss:.4f}"
+        f"{''.join(f' · {name} {value:.2f}' for name, value in accuracies.items())} · "
+        f"{rates['images_per_second']:.0f} img/s · data wait {rates['data_wait']:.0%} · lr {lr:.2e}"
     )
     logger.report("finetune", record, line, total)
 
