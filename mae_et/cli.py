@@ -170,13 +170,20 @@ def _compare(argv: list[str]) -> None:
     from .compare.compare import CompareConfig, compare
 
     config = parse(CompareConfig, argv, prog="mae_et compare")
+    from rich.markup import escape
+
     from .compare.report import notes, terminal_tables, write_report
+    from .compare.words import verdict
 
     report = compare(config)
     paths = write_report(report, Path(config.out)) if config.out else []
     if config.json:
         print(json.dumps(report, indent=1))
         return
+    for head, sentences in verdict(report):
+        console.print(
+            "\n  ".join([f"[bold]{escape(head)}[/bold]", *map(escape, sentences)]), highlight=False, soft_wrap=True
+        )
     for table in terminal_tables(report):
         console.print(table)
     for line in (*notes(report), *(f"written: {path}" for path in paths)):

@@ -35,6 +35,7 @@ COMPANIONS: dict[type, tuple[dict[str, Any], ...]] = {
     PretrainConfig: (
         SMALL,
         SMALL | {"early_large_batch": True},
+        SMALL | {"holdout": 3},
         SMALL | {"curriculum": "custom", "stages": (StageRow(32, 0.5),)},
     ),
     FinetuneConfig: ({}, {"finetune": "run"}, {"finetune": "run", "linear_probe": True}),
@@ -70,7 +71,10 @@ def differing(config_type: type, flag: str) -> tuple[dict[str, Any], dict[str, A
     """Arguments of two legal configurations that differ in one flag."""
     hint = typing.get_type_hints(config_type, include_extras=True)[flag]
     marks = [mark for mark in hint.__metadata__ if isinstance(mark, OneOf)]
-    values = marks[0].legal if marks else list(values_of(typing.get_args(hint)[0]))
+    kind = typing.get_args(hint)[0]
+    values = marks[0].legal if marks else list(values_of(kind))
+    if marks and typing.get_origin(kind) is tuple:
+        values = [(value,) for value in values]
     for companions, value in itertools.product(COMPANIONS[config_type], values):
         with contextlib.suppress(ValueError):
             if config_type(**companions) != config_type(**(companions | {flag: value})):
@@ -214,7 +218,7 @@ def test_what_cant_be_compared_is_refused_and_forced_only_in_writing(tmp_path, c
     assert named in str(refused.value)
     report = compare(CompareConfig((str(tmp_path),), force=True))
     assert any(named in difference for difference in report["forced"])
-    assert f"FORCED although not comparable: {report['forced'][0]}" in markdown(report, {})
+    assert f"FORCED although not comparable: {report['forced'][0]}" in markdown(report)
 
 
 def test_evaluations_on_other_data_are_refused(tmp_path):

@@ -25,7 +25,7 @@ from mae_et.compare.answers import interpolate, needed
 from mae_et.compare.compare import CompareConfig, compare
 from mae_et.compare.figures import draw_figures
 from mae_et.compare.report import markdown, write_report
-from mae_et.compare.words import answer_compute, answer_quality, number
+from mae_et.compare.words import answer_compute, answer_quality, captions, number, verdict
 from mae_et.evaluate.config import FinetuneConfig
 from mae_et.plan.flags import to_dict
 
@@ -186,7 +186,7 @@ def test_damaged_folders_are_named_in_one_line(tmp_path, capsys, spoil, message)
 
 def test_online_quality_has_a_column_and_a_curve_where_runs_have_it(study):
     plain = compare(CompareConfig((str(study),)))
-    assert "online" not in markdown(plain, {}) and not any(name.startswith("online") for name in draw_figures(plain))
+    assert "online" not in markdown(plain) and not any(name.startswith("online") for name in captions(plain))
     for run in study.glob("*-seed*"):
         points = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         for i in (4, 9):
@@ -201,11 +201,76 @@ def test_online_quality_has_a_column_and_a_curve_where_runs_have_it(study):
         "knn_mean": [44, 49],
         "rankme_mean": [3.0, 3.0],
     }
-    text = markdown(report, {})
+    text = markdown(report)
     assert " | online kNN, mean of patches |" in text and "50.00 ± 1.00" in text and "RankMe" not in text
-    (curve, caption) = draw_figures(report)["online-knn_mean"]
+    curve, caption = draw_figures(report)["online-knn_mean"], captions(report)["online-knn_mean"]
     lines = curve.axes[0].get_lines()
     assert len(lines) == 12 and list(lines[0].get_ydata()) == [44, 49] and "against training FLOPs" in caption
+
+
+# ── the verdict ──
+
+
+def said(report: dict, arm: str) -> str:
+    return " ".join(" ".join([head, *sentences]) for head, sentences in verdict(report) if head.startswith(arm))
+
+
+def test_the_verdict_says_ahead_with_intervals_and_seeds(study):
+    report = compare(CompareConfig((str(study),)))
+    words = said(report, "et_pp")
+    low, high = row(report, "equal_compute", "flops")["interval"]
+    assert low > 0
+    assert words.startswith("et_pp (n = 3, of each baseline arm 3)")
+    assert f"At equal FLOPs: ahead in knn (+12.00 [{low:+.2f}, {high:+.2f}])." in words
+    assert "At equal seconds: ahead in knn (+8.78 [" in words
+    assert "FLOPs for equal quality: the baseline needs 2.83× [" in words and "as many in knn" in words
+    assert (
+        markdown(report).index("## Verdict") < markdown(report).index("knn-flops.png") < markdown(report).index("| n |")
+    )
+
+
+@pytest.mark.parametrize(
+    ("top1", "words"),
+    [
+        (66.0, ("behind in knn", "the baseline's shortest arm has it already in knn")),
+        (70.3, ("no difference that 3 seeds can tell in knn", "no difference that 3 seeds can tell in knn")),
+        (99.0, ("ahead in knn", "the baseline does not reach it with 4.00× as many in knn")),
+    ],
+)
+def test_the_verdict_in_plain_words(study, top1, words):
+    for path in study.glob("et_pp-*/eval-knn.json"):
+        result = json.loads(path.read_text())
+        path.write_text(json.dumps(result | {"top1": result["top1"] - 82 + top1}))
+    equal_flops, equal_quality = verdict(compare(CompareConfig((str(study),))))[0][1][:2]
+    assert equal_flops.startswith(f"At equal FLOPs: {words[0]}") and f"quality: {words[1]}" in equal_quality
+
+
+def test_seconds_that_spread_are_not_ranked(study):
+    """By an arm that spreads itself; by all, where one of the baseline does."""
+    write_run(study / "et-seed0", 0, 1e12, 80.0, 100.0, curriculum="et", stage_sizes=[16, 32])
+    write_run(study / "et-seed1", 1, 1e12, 80.0, 150.0, curriculum="et", stage_sizes=[16, 32])
+    report = compare(CompareConfig((str(study),)))
+    assert report["wide_seconds"] == {"et": pytest.approx(np.std([100, 150], ddof=1) / 125)}
+    assert "seconds" not in said(report, "et (") and "At equal seconds" in said(report, "et_pp")
+    assert "Not every arm (left out: et) is ranked by seconds" in said(report, "All arms")
+    text = markdown(report)
+    assert text.count("not ranked: wide spread") == 2 and "et (28%)" in text  # both of its answers by seconds
+    ledger = json.loads((study / "vanilla-4-seed1" / "ledger.json").read_text())
+    ledger["stages"][0]["train_seconds"] *= 2
+    (study / "vanilla-4-seed1" / "ledger.json").write_text(json.dumps(ledger))
+    report = compare(CompareConfig((str(study),)))
+    assert "No arm is ranked by seconds" in said(report, "All arms") and "second" not in said(report, "et_pp")
+
+
+def test_the_verdict_of_one_seed_one_length_or_nothing(tmp_path):
+    write_run(tmp_path / "a", top1=70.0)
+    assert verdict(compare(CompareConfig((str(tmp_path),)))) == [
+        ("No verdict", ["There is no arm beside the baseline."])
+    ]
+    write_run(tmp_path / "c", top1=80.5, curriculum="et", stage_sizes=[16, 32])
+    report = compare(CompareConfig((str(tmp_path),)))
+    assert "one seed, so nothing is sure, in knn (+10.50)" in said(report, "c (")
+    assert "the baseline has one length only" in said(report, "All arms")
 
 
 # ── archives ──

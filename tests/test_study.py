@@ -56,9 +56,8 @@ def test_committed_results_give_the_committed_report(harness, folder):
     study = yaml.safe_load(STUDY_OF[folder.name].read_text()) if folder.name in STUDY_OF else {}
     runs = (str(folder), *harness.beside(study, folder.parent))
     report = compare(CompareConfig(runs, title=text.partition("\n")[0].removeprefix("# ")))
-    tables, _, pictures = text.partition("## Pictures")
-    assert markdown(report, {}).partition("## Pictures")[0] == tables
-    names = re.findall(r"!\[.*\]\((.*)\)", pictures)
+    assert markdown(report) == text
+    names = re.findall(r"!\[.*\]\((.*)\)", text)
     assert {f"{protocol}-flops.png" for protocol in report["protocols"]} < set(names)
     assert {path.name for path in folder.iterdir()} - {"report.html", "report.json"} == {
         "report.md",

@@ -18,6 +18,8 @@ from .arms import Arm
 
 AXES = ("flops", "seconds")
 RESAMPLES = 2000
+MAX_SPREAD = 0.1
+"""Arms whose seconds spread over seeds by more, as a share of their mean, are not ranked by seconds."""
 Point = tuple[float, list[float]]
 """Cost of an arm, and the quality of each of its seeds."""
 
@@ -42,7 +44,8 @@ def needed(costs: Sequence[float], qualities: Sequence[float], quality: float) -
 def equal_compute(arm: Arm, baseline: Sequence[Arm], protocol: str, axis: str) -> dict[str, Any]:
     """Quality of an arm minus the baseline's at the same cost."""
     curve = _curve(baseline, protocol, axis)
-    row = {"arm": arm.name, "protocol": protocol, "axis": axis, "cost": arm.cost(axis), "n": len(arm.quality(protocol))}
+    row = {"arm": arm.name, "protocol": protocol, "axis": axis, "cost": arm.cost(axis)}
+    row |= _counted(arm, baseline, protocol, axis)
     quality = statistics.fmean(arm.quality(protocol))
     at = interpolate(*_means(curve), row["cost"]) if curve else None
     row |= {"quality": quality, "baseline_quality": at, "difference": None, "interval": None}
@@ -57,21 +60,38 @@ def equal_compute(arm: Arm, baseline: Sequence[Arm], protocol: str, axis: str) -
 
 def equal_quality(arm: Arm, baseline: Sequence[Arm], protocol: str, axis: str) -> dict[str, Any]:
     """Cost that the baseline needs for an arm's quality; `status` is reached, below (its shortest arm has it) or not
-    reached. An end of the interval that lies outside the baseline's arms is None."""
+    reached. An end of the interval that lies outside the baseline's arms is None; `told_apart`: it leaves out 1."""
     curve = _curve(baseline, protocol, axis)
     quality, cost = statistics.fmean(arm.quality(protocol)), arm.cost(axis)
     row = {"arm": arm.name, "protocol": protocol, "axis": axis, "cost": cost, "quality": quality}
-    row |= {"needed": None, "ratio": None, "interval": None, "status": "no baseline"}
+    row |= _counted(arm, baseline, protocol, axis)
+    row |= {"needed": None, "ratio": None, "interval": None, "told_apart": False, "status": "no baseline"}
     if not curve:
         return row
     at = needed(*_means(curve), quality)
     costs = [c for c, _ in curve]
     ends = _interval([needed(costs, means, mean) / cost for mean, means in _resample(arm.quality(protocol), curve)])
     row["interval"] = [None if end in (0.0, math.inf) else end for end in ends] if ends else None
+    row["told_apart"] = ends is not None and (ends[0] > 1 or ends[1] < 1)
     row |= {"shortest": costs[0], "longest": costs[-1]}
     if at in (0.0, math.inf):
         return row | {"status": "below" if at == 0 else "not reached"}
     return row | {"needed": at, "ratio": at / cost, "status": "reached"}
+
+
+def wide_seconds(arms: Sequence[Arm]) -> dict[str, float]:
+    """Arms whose seconds spread widely over seeds: standard deviation over mean, by name."""
+    spreads = {}
+    for arm in (arm for arm in arms if arm.pretrained and len(arm.runs) > 1 and arm.cost("seconds")):
+        spreads[arm.name] = statistics.stdev(run.cost("seconds") for run in arm.runs) / arm.cost("seconds")
+    return {name: share for name, share in spreads.items() if share > MAX_SPREAD}
+
+
+def _counted(arm: Arm, baseline: Sequence[Arm], protocol: str, axis: str) -> dict[str, Any]:
+    """Seeds of the arm and of the baseline's arm that has fewest, and whether the costs are firm enough to rank by."""
+    n = [len(each.quality(protocol)) for each in (arm, *baseline)]
+    ranked = axis == "flops" or not wide_seconds([arm, *baseline])
+    return {"n": n[0], "baseline_n": min((count for count in n[1:] if count), default=0), "ranked": ranked}
 
 
 def _curve(baseline: Sequence[Arm], protocol: str, axis: str) -> list[Point]:

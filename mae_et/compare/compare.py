@@ -18,7 +18,7 @@ import tyro
 
 from ..plan.flags import RUN
 from ..plan.shapes import as_size, num_patches, show_size
-from .answers import AXES, equal_compute, equal_quality
+from .answers import AXES, equal_compute, equal_quality, wide_seconds
 from .arms import Arm, arm_fields, baseline_arms, group, varied_fields
 from .runs import RunRecord, expand, flag_value, incomparable, read_run
 from .words import ONLINE
@@ -71,6 +71,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         "protocols": protocols,
         "forced": differences,
         "warnings": warnings(runs, arms, protocols),
+        "wide_seconds": wide_seconds(arms),
         "arms": [arm_report(arm, baseline, varied) for arm in arms],
         "equal_compute": [equal_compute(*question) for question in asked],
         "equal_quality": [equal_quality(*question) for question in asked],

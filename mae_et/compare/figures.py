@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from .words import AXIS_LABELS, ONLINE, number, online_names
+from .words import AXIS_LABELS, ONLINE, captions, number
 
 #: Okabe and Ito's colours, which people with any colour vision can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
@@ -21,22 +21,21 @@ FIGURE_INCHES = (5.6, 4.2)
 """Small enough for its text to be read on a phone."""
 
 
-def draw_figures(report: Mapping[str, Any]) -> dict[str, tuple[Figure, str]]:
-    """Pictures by name, each with its caption."""
+def draw_figures(report: Mapping[str, Any]) -> dict[str, Figure]:
+    """Pictures by name, those that :func:`captions` names."""
     arms = [arm for arm in report["arms"] if arm["stages"]]
     figures = {}
-    for protocol in report["protocols"]:
-        for axis, label in AXIS_LABELS.items():
-            caption = f"{protocol}: top-1 against {label}. Lines join arms that differ only in length; dots are seeds."
-            figures[f"{protocol}-{axis}"] = _draw_quality(report, arms, protocol, axis), caption
-    if any(arm["loss"] for arm in arms):
-        caption = "Training loss against the share of the compute, each stage at its own size, so not on one scale."
-        figures["loss"] = _draw_loss(arms), caption
-    for name in online_names(report):
-        caption = f"{ONLINE[name]}, of held-out training images while each run trained, against training FLOPs."
-        figures[f"online-{name}"] = _draw_online(arms, name), caption
-    for axis, label in AXIS_LABELS.items():
-        figures[f"stages-{axis}"] = _draw_stages(arms, axis), f"{label[0].upper()}{label[1:]} of every arm, by stage."
+    for name in captions(report):
+        kind, _, rest = name.partition("-")
+        if name == "loss":
+            figures[name] = _draw_loss(arms)
+        elif kind == "online":
+            figures[name] = _draw_online(arms, rest)
+        elif kind == "stages":
+            figures[name] = _draw_stages(arms, rest)
+        else:
+            protocol, _, axis = name.rpartition("-")
+            figures[name] = _draw_quality(report, arms, protocol, axis)
     return figures
 
 

@@ -16,7 +16,20 @@ from rich.table import Table
 
 from ..files import write_json, write_text
 from .figures import draw_figures
-from .words import AXIS_LABELS, ONLINE, answer_compute, answer_quality, gibibytes, number, online_names, spread
+from .words import (
+    AXIS_LABELS,
+    ONLINE,
+    answer_compute,
+    answer_quality,
+    captions,
+    gibibytes,
+    number,
+    online_names,
+    opening,
+    spread,
+    verdict,
+    wide_note,
+)
 
 Row = Sequence[str]
 
@@ -27,9 +40,9 @@ def write_report(report: Mapping[str, Any], out: Path) -> list[Path]:
     figures = draw_figures(report)
     paths = [out / "report.json", out / "report.md", out / "report.html"]
     write_json(paths[0], report)
-    write_text(paths[1], markdown(report, figures))
+    write_text(paths[1], markdown(report))
     write_text(paths[2], html_page(report, figures))
-    for name, (figure, _) in figures.items():
+    for name, figure in figures.items():
         path = out / f"{name}.png"
         figure.savefig(path, dpi=110, metadata={"Software": None})
         plt.close(figure)
@@ -119,6 +132,7 @@ def notes(report: Mapping[str, Any]) -> list[str]:
     return [
         *forced,
         *report["warnings"],
+        *wide_note(report),
         f"Baseline: {', '.join(report['baseline'])}. ± is the sample standard deviation over seeds; brackets are 95 % "
         "bootstrap intervals over seeds; between the baseline's arms, quality is interpolated linearly in log cost. "
         "Accuracies are top-1 in per cent. Seconds are training and waiting for data.",
@@ -151,15 +165,21 @@ SECTIONS = (
 )
 
 
-def markdown(report: Mapping[str, Any], figures: Mapping[str, tuple[Figure, str]]) -> str:
-    """report.md: tables, and the pictures beside it."""
-    parts = [f"# {report['title']}", *(f"- {note}" for note in notes(report))]
+def markdown(report: Mapping[str, Any]) -> str:
+    """report.md: the verdict, tables, and the pictures beside it."""
+    words, first = captions(report), opening(report)
+    parts = [f"# {report['title']}", "\n## Verdict\n"]
+    for head, sentences in verdict(report):
+        parts += [f"- **{head}**", *(f"  - {sentence}" for sentence in sentences)]
+    parts.append("")
+    parts += [f"![{words[name]}]({name}.png)" for name in first]
+    parts += ["\n## How to read it\n", *(f"- {note}" for note in notes(report))]
     for title, build in SECTIONS:
         heads, rows = build(report)
         lines = [f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows)]
         parts.append(f"\n## {title}\n\n" + "\n".join(lines))
     parts.append("\n## Pictures\n")
-    parts += [f"![{caption}]({name}.png)\n\n{caption}\n" for name, (_, caption) in figures.items()]
+    parts += [f"![{caption}]({name}.png)\n\n{caption}\n" for name, caption in words.items() if name not in first]
     parts.append("\n## Environment\n")
     parts += [f"- {name}: {', '.join(values)}" for name, values in report["environment"].items()]
     return "\n".join(parts) + "\n"
@@ -185,10 +205,15 @@ table{font-size:6.5pt}th,td{padding:1.5pt 2.5pt;white-space:normal}figure,tr{bre
 """
 
 
-def html_page(report: Mapping[str, Any], figures: Mapping[str, tuple[Figure, str]]) -> str:
+def html_page(report: Mapping[str, Any], figures: Mapping[str, Figure]) -> str:
     """report.html: the same in one file, pictures and figures included."""
     baseline = {f"{arm['name']} (baseline)" for arm in report["arms"] if arm["baseline"]}
-    parts = [f"<h1>{html.escape(report['title'])}</h1>", "<ul>"]
+    words, first = captions(report), opening(report)
+    parts = [f"<h1>{html.escape(report['title'])}</h1>", "<h2>Verdict</h2><ul>"]
+    for head, sentences in verdict(report):
+        lines = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in sentences)
+        parts.append(f"<li><b>{html.escape(head)}</b><ul>{lines}</ul></li>")
+    parts += ["</ul>", _pictures({name: words[name] for name in first}, figures), "<h2>How to read it</h2><ul>"]
     for note in notes(report):
         forced = ' class="forced"' if note.startswith("FORCED") else ""
         parts.append(f"<li{forced}>{html.escape(note)}</li>")
@@ -201,16 +226,8 @@ def html_page(report: Mapping[str, Any], figures: Mapping[str, tuple[Figure, str
             parts.append('<tr class="baseline">' if row[0] in baseline else "<tr>")
             parts += [f"<td>{html.escape(cell)}</td>" for cell in row] + ["</tr>"]
         parts.append("</tbody></table></div>")
-    parts.append('<h2>Pictures</h2><div class="pictures">')
-    for figure, caption in figures.values():
-        image = io.BytesIO()
-        figure.savefig(image, format="png", dpi=150, metadata={"Software": None})
-        data = base64.b64encode(image.getvalue()).decode()
-        words = html.escape(caption)
-        parts.append(
-            f'<figure><img alt="{words}" src="data:image/png;base64,{data}"><figcaption>{words}</figcaption></figure>'
-        )
-    parts.append("</div><h2>Environment</h2><ul>")
+    parts += ["<h2>Pictures</h2>", _pictures({n: text for n, text in words.items() if n not in first}, figures)]
+    parts.append("<h2>Environment</h2><ul>")
     parts += [f"<li>{html.escape(k)}: {html.escape(', '.join(v))}</li>" for k, v in report["environment"].items()]
     parts.append("</ul>")
     # All values, for programs that read the page.
@@ -222,3 +239,16 @@ def html_page(report: Mapping[str, Any], figures: Mapping[str, tuple[Figure, str
         + "\n".join(parts)
         + "</body></html>\n"
     )
+
+
+def _pictures(captions: Mapping[str, str], figures: Mapping[str, Figure]) -> str:
+    parts = ['<div class="pictures">']
+    for name, caption in captions.items():
+        image = io.BytesIO()
+        figures[name].savefig(image, format="png", dpi=150, metadata={"Software": None})
+        data = base64.b64encode(image.getvalue()).decode()
+        text = html.escape(caption)
+        parts.append(
+            f'<figure><img alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
+        )
+    return "\n".join([*parts, "</div>"])

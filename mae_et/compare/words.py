@@ -1,4 +1,4 @@
-"""Figures of a comparison in words."""
+"""A comparison in words: its verdict in sentences, its figures as people write them, captions."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ ONLINE = {
     "rankme_mean": "RankMe, mean of patches",
 }
 """Online quality in metrics.jsonl (--probe_every)."""
+NOT_RANKED = "not ranked: wide spread"
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -38,6 +39,8 @@ def gibibytes(value: float) -> str:
 
 def answer_compute(row: Mapping[str, Any]) -> str:
     """+0.83 [0.41, 1.20], or why there is no answer."""
+    if not row["ranked"]:
+        return NOT_RANKED
     if row["difference"] is None:
         return "outside the baseline's arms"
     return f"{row['difference']:+.2f}" + interval(row["interval"], "+.2f")
@@ -45,6 +48,8 @@ def answer_compute(row: Mapping[str, Any]) -> str:
 
 def answer_quality(row: Mapping[str, Any]) -> str:
     """1.93× [1.41, 2.60], or that the baseline has it already, or never."""
+    if not row["ranked"]:
+        return NOT_RANKED
     if row["status"] == "no baseline":
         return "not evaluated"
     if row["status"] == "below":
@@ -68,3 +73,115 @@ def online_names(report: Mapping[str, Any]) -> list[str]:
     found = {name for arm in report["arms"] for name in arm["online"]}
     kind = "knn" if "knn_mean" in found else "rankme"
     return [name for name in ONLINE if name in found and name.startswith(kind)]
+
+
+# ── the verdict ──
+
+
+def verdict(report: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+    """The answer first: for each arm, a head and sentences on equal FLOPs, equal seconds and equal quality."""
+    arms = list(dict.fromkeys(row["arm"] for row in report["equal_compute"]))
+    if not arms:
+        why = "There is no arm beside the baseline." if report["protocols"] else "No run has been evaluated."
+        return [("No verdict", [why])]
+    answers, general = [], []
+    unranked = [arm for arm in arms if any(r["arm"] == arm and not r["ranked"] for r in report["equal_compute"])]
+    one_length = all(row["shortest"] == row["longest"] for row in report["equal_quality"] if "shortest" in row)
+    for arm in arms:
+        sentences = []
+        for axis in AXIS_LABELS:
+            costs, needs = (
+                [row for row in report[answer] if row["arm"] == arm and row["axis"] == axis]
+                for answer in ("equal_compute", "equal_quality")
+            )
+            if costs[0]["ranked"]:
+                sentences += [_at_equal_cost(costs, axis), *([] if one_length else [_for_equal_quality(needs, axis)])]
+        n = f"n = {costs[0]['n']}, of each baseline arm {costs[0]['baseline_n']}"
+        answers.append((f"{arm} ({n})", sentences))
+    if unranked:
+        which = "No arm" if unranked == arms else f"Not every arm (left out: {', '.join(unranked)})"
+        general.append(f"{which} is ranked by seconds: they spread too widely over seeds, see below.")
+    if one_length:
+        general.append("For equal quality there is no answer: the baseline has one length only.")
+    return [*answers, *([("All arms", general)] if general else [])]
+
+
+def _at_equal_cost(rows: Sequence[Mapping[str, Any]], axis: str) -> str:
+    """At equal FLOPs: ahead in knn by +0.83 [+0.41, +1.20]; no difference that 3 seeds can tell in …"""
+    told: dict[str, list[str]] = {}
+    for row in rows:
+        if row["difference"] is None:
+            what = "no answer, since its cost lies outside the baseline's arms, in"
+        elif row["interval"] is None:
+            what = "one seed, so nothing is sure, in"
+        elif row["interval"][0] > 0:
+            what = "ahead in"
+        elif row["interval"][1] < 0:
+            what = "behind in"
+        else:
+            what = f"no difference that {min(row['n'], row['baseline_n'])} seeds can tell in"
+        value = "" if row["difference"] is None else f" ({answer_compute(row)})"
+        told.setdefault(what, []).append(row["protocol"] + value)
+    return f"At equal {AXIS_LABELS[axis].removeprefix('training ')}: {_listed(told)}."
+
+
+def _for_equal_quality(rows: Sequence[Mapping[str, Any]], axis: str) -> str:
+    """For the same quality the baseline needs 1.93× [1.41, 2.60] the FLOPs in knn; …"""
+    told: dict[str, list[str]] = {}
+    for row in rows:
+        ends, protocol = interval(row["interval"], ".2f"), row["protocol"]
+        if row["interval"] is not None and not row["told_apart"]:
+            what = f"no difference that {min(row['n'], row['baseline_n'])} seeds can tell in"
+            where = f"{protocol} ({answer_quality(row)})"
+        elif row["status"] == "reached":
+            what, where = "the baseline needs", f"{row['ratio']:.2f}×{ends} as many in {protocol}"
+        elif row["status"] == "not reached":
+            factor = row["longest"] / row["cost"]
+            what, where = f"the baseline does not reach it with {factor:.2f}× as many in", protocol + ends
+        else:
+            what, where = "the baseline's shortest arm has it already in", protocol + ends
+        told.setdefault(what, []).append(where)
+    label = AXIS_LABELS[axis].removeprefix("training ")
+    return f"{label[0].upper()}{label[1:]} for equal quality: {_listed(told)}."
+
+
+def _listed(told: Mapping[str, Sequence[str]]) -> str:
+    return "; ".join(f"{what} {', '.join(things)}" for what, things in told.items())
+
+
+def wide_note(report: Mapping[str, Any]) -> list[str]:
+    """Why arms are not ranked by seconds, if any is not."""
+    wide = report["wide_seconds"]
+    if not wide:
+        return []
+    arms = ", ".join(f"{name} ({share:.0%})" for name, share in wide.items())
+    return [
+        f"Seconds of these arms spread widely over seeds (standard deviation over mean): {arms}. They are not ranked "
+        "by seconds, nor is any arm where the baseline is among them: time them again on a quiet machine."
+    ]
+
+
+def captions(report: Mapping[str, Any]) -> dict[str, str]:
+    """Caption of each picture, by name: first those of quality against cost."""
+    found = {
+        f"{protocol}-{axis}": f"{protocol}: top-1 against {label}. Lines join arms that differ only in length; dots "
+        "are seeds."
+        for axis, label in AXIS_LABELS.items()
+        for protocol in report["protocols"]
+    }
+    if any(arm["loss"] for arm in report["arms"]):
+        found["loss"] = (
+            "Training loss against the share of the compute, each stage at its own size, so not on one scale."
+        )
+    for name in online_names(report):
+        found[f"online-{name}"] = (
+            f"{ONLINE[name]}, of held-out training images while each run trained, against training FLOPs."
+        )
+    for axis, label in AXIS_LABELS.items():
+        found[f"stages-{axis}"] = f"{label[0].upper()}{label[1:]} of every arm, by stage."
+    return found
+
+
+def opening(report: Mapping[str, Any]) -> list[str]:
+    """Pictures that stand beside the verdict: quality against FLOPs."""
+    return [f"{protocol}-flops" for protocol in report["protocols"]]
