@@ -41,6 +41,9 @@ class MaskedAutoencoder(nn.Module):
     Arguments and errors as of :class:`ModelShape`, which has an attribute for each; so has the model.
     """
 
+    residual_dtype: torch.dtype | None = None
+    """What blocks add to: the parameters' precision, or bfloat16 under autocast to it."""
+
     def __init__(self, **arguments: Any) -> None:
         super().__init__()
         self.shape = shape = ModelShape(**arguments)
@@ -48,7 +51,7 @@ class MaskedAutoencoder(nn.Module):
             setattr(self, field.name, getattr(shape, field.name))
         self.grid = self.shape.grid
 
-        norm = functools.partial(nn.LayerNorm, eps=shape.norm_eps)
+        norm = functools.partial(LayerNorm, eps=shape.norm_eps)
         self.encoder = VisionTransformer(
             img_size=height_width(shape.img_size),
             patch_size=shape.patch_size,
@@ -162,17 +165,17 @@ class MaskedAutoencoder(nn.Module):
         projection = self.encoder.patch_embed.proj
         x = F.linear(x, projection.weight.flatten(1), projection.bias) + position  # [B, V, D]
         cls = (self.encoder.cls_token + table[:, :1]).expand(len(x), -1, -1)
-        x = torch.cat([cls.to(x.dtype), x], dim=1)  # [B, 1+V, D]
+        x = self._residual(torch.cat([cls.to(x.dtype), x], dim=1))  # [B, 1+V, D]
         return self.encoder.norm(self.encoder.blocks(x))
 
     def _decode(self, latent: Tensor, grid: tuple[int, int], visible_ids: Tensor, predicted_ids: Tensor) -> Tensor:
         # Attention doesn't care about order and every token carries its position, so nothing is unshuffled.
-        # What blocks add to stays in the parameters' precision under autocast, as in the encoder and in MAE.
+        # Under autocast too, what blocks add to begins in the parameters' precision, as in the encoder and in MAE.
         table = self.positions(grid)[1][0].to(self.mask_token.dtype)  # [L, E]
         x = self.decoder_embed(latent).to(table.dtype)  # [B, 1+V, E]
         cls, visible = x[:, :1], x[:, 1:] + F.embedding(visible_ids, table)
         queries = self.mask_token + F.embedding(predicted_ids, table)  # [B, P, E]
-        context = torch.cat([cls, visible], dim=1)  # [B, 1+V, E]
+        queries, context = self._residual(queries), self._residual(torch.cat([cls, visible], dim=1))  # [B, 1+V, E]
         if self.decoder == "cross":
             for block in self.decoder_blocks:
                 queries = block(queries, context)
@@ -180,6 +183,9 @@ class MaskedAutoencoder(nn.Module):
             x = torch.cat([context, queries], dim=1)  # [B, 1+V+P, E]
             queries = self.decoder_blocks(x)[:, context.shape[1] :]
         return self.decoder_pred(self.decoder_norm(queries))
+
+    def _residual(self, x: Tensor) -> Tensor:
+        return x if self.residual_dtype is None else x.to(self.residual_dtype)
 
     def _grid_of(self, images: Tensor) -> tuple[int, int]:
         return grid_of(tuple(images.shape[-2:]), self.patch_size)
@@ -236,6 +242,21 @@ def create_mae(name: str = "mae_vit_base_patch16", **overrides: Any) -> MaskedAu
     return MaskedAutoencoder(**model_shape(name) | {k: v for k, v in overrides.items() if v is not None})
 
 
+class LayerNorm(nn.LayerNorm):
+    """Layer norm in the precision of what it is given; its parameters may have another one, or autocast be on.
+
+    torch sums in float32 inside. On CPUs it takes no float32 input with bf16 parameters, and autocast would turn a bf16
+    residual stream into float32 on GPUs.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float32 == self.weight.dtype:
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
 # ── cross-attention decoder ──
 #
 # CrossMAE, arXiv 2401.14391, Sec. 3.2: each masked patch is predicted from the visible ones alone. So the cost falls
@@ -268,7 +289,7 @@ class CrossBlock(nn.Module):
     """Pre-norm cross-attention and MLP, each with a residual connection around it."""
 
     def __init__(
-        self, width: int, num_heads: int, mlp_ratio: float, norm_layer: Callable[[int], nn.Module] = nn.LayerNorm
+        self, width: int, num_heads: int, mlp_ratio: float, norm_layer: Callable[[int], nn.Module] = LayerNorm
     ) -> None:
         super().__init__()
         self.norm1 = norm_layer(width)

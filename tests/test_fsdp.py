@@ -5,6 +5,7 @@ Ranks are forked from a server that has imported everything, so a run of them ta
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -23,13 +24,15 @@ import torch
 import torch.distributed.checkpoint as dcp
 from ranks import on_ranks
 from tiny import TINY, Malicious, assert_close, assert_same, tiny, weights
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from mae_et import checkpoint, files
 from mae_et.checkpoint import read_pretrained
 from mae_et.engine import pretrain as pretraining
-from mae_et.engine import run_folder, sharded, step, storage
+from mae_et.engine import run_folder, runtime, sharded, step, storage
 from mae_et.engine.pretrain import PretrainRun, check_micro_batches, pretrain
+from mae_et.engine.run import fsdp_units
 from mae_et.engine.runtime import Runtime
 from mae_et.evaluate.config import ReconstructConfig
 from mae_et.evaluate.reconstruct import reconstruct
@@ -42,6 +45,7 @@ HUGE = TINY | {
     "model": "mae_vit_huge_patch14",
     "patch_size": None,
     "input_size": 56,
+    "depth": 5,  # two units of encoder blocks
     "stages": [{"size_px": 28, "share": 0.4}, {"size_px": 56, "share": 0.6}],
     "total_batch_size": 6,
     "batch_size": 2,
@@ -241,7 +245,7 @@ def _count_reductions_then_break_a_gradient(config: PretrainConfig) -> None:
                 result = accumulate_gradients(run, batches, stage)
             counts = {str(operation): number for operation, number in mode.get_comm_counts().items()}
             reductions = sum(number for name, number in counts.items() if "reduce_scatter" in name)
-            assert len(run.micro_batches(stage)) == 2 and reductions == len(run.model.blocks) + 1, counts
+            assert len(run.micro_batches(stage)) == 2 and reductions == len(fsdp_units(run.model)) + 1, counts
             runs.append(run)
             if run.step == 3 and is_first():
                 run.model.mask_token.grad.to_local().fill_(float("inf"))
@@ -258,6 +262,60 @@ def _count_reductions_then_break_a_gradient(config: PretrainConfig) -> None:
         parts = [tensor.to_local() for tensor in tensors]
         assert sum(part.numel() for part in parts) < 0.55 * sum(tensor.numel() for tensor in tensors)
         assert all(torch.isfinite(part).all() for part in parts)
+
+
+def test_how_gradients_come_together(photos: Path, tmp_path: Path) -> None:
+    config = tiny(photos, tmp_path / "run", **HUGE | {"precision": "bf16", "total_batch_size": 8, "fsdp": True})
+    on_ranks(2, tmp_path / "log", _gradients_come_together, config)
+
+
+def _gradients_come_together(config: PretrainConfig) -> None:
+    """Of two micro-batches: FSDP2 in bf16 and both kinds of DDP, against one process that has them all."""
+    with runtime.start("cpu", "bf16") as rt:
+
+        def gradients(run_config: PretrainConfig, here: Runtime) -> tuple[PretrainRun, dict[str, torch.Tensor], list]:
+            run = PretrainRun.create(run_config, here, 20)
+            stage, gathers = run.curriculum.stages[0], []
+            images = torch.rand(stage.batch_size, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+            noise = torch.rand(stage.batch_size, stage.patches, generator=torch.Generator().manual_seed(1))
+            for _ in range(2):  # a second step finds what the first one left
+                run.optimizer.zero_grad()
+                rows = run.micro_batches(stage)
+                for mine in rows:
+                    with contextlib.nullcontext() if mine is rows[-1] else here.local_gradients(run.network):
+                        with CommDebugMode() as mode:
+                            loss = run.loss(images[mine.start : mine.stop], stage, noise[mine.start : mine.stop])
+                            (loss * len(mine) / stage.batch_size * here.world_size).backward()
+                        gathers.append(sum(n for name, n in mode.get_comm_counts().items() if "gather" in str(name)))
+            found = {name: p.grad for name, p in run.model.named_parameters() if p.requires_grad}
+            return run, {n: g.full_tensor() if isinstance(g, DTensor) else g.clone() for n, g in found.items()}, gathers
+
+        alone = replace(rt, rank=0, world_size=1, store=None)
+        plain = replace(config, fsdp=False)
+        _, expected, _ = gradients(plain, alone)
+
+        def furthest(ours: dict[str, torch.Tensor]) -> float:
+            return max(
+                float((ours[n] - g).norm() / g.norm()) for n, g in expected.items() if not n.endswith("qkv.bias")
+            )
+
+        run, sharded_bf16, gathers = gradients(config, rt)
+        units = fsdp_units(run.model)
+        assert [len(unit) for unit in units] == [4, 1, 1] and all(
+            p.dtype == torch.float32 for p in run.model.parameters()
+        )
+        assert gathers == [len(units) + 1, 0] * 2, "what is gathered stays until the step's last backward"
+        assert furthest(sharded_bf16) < 0.03
+
+        run, mean, _ = gradients(plain, rt)
+        assert not run.network.static_graph, "torch loses gradients of no_sync with it"
+        assert furthest(mean) < 2e-3
+        run, mean, _ = gradients(replace(plain, batch_size=4), rt)
+        assert run.network.static_graph and len(run.micro_batches(run.curriculum.stages[0])) == 1
+        assert furthest(mean) < 0.02
+        _, rounded, _ = gradients(replace(plain, ddp_comm_hook="bf16"), rt)
+        assert 1e-4 < furthest(rounded) < 0.02
+        assert all(torch.equal(g, g.bfloat16().float()) for g in rounded.values())
 
 
 def test_recomputing_changes_nothing_but_memory() -> None:

@@ -314,7 +314,7 @@ def test_one_process_is_wrapped_as_several_are(monkeypatch) -> None:
         assert torch.equal(model.weight.grad, expected)
         del network
         sharded = torch.nn.Sequential(torch.nn.Linear(3, 2))
-        rt.shard(sharded, [sharded[0]])
+        rt.shard(sharded, [[sharded[0]]])
         sharded(torch.ones(3)).sum().backward()
         assert isinstance(sharded[0].weight, DTensor)
         assert torch.equal(sharded[0].weight.grad.full_tensor(), expected)

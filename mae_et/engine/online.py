@@ -21,6 +21,7 @@ from ..plan.curriculum import Curriculum
 from ..plan.shapes import height_width
 from ..record import default_crop_pct
 from .features import gather_features, knn_scores, rank_me
+from .meters import reset_peak_memory
 from .run import PretrainRun
 from .runtime import Runtime
 
@@ -73,8 +74,7 @@ class OnlineProbe:
                 )
             quality = _judge(features, labels, self.crops.source.classes, rt) if rt.is_main else {}
         run.rt.barrier()
-        if rt.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(rt.device)  # this was not the stage's
+        reset_peak_memory(rt.device)  # this was not the stage's
         cost = run.ledger.stages[index]
         cost.probe_seconds += time.perf_counter() - began
         cost.probe_flops += self.flops

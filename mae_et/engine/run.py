@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from .. import files
 from ..data.pixels import ValueRange
-from ..data.stream import derive_seed, mask_noise, mask_noise_of_batch
+from ..data.stream import derive_seed, mask_noise, mask_noise_of_batch, micro_batches
 from ..model import MaskedAutoencoder
 from ..plan.build import build_curriculum, shape_of
 from ..plan.config import PretrainConfig, peak_lr
 from ..plan.cost import Ledger
-from ..plan.curriculum import Stage
+from ..plan.curriculum import Curriculum, Stage
 from ..plan.shapes import show_size, spectral_operator
 from ..spectral import low_frequency_crop
 from ..targets import hog_target, pixel_target, reconstruction_loss, take_patches
@@ -48,7 +48,7 @@ class PretrainRun(Run):
         curriculum = build_curriculum(config, num_images, rt.world_size)
         torch.manual_seed(derive_seed(config.seed, "weights"))
         model = MaskedAutoencoder(**shape_of(config)).to(rt.device)
-        network = trained_network(model, config, rt)
+        network = trained_network(model, config, rt, curriculum)
         optimizer = adamw(model, config.weight_decay)
         return cls(config, rt, curriculum, model, network, optimizer, Ledger.of(curriculum), 0)
 
@@ -144,11 +144,15 @@ class PretrainRun(Run):
         self.step, self.mask_generator = state["step"], state.get("mask_generator", "mt19937")
 
 
-def trained_network(model: MaskedAutoencoder, config: PretrainConfig, rt: Runtime) -> nn.Module:
+def trained_network(model: MaskedAutoencoder, config: PretrainConfig, rt: Runtime, curriculum: Curriculum) -> nn.Module:
     """The model, compiled, recomputing, and shared with the other ranks or copied to them, as configured.
 
     Sharding replaces the parameters, so the optimiser comes after it.
     """
+    if config.bf16_residual:
+        if rt.precision != "bf16":
+            raise ValueError("--bf16_residual needs --precision bf16, which auto does not choose on this device")
+        model.residual_dtype = torch.bfloat16
     if config.compile:
         model.compile_blocks()
     if config.activation_checkpointing:
@@ -158,9 +162,22 @@ def trained_network(model: MaskedAutoencoder, config: PretrainConfig, rt: Runtim
             raise ValueError(
                 f"--fsdp is not supported on {rt.device.type}; leave it out, or choose --device cuda or cpu"
             )
-        rt.shard(model, model.blocks)
+        # Kept, a unit is as large as the casts of its parameters that the backward pass would hold in any case.
+        rt.shard(model, fsdp_units(model), keep=rt.precision == "bf16" and not config.activation_checkpointing)
         return model
-    return rt.parallel(model)
+    counts = (
+        len(micro_batches(s.batch_size, s.micro_size(config.batch_size), rank, rt.world_size, s.rows_per_image))
+        for s in curriculum.stages
+        for rank in range(rt.world_size)
+    )
+    return rt.parallel(model, static=max(counts) == 1, comm_hook=config.ddp_comm_hook)
+
+
+def fsdp_units(model: MaskedAutoencoder) -> list[list[nn.Module]]:
+    """What is gathered together: encoder blocks by four, and the decoder's, which are small. Few, for each costs time
+    of the host and a collective; not all at once, so that communication overlaps the arithmetic of another unit."""
+    encoder = list(model.encoder.blocks)
+    return [*(encoder[i : i + 4] for i in range(0, len(encoder), 4)), list(model.decoder_blocks)]
 
 
 def check_ranks(run: PretrainRun, num_images: int) -> None:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
 import os
 import re
 import signal
 import time
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -23,8 +24,9 @@ import torch
 import torch.distributed as dist
 from timm.layers import set_fused_attn
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
@@ -72,34 +74,53 @@ class Runtime:
         """Context in which matrix products run in the chosen precision."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
-    def parallel(self, model: nn.Module) -> nn.Module:
-        """The model, averaging gradients over ranks where there are several."""
+    def parallel(self, model: nn.Module, static: bool = False, comm_hook: str = "none") -> nn.Module:
+        """The model, averaging gradients over ranks where there are several.
+
+        static: every step has one micro-batch, which uses all parameters, so that DDP need not look at each graph. With
+        several, torch loses gradients or hangs (issue 187732). comm_hook: bf16 sends gradients in half the bytes.
+        """
         if not self.is_distributed:
             return model
         own = None if self.device.type == "cpu" else [self.device]
-        return DistributedDataParallel(model, device_ids=own, gradient_as_bucket_view=True)
+        network = DistributedDataParallel(model, device_ids=own, gradient_as_bucket_view=True, static_graph=static)
+        if comm_hook == "bf16":
+            network.register_comm_hook(None, bf16_compress_hook)
+        return network
 
-    def shard(self, model: nn.Module, blocks: Collection[nn.Module]) -> None:
-        """Share the model's parameters out over ranks, in place; a block is whole only while it runs (FSDP2).
+    def shard(self, model: nn.Module, units: Sequence[list[nn.Module]], keep: bool = False) -> None:
+        """Share the model's parameters out over ranks, in place; a unit is gathered while it runs (FSDP2).
 
-        Parameters are gathered in float32 and cast by autocast, as everywhere else: the same numbers as without it, for
-        twice the traffic of gathering bf16. The casts are kept for backward, 2 bytes a parameter, unless blocks are
-        recomputed. What is not trained stays whole.
+        units: modules that are gathered together, all in the order of their use; the next unit is on its way while one
+        runs. keep: a unit stays gathered from forward to backward. What belongs to no unit is gathered in float32; a
+        unit in the chosen precision, which of its parameters rounds those of layer norms alone, since autocast casts
+        the others all the same. Gradients are summed in float32. What is not trained stays whole.
         """
         mesh = init_device_mesh(self.device.type, (self.world_size,))
-        for block in blocks:
-            fully_shard(block, mesh=mesh)
+        policy = MixedPrecisionPolicy()
+        if self.precision == "bf16":
+            policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        for unit in units:
+            fully_shard(unit, mesh=mesh, reshard_after_forward=not keep, mp_policy=policy)
+        for (first, *_), (second, *_) in itertools.pairwise(units):
+            first.set_modules_to_forward_prefetch([second])
+            second.set_modules_to_backward_prefetch([first])
         fully_shard(model, mesh=mesh, ignored_params={p for p in model.parameters() if not p.requires_grad})
         # A linear layer's output may be a view; it is a danger only to those who change predictions in place.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
 
     @contextlib.contextmanager
     def local_gradients(self, network: nn.Module) -> Iterator[None]:
-        """Backward does not reduce gradients: for all micro-batches of a step but the last."""
+        """Backward does not reduce gradients: for all micro-batches of a step but the last.
+
+        What a sharded model has gathered stays for the next micro-batch, beside its gradients, which are whole too.
+        """
         if isinstance(network, FSDPModule):
             network.set_requires_gradient_sync(False)
+            network.set_reshard_after_backward(False)
             yield
             network.set_requires_gradient_sync(True)
+            network.set_reshard_after_backward(True)
         else:
             with network.no_sync() if isinstance(network, DistributedDataParallel) else contextlib.nullcontext():
                 yield

@@ -305,8 +305,12 @@ class PretrainRunFlags(RunFlags):
     """Begin where a run ended whose stages are this one's first: its folder or checkpoint. --resume comes first."""
     compile: Annotated[bool, COMPUTE] = False
     """torch.compile the transformer blocks; every stage is compiled before its clock starts."""
+    bf16_residual: Annotated[bool, COMPUTE] = False
+    """Keep what blocks add to in bf16, not in float32: less memory and traffic, more rounding. For --precision bf16."""
     fsdp: Annotated[bool, COMPUTE] = False
     """Share parameters, gradients and optimiser state out over ranks (FSDP2), for models too large for a device."""
+    ddp_comm_hook: Annotated[str, COMPUTE, OneOf(("none", "bf16"))] = "none"
+    """bf16: ranks send gradients rounded to it, half the bytes (DDP's bf16_compress_hook), or none."""
     activation_checkpointing: Annotated[bool, COMPUTE] = False
     """Compute the activations inside each block again in the backward pass instead of keeping them."""
     deterministic: Annotated[bool, COMPUTE] = False
@@ -356,6 +360,10 @@ class PretrainConfig(
             raise ValueError("--norm_pix_loss normalises pixels and contradicts --target hog; drop one of them")
         if self.total_batch_size and self.accum_iter:
             raise ValueError("--accum_iter contradicts total_batch_size, which sets it; give one of them")
+        if self.bf16_residual and self.precision == "fp32":
+            raise ValueError("--bf16_residual contradicts --precision fp32; drop one of them")
+        if self.fsdp and self.ddp_comm_hook != "none":
+            raise ValueError("--ddp_comm_hook is DDP's and contradicts --fsdp, which sums in float32; drop one of them")
         if self.max_batch_size and not self.early_large_batch:
             raise ValueError("--max_batch_size limits --early_large_batch; add it, or drop --max_batch_size")
         check_statistics(self.mean, self.std, self.in_chans, f"--in_chans {self.in_chans}")
