@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import struct
 import tarfile
 from pathlib import Path
 
@@ -60,6 +61,20 @@ def test_figures_of_class_folders_their_tar_their_shards_and_their_webdataset(pi
         np.testing.assert_allclose(report["mean"], mean, atol=tolerance)
         np.testing.assert_allclose(report["std"], std, atol=tolerance)
         assert not report["corrupt"] and report["pixel_types"] == {"uint8": 24}
+
+
+def test_the_mnist_family_is_grey_and_gets_its_recipe(tmp_path):
+    images = np.random.default_rng(0).integers(0, 200, (50, 28, 28), dtype=np.uint8)
+    for split in ("train", "t10k"):
+        data = b"\0\0\x08\x03" + struct.pack(">3I", *images.shape) + images.tobytes()
+        (tmp_path / f"{split}-images-idx3-ubyte").write_bytes(data)
+    report = measure(str(tmp_path))
+    assert (report["formats"], report["in_chans"], report["held_out"]) == ({"array": 50}, 1, 50)
+    np.testing.assert_allclose(
+        [report["mean"], report["std"]], [[images.mean() / 255], [images.std() / 255]], atol=1e-4
+    )
+    (proposal,) = report["proposals"]
+    assert proposal["recipe"] == "fashion_mnist_etpp" and float(proposal["flags"]["mean"]) == report["mean"][0]
 
 
 def test_corrupt_files_are_named_grey_ones_count_as_colour_and_each_image_the_same(tmp_path):
