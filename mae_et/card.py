@@ -101,7 +101,7 @@ To fine-tune or judge it with mae_et: `python main_finetune.py --finetune {name}
 
 
 def _decoder(name: str) -> str:
-    return f"""`decoder.safetensors` is the decoder of pretraining, which timm doesn't need. In Python:
+    return f"""`decoder/model.safetensors` is the decoder of pretraining, which timm doesn't need. In Python:
 `mae_et.checkpoint.read_pretrained("{name}")`.
 """
 

@@ -21,7 +21,8 @@ from .record import RECORD_KEY, WeightsRecord
 
 log = logging.getLogger(__name__)
 
-DECODER, CARD = "decoder.safetensors", "README.md"
+DECODER, CARD = "decoder/model.safetensors", "README.md"
+"""In a folder for timm. Some versions of timm refuse a folder that holds two .safetensors files itself."""
 PREDICTS_KEY = "mae_et_predicts"
 """Where the metadata of a decoder's file hold its target and norm_pix_loss, as JSON."""
 
@@ -94,6 +95,7 @@ def _write_decoder(weights: Exported, file: Path) -> None:
     decoder = {key: tensor for key, tensor in weights.state.items() if not key.startswith("encoder.")}
     if decoder:
         predicts = {"norm_pix_loss": weights.norm_pix_loss, "target": weights.target}
+        make_folder(file.parent)
         metadata = metadata_of(weights.stored_shape, weights.record) | {PREDICTS_KEY: json.dumps(predicts)}
         save_safetensors(decoder, file, metadata)
 

@@ -14,7 +14,7 @@ HUB, LOCAL = "hf-hub:", "local-dir:"
 #: All that a folder of weights may hold here: neither code of others is fetched, nor files beside an export sent.
 FILES = (
     *("config.json", "preprocessor_config.json", "model.safetensors", "pytorch_model.bin"),
-    *("decoder.safetensors", "README.md"),
+    *("decoder/model.safetensors", "README.md"),
 )
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 

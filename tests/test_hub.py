@@ -57,17 +57,18 @@ class FakeHub:
         return str(cache)
 
     def _copy(self, source: Path, target: Path, patterns: list[str]) -> None:
-        target.mkdir(parents=True, exist_ok=True)
-        for path in source.iterdir():
-            if any(fnmatch.fnmatch(path.name, pattern) for pattern in patterns):
-                shutil.copy(path, target / path.name)
+        for path in (p for p in source.rglob("*") if p.is_file()):
+            place = path.relative_to(source)
+            if any(fnmatch.fnmatch(str(place), pattern) for pattern in patterns):
+                (target / place).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, target / place)
 
 
 def test_the_exported_folder_gives_in_plain_timm_what_the_run_gives_here(trained):
     cli.main(["export", str(trained)])
     folder = trained / "timm"
-    assert sorted(path.name for path in folder.iterdir()) == [
-        *("README.md", "config.json", "decoder.safetensors", "model.safetensors")
+    assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*")) == [
+        *("README.md", "config.json", "decoder/model.safetensors", "model.safetensors")
     ]
     theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     config = timm.data.resolve_model_data_config(theirs)
@@ -87,7 +88,7 @@ def test_the_exported_folder_gives_in_plain_timm_what_the_run_gives_here(trained
     assert not read_pretrained(folder, encoder_only=True).has_decoder
 
     cli.main(["export", str(trained), "--encoder_only"])
-    assert not (folder / "decoder.safetensors").exists(), "of the export before"
+    assert not (folder / "decoder" / "model.safetensors").exists(), "of the export before"
     assert not read_pretrained(folder).has_decoder
 
 
@@ -140,7 +141,8 @@ def test_what_is_pushed_is_fine_tuned_from_the_hub(trained, tmp_path, monkeypatc
         encoder = load_encoder(FinetuneConfig(finetune=name, data_path="D"))
         assert (encoder.record.mean, encoder.input_size) == ((0.4, 0.5, 0.6), 16), name
         assert encoder.state.keys() == {k for k in read_pretrained(trained).state if k.startswith("encoder.")}
-    assert (there.folder / "cache" / "me" / "mae-tiny" / "v1.0" / "model.safetensors").is_file()
+    for file in ("model.safetensors", "decoder/model.safetensors"):
+        assert (there.folder / "cache" / "me" / "mae-tiny" / "v1.0" / file).is_file()
 
 
 def test_what_the_hub_refuses_is_one_line_and_the_folder_stays(trained, tmp_path, monkeypatch, capsys):

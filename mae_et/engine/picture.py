@@ -325,7 +325,7 @@ def resized(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
 def load_font(size_px: int) -> ImageFont.FreeTypeFont:
     # Pillow's own font has no "×"; the one that matplotlib carries does.
     folder = importlib.util.find_spec("matplotlib").submodule_search_locations[0]  # importing it takes a quarter second
-    return ImageFont.truetype(Path(folder, "mpl-data", "fonts", "ttf", "DejaVuSans.ttf"), size_px)
+    return ImageFont.truetype(str(Path(folder, "mpl-data", "fonts", "ttf", "DejaVuSans.ttf")), size_px)  # Pillow 10.0
 
 
 def _encode(sheet: Image.Image, colors: int) -> bytes:
