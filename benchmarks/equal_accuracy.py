@@ -43,13 +43,14 @@ import tyro
 import yaml
 
 from mae_et import files
+from mae_et.cli import main as mae_et
 from mae_et.compare.runs import ARCHIVE, runs_in
 from mae_et.data.sources import count_images, open_source
 from mae_et.evaluate.config import FinetuneConfig
 from mae_et.plan.build import build_curriculum
 from mae_et.plan.config import PretrainConfig
 from mae_et.plan.curriculum import Curriculum
-from mae_et.plan.flags import from_dict, from_recipe, parse, to_dict, to_yaml
+from mae_et.plan.flags import from_dict, from_recipe, to_dict, to_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ("config.yaml", "environment.json", "ledger.json", "metrics.jsonl")
@@ -194,7 +195,7 @@ def run_job(job: Job, config: StudyConfig, data_path: str | None, cores: list[in
 
 def protocol(flags: dict[str, Any]) -> str:
     """Names the result of an evaluation."""
-    return parse(FinetuneConfig, [*arguments(flags), "--finetune", "x"]).protocol
+    return from_dict(FinetuneConfig, flags | {"finetune": "x"}, "study").protocol
 
 
 def script(name: str, words: list[str], log: Path, cores: list[int]) -> str:
@@ -317,7 +318,7 @@ def main() -> None:
     kept = keep_folder(config)
     pack(kept)
     runs = [str(kept), *beside(study, kept.parent)]
-    subprocess.run([sys.executable, "-m", "mae_et", "compare", *runs, "--out", str(kept)], check=True)
+    mae_et(["compare", *runs, "--out", str(kept)])
 
 
 if __name__ == "__main__":

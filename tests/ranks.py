@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
@@ -38,6 +39,14 @@ def on_ranks(number: int, log: Path, task: Callable, *arguments) -> None:
         process.kill()
     codes = [process.exitcode for process in processes]
     assert codes == [0] * number, "\n".join(f"── {file.name} ──\n{file.read_text()}" for file in logs)
+
+
+def in_a_process(log: Path, task: Callable, *arguments) -> None:
+    """Call task(*arguments) in a process that has loaded torch and the package, but done nothing; it must end well."""
+    process = Child(task, log, *arguments)
+    output, _ = process.communicate(180)
+    process.kill()
+    assert process.poll() == 0, output
 
 
 def _server() -> multiprocessing.context.BaseContext:
@@ -80,13 +89,22 @@ class Child:
         return self._log.read_text(), None
 
 
+def running(session: int) -> list[int]:
+    """Processes of a session that are not only waiting to be buried."""
+    processes = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            state, _, _, its_session = path.read_text().rpartition(")")[2].split()[:4]
+            processes += [int(path.parent.name)] if int(its_session) == session and state != "Z" else []
+    return processes
+
+
 def _alone(
     log: Path, environment: dict[str, str], network: str, session: bool, task: Callable, arguments: tuple
 ) -> None:
     if session:
         os.setsid()
-    sys.stdout = sys.stderr = log.open("w")
-    torch.set_num_threads(1)
+    _as_started_anew(log)
     os.environ.update(environment)
     if network:
         with open(f"/var/run/netns/{network}") as namespace:
@@ -96,8 +114,14 @@ def _alone(
 
 
 def _rank(log: Path, rank: int, number: int, port: int, task: Callable, arguments: tuple) -> None:
-    sys.stdout = sys.stderr = log.open("w")
-    torch.set_num_threads(1)
+    _as_started_anew(log)
     environment = {"RANK": rank, "WORLD_SIZE": number, "LOCAL_RANK": rank, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in environment.items()}, MASTER_ADDR="127.0.0.1")
     task(*arguments)
+
+
+def _as_started_anew(log: Path) -> None:
+    sys.stdout = sys.stderr = log.open("a")
+    torch.set_num_threads(1)
+    # The server's children would start processes from servers of their own, which import everything anew.
+    multiprocessing.set_start_method("fork", force=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -20,7 +19,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from ranks import Child
+from ranks import Child, running
 from tiny import TINY as MODEL
 
 from mae_et.cli import main
@@ -413,16 +412,6 @@ def test_search_ends_in_a_recipe_that_trains(searched: Path, pictures: Path, tmp
     assert sum(r["flops"] for r in records(searched)) == pytest.approx(trained + judged)
 
 
-def _running(group: int) -> list[int]:
-    """Processes of a process group that are not only waiting to be buried."""
-    processes = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            state, _, its_group = path.read_text().rpartition(")")[2].split()[:3]
-            processes += [int(path.parent.name)] if int(its_group) == group and state != "Z" else []
-    return processes
-
-
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the processes in /proc")
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.long
@@ -437,7 +426,7 @@ def test_killed_and_side_by_side_it_finds_the_same(searched: Path, pictures: Pat
     process.kill()
     process.communicate()
     deadline = time.monotonic() + 60
-    while _running(process.pid):
+    while running(process.pid):
         assert time.monotonic() < deadline, "processes of a killed search go on"
         time.sleep(0.05)
     with (out / "search.jsonl").open("a") as file:

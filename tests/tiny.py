@@ -70,9 +70,9 @@ def write_photos(folder: Path, count: int) -> Path:
     return folder
 
 
-def script(*flags: str, program: tuple[str, ...] = (), env: dict[str, str] | None = None, **kwargs) -> subprocess.Popen:
-    command = [*(program or (sys.executable,)), str(ROOT / "main_pretrain.py"), *flags]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | (env or {})
+def script(*flags: str, **kwargs) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "main_pretrain.py"), *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, **kwargs
     )
