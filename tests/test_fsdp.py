@@ -47,6 +47,7 @@ HUGE = TINY | {
     "input_size": 56,
     "depth": 5,  # two units of encoder blocks
     "stages": [{"size_px": 28, "share": 0.4}, {"size_px": 56, "share": 0.6}],
+    "epochs": 1.2,
     "total_batch_size": 6,
     "batch_size": 2,
     "clip_grad": 0.05,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -418,7 +419,7 @@ def test_search_ends_in_a_recipe_that_trains(searched: Path, pictures: Path, tmp
 def test_killed_and_side_by_side_it_finds_the_same(searched: Path, pictures: Path, tmp_path: Path) -> None:
     """`kill -9` of a search with two jobs after its first trial; its processes end, and the next call goes on."""
     out = tmp_path / "out"
-    process = Child(main, tmp_path / "log.txt", ["search", *words(pictures, out, jobs=2)], session=True)
+    process = Child(_search_in_forks, tmp_path / "log.txt", words(pictures, out, jobs=2), session=True)
     deadline = time.monotonic() + 200
     while not (out / "search.jsonl").exists() or len((out / "search.jsonl").read_text().splitlines()) < 2:
         assert process.poll() is None and time.monotonic() < deadline
@@ -434,6 +435,13 @@ def test_killed_and_side_by_side_it_finds_the_same(searched: Path, pictures: Pat
     main(["search", *words(pictures, out)])
     assert found_recipe(out) == found_recipe(searched)
     assert records(out) == records(searched)
+
+
+def _search_in_forks(words: list[str]) -> None:
+    """Its processes are forked where a search's import torch anew, for which the test of a killed one waits."""
+    fork = multiprocessing.get_context("fork")
+    multiprocessing.get_context = lambda method: fork
+    main(["search", *words])
 
 
 def test_greedy_and_many_seeds(pictures: Path, tmp_path: Path, capsys) -> None:

@@ -334,16 +334,19 @@ def one_line(error: pytest.ExceptionInfo, *parts: str) -> None:
     assert all(part in str(error.value) for part in (str(PATH), *parts)) and "\n" not in str(error.value)
 
 
+@cache
+def foreign(model: str) -> State:
+    with torch.device("meta"):
+        if model[0].isupper():
+            return getattr(transformers, f"{model}Model")(getattr(transformers, f"{model}Config")()).state_dict()
+        return timm.create_model(model).state_dict()
+
+
 @pytest.mark.parametrize("model", FOREIGN_MODELS)
 @pytest.mark.parametrize("prefix", ["", "module.backbone."])
 def test_other_models_are_named(model, prefix):
-    with torch.device("meta"):
-        if model[0].isupper():
-            built = getattr(transformers, f"{model}Model")(getattr(transformers, f"{model}Config")())
-        else:
-            built = timm.create_model(model)
     with pytest.raises(ValueError, match=r"this is an? .* only a plain ViT or an MAE can be read") as error:
-        unwrap({"model": under(prefix, built.state_dict())}, PATH)
+        unwrap({"model": under(prefix, foreign(model))}, PATH)
     one_line(error, FOREIGN_MODELS[model])
 
 
