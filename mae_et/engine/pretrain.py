@@ -128,6 +128,8 @@ def open_folder(run: PretrainRun, resume: Path | None, read_from: Path | None) -
     lasting = dataclasses.replace(config, resume="", overwrite=False)  # it is a recipe: no one-off flags
     files.write_text(run.folder / run_folder.CONFIG, to_yaml(lasting))
     facts = {"num_images": run.curriculum.num_images, "value_range": run.value_range}
+    kernels = {show_size(s.size_px): choice._asdict() for s, choice in run.attention.items() if choice.backend}
+    facts |= {"attention": kernels} if kernels else {}
     environment = run_folder.environment(**run.rt.facts(), **facts)
     files.write_json(run.folder / run_folder.ENVIRONMENT, environment)
 
@@ -232,7 +234,8 @@ def warm_up(run: PretrainRun, stage: Stage) -> float:
     # The sizes of all ranks, since each backward is one that they do together.
     for size in sorted({len(rows) for rank in range(rt.world_size) for rows in run.micro_batches(stage, rank)}):
         images = torch.zeros(size, run.config.in_chans, *height_width(stage.loader_px), dtype=torch.uint8)
-        run.loss(run.prepare(images, stage), stage, torch.rand(size, stage.patches, device=rt.device)).backward()
+        with run.kernels(stage):
+            run.loss(run.prepare(images, stage), stage, torch.rand(size, stage.patches, device=rt.device)).backward()
     run.optimizer.zero_grad(set_to_none=True)
     rt.synchronize()
     return time.perf_counter() - began

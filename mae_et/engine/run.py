@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from ..plan.curriculum import Curriculum, Stage
 from ..plan.shapes import show_size, spectral_operator
 from ..spectral import low_frequency_crop
 from ..targets import hog_target, pixel_target, reconstruction_loss, take_patches
-from . import run_folder, sharded, storage
+from . import attention, run_folder, sharded, storage
 from .optim import adamw
 from .resume import check_branch, check_same_run, identity
 from .runtime import Normalize, Runtime
@@ -40,6 +41,7 @@ class PretrainRun(Run):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.attention: dict[Stage, attention.Choice] = {}
         self.normalize = Normalize(self.config.pixel_mean, self.config.pixel_std, self.rt)
 
     @classmethod
@@ -50,7 +52,11 @@ class PretrainRun(Run):
         model = MaskedAutoencoder(**shape_of(config)).to(rt.device)
         network = trained_network(model, config, rt, curriculum)
         optimizer = adamw(model, config.weight_decay)
-        return cls(config, rt, curriculum, model, network, optimizer, Ledger.of(curriculum), 0)
+        run = cls(config, rt, curriculum, model, network, optimizer, Ledger.of(curriculum), 0)
+        for stage in curriculum.stages:
+            images = max(map(len, run.micro_batches(stage, rank=0)))
+            run.attention[stage] = attention.choose(config.attention, model.shape, stage, images, rt)
+        return run
 
     @property
     def folder(self) -> Path:
@@ -78,6 +84,9 @@ class PretrainRun(Run):
             else:
                 target = pixel_target(images, self.model.patch_size, self.config.norm_pix_loss, ids)
         return reconstruction_loss(pred, target)
+
+    def kernels(self, stage: Stage) -> AbstractContextManager:
+        return attention.using(self.attention[stage].backend)
 
     def micro_loss(self, batch: Tensor, stage: Stage, rows: range) -> Tensor:
         return self.loss(self.prepare(batch, stage), stage, self.noise(stage, rows))

@@ -57,6 +57,10 @@ class Run(ABC):
         size, rank = stage.micro_size(self.micro_size), self.rt.rank if rank is None else rank
         return micro_batches(stage.batch_size, size, rank, self.rt.world_size, stage.rows_per_image)
 
+    def kernels(self, stage: Stage) -> contextlib.AbstractContextManager:
+        """Context of forward and backward that says which kernels compute them; by default torch's choice."""
+        return contextlib.nullcontext()
+
     @abstractmethod
     def micro_loss(self, batch: Any, stage: Stage, rows: range) -> Tensor:
         """Mean loss of a micro-batch from the loader, `rows` of the batch of step number `self.step`."""
@@ -87,7 +91,8 @@ def accumulate_gradients(run: Run, batches: Iterator[Any], stage: Stage) -> Tens
     for rows in micro_batches:
         with run.idle.waiting():
             batch = next(batches)
-        with contextlib.nullcontext() if rows is micro_batches[-1] else rt.local_gradients(run.network):
+        local = contextlib.nullcontext() if rows is micro_batches[-1] else rt.local_gradients(run.network)
+        with run.kernels(stage), local:
             part = run.micro_loss(batch, stage, rows) * (len(rows) / stage.batch_size)
             (part * rt.world_size).backward()  # DDP takes the mean over ranks; the sum is meant
         loss += part.detach()

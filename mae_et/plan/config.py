@@ -305,6 +305,8 @@ class PretrainRunFlags(RunFlags):
     """Begin where a run ended whose stages are this one's first: its folder or checkpoint. --resume comes first."""
     compile: Annotated[bool, COMPUTE] = False
     """torch.compile the transformer blocks; every stage is compiled before its clock starts."""
+    attention: Annotated[str, COMPUTE, OneOf(("auto", "flash", "cudnn", "efficient", "math"))] = "auto"
+    """Kernel of attention on CUDA: auto (per stage the fastest, timed), flash, cudnn, efficient or math."""
     bf16_residual: Annotated[bool, COMPUTE] = False
     """Keep what blocks add to in bf16, not in float32: less memory and traffic, more rounding. For --precision bf16."""
     fsdp: Annotated[bool, COMPUTE] = False
@@ -360,6 +362,8 @@ class PretrainConfig(
             raise ValueError("--norm_pix_loss normalises pixels and contradicts --target hog; drop one of them")
         if self.total_batch_size and self.accum_iter:
             raise ValueError("--accum_iter contradicts total_batch_size, which sets it; give one of them")
+        if self.deterministic and self.attention in ("cudnn", "efficient"):
+            raise ValueError(f"--attention {self.attention} contradicts --deterministic; choose auto, flash or math")
         if self.bf16_residual and self.precision == "fp32":
             raise ValueError("--bf16_residual contradicts --precision fp32; drop one of them")
         if self.fsdp and self.ddp_comm_hook != "none":

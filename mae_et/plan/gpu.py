@@ -32,7 +32,7 @@ class GpuStep:
     """Of a micro-batch."""
     host_seconds: float
     peak_memory_bytes: int | None
-    """None where no formula holds: in float32, and where the model is sharded."""
+    """None where no formula holds: in float32, with --bf16_residual, and where the model is sharded."""
 
     @classmethod
     def of(cls, config: PretrainConfig, stage: Stage, devices: int) -> GpuStep:
@@ -41,7 +41,7 @@ class GpuStep:
         count = math.ceil(rows / stage.micro_size(config.batch_size))
         work = launches(shape, hog=hog, recompute=recompute, ranks=devices)
         peak = None
-        if config.precision != "fp32" and not (config.fsdp and devices > 1):
+        if config.precision != "fp32" and not config.bf16_residual and not (config.fsdp and devices > 1):
             copies = (count > 1) + (devices > 1)
             size = math.ceil(rows / count)
             peak = peak_memory_bytes(shape, stage, size, hog=hog, gradients=copies, recompute=recompute)

@@ -95,3 +95,25 @@ def test_a_save_copies_into_pinned_memory_and_waits_once(tmp_path):
             run.save()
         assert (found["pageable"], found["syncs"]) == (0, 1)
         assert (tmp_path / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "timed", "chosen"),
+    [
+        ("--attention auto", {"flash", "efficient", "math"}, {"flash", "efficient", "math"}),  # it has no cuDNN
+        ("--attention auto --deterministic", set(), {"flash"}),
+    ],
+)
+def test_attention_is_timed_unless_bits_count(flags, timed, chosen):
+    with started(f"{SMALL} --decoder cross --activation_checkpointing {flags}") as run:
+        stage = run.curriculum.stages[-1]
+        assert run.attention[stage].milliseconds.keys() == timed and run.attention[stage].backend in chosen
+        step(run, stage, steady(run, stage))
+
+
+def test_attention_that_a_device_lacks_is_refused():
+    with (
+        pytest.raises(ValueError, match=r"^--attention cudnn can't compute 16 images of \d+ px in bf16"),
+        started(f"{SMALL} --attention cudnn"),
+    ):
+        pass
