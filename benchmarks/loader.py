@@ -11,6 +11,11 @@ Ours are the operators of --lowfreq; `prepared` is `scaled` on the same images a
 All read the same JPEGs from memory: 500×375, quality 90, cut from the photographs in scikit-image and scikit-learn. One
 process on one core; its processor time is what is counted, so that other load disturbs less. Every round times each
 pipeline once, on the same images and with new crops; a ratio is of two times of one round.
+
+    python benchmarks/loader.py --trainer [--workers 2]
+
+What the loader costs the process that trains, with workers that have nothing to do: processor time of the thread that
+launches the steps, and of the one that puts micro-batches together, an image; and of a rank's mask noise, a step.
 """
 
 from __future__ import annotations
@@ -30,9 +35,13 @@ from torchvision import transforms
 
 from mae_et.data.config import PrepareConfig
 from mae_et.data.decode import train_crop, train_crops
+from mae_et.data.loader import CorruptLog, train_batches
 from mae_et.data.photos import CLASSES, _photograph
 from mae_et.data.prepare import Encoder
+from mae_et.data.stream import Samples, SampleStream, mask_noise, rank_rows
+from mae_et.data.workers import Loading
 from mae_et.plan.config import IMAGENET_MEAN, IMAGENET_STD
+from mae_et.plan.curriculum import Curriculum, Stage
 
 FULL_PX = 224
 CROP_SCALE = (0.2, 1.0)
@@ -118,6 +127,60 @@ def cpu_seconds(run: Callable[[bytes, int], torch.Tensor], images: list[bytes], 
     return time.process_time() - began
 
 
+class Blank(torch.utils.data.Dataset):
+    """One image for every sample, without reading or decoding."""
+
+    def __init__(self, size_px: int) -> None:
+        self.image = torch.zeros(3, size_px, size_px, dtype=torch.uint8)
+        self.image_bytes = self.image.numel()
+
+    def __getitems__(self, samples: Samples) -> list[tuple[list[torch.Tensor], list]]:
+        return [([self.image], [])] * len(samples)
+
+
+def trainer_cost(size_px: int, micro_size: int, workers: int, replay: int) -> tuple[float, float]:
+    """(launching thread, loader's thread): microseconds of processor time an image, in the middle of an epoch."""
+    batches = 2 + 20_000 // micro_size
+    depth = 8 if replay > 1 else 1
+    stage = Stage(size_px, 9, 27, micro_size, 1100 + batches, 1.0, replay=replay, replay_depth=depth)
+    stream = SampleStream(Curriculum((stage,), 1_281_167), 0, micro_size, first_step=1000)
+    made = train_batches(Blank(size_px), stream, CorruptLog(1, 0.0), Loading(workers, on_gpu=True))
+    for _ in range(8):  # the permutation of the epoch, and the first chunks
+        next(made)
+    process, thread = time.process_time(), time.thread_time()
+    for _ in range(batches):
+        next(made)
+    launching = time.thread_time() - thread
+    others = time.process_time() - process - launching
+    made.close()
+    return 1e6 * launching / (batches * micro_size), 1e6 * others / (batches * micro_size)
+
+
+def noise_milliseconds(batch: int, patches: int, ranks: int) -> float:
+    """Median processor time of rank 0's mask noise of a step."""
+    times = []
+    for step in range(12):
+        began = time.thread_time()
+        mask_noise(0, step, rank_rows(batch, 0, ranks), patches)
+        times.append(time.thread_time() - began)
+    return 1e3 * statistics.median(times[2:])
+
+
+def print_trainer_costs(workers: int) -> None:
+    print(f"{'images':28} {'launching thread':>18} {'loader thread':>16}   µs an image")
+    for size, micro, replay in ((96, 512, 1), (224, 512, 1), (96, 512, 4)):
+        launching, making = trainer_cost(size, micro, workers, replay)
+        name = f"{size} px, micro-batch {micro}{', replay' if replay > 1 else ''}"
+        print(f"{name:28} {launching:18.2f} {making:16.2f}")
+    print(
+        f"\n{'rows of a step':16} {'patches':>8} {'1 rank':>8} {'8 ranks':>8} {'64 ranks':>9}   ms of noise on rank 0"
+    )
+    for batch in (4096, 16384):
+        for patches in (36, 100, 196):
+            times = [noise_milliseconds(batch, patches, ranks) for ranks in (1, 8, 64)]
+            print(f"{batch:<16} {patches:8} {times[0]:8.2f} {times[1]:8.2f} {times[2]:9.2f}")
+
+
 def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
@@ -127,10 +190,15 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[96, 160, 224])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path, help="write the numbers there")
+    parser.add_argument("--trainer", action="store_true", help="what the loader costs the process that trains")
+    parser.add_argument("--workers", type=int, default=2, help="of --trainer")
     arguments = parser.parse_args()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
+    if arguments.trainer:
+        print_trainer_costs(arguments.workers)
+        return
 
     images = photographs()
     pipelines = {("a", FULL_PX): torchvision_pipeline(FULL_PX)}

@@ -25,6 +25,7 @@ from loader import photographs
 from mae_et.data import open_source
 from mae_et.data.loader import CorruptLog, TrainImages, train_batches
 from mae_et.data.stream import SampleStream
+from mae_et.data.workers import Loading
 from mae_et.engine import runtime
 from mae_et.plan.curriculum import Curriculum, Stage
 
@@ -38,7 +39,7 @@ def batches(folder: str, epochs: int, workers: int) -> tuple[Iterator, int]:
     stage = Stage(96, 9, 27, BATCH, steps * epochs, 1.0, replay=2, replay_depth=8)
     plan = Curriculum((stage,), len(source))
     images = TrainImages(source, plan, 224, "scaled", 3, seed=0)
-    return train_batches(images, SampleStream(plan, 0, BATCH), CorruptLog(len(source), 0.0), workers), steps
+    return train_batches(images, SampleStream(plan, 0, BATCH), CorruptLog(len(source), 0.0), Loading(workers)), steps
 
 
 def processes(parent: int) -> list[int]:

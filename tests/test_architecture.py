@@ -17,8 +17,8 @@ MAX_LINES = 400
 ROOMS = {
     "plan": "shapes curriculum schedules cost flags config build gpu report",
     "": "files console record spectral targets model layouts interop wrappers hub",
-    "data": "config stream photos folders tars shards webdataset datasets sources pixels views decode replay loader"
-    " labelled prepare measure",
+    "data": "config stream workers photos folders tars shards webdataset datasets sources pixels views decode replay"
+    " loader labelled prepare measure",
     "engine": "run_folder device runtime attention meters optim storage sharded resume writer step sinks logger picture"
     " progress features run online pretrain",
     "card": "",

@@ -22,6 +22,7 @@ from mae_et.data.labelled import EvalCrops, eval_batches
 from mae_et.data.photos import _photograph
 from mae_et.data.pixels import CorruptImage, measure_value_range, to_image
 from mae_et.data.views import draw_view
+from mae_et.data.workers import Loading
 from mae_et.plan.shapes import OPERATORS, SPECTRAL
 
 FEW = settings(max_examples=15, deadline=None)
@@ -769,15 +770,15 @@ def test_crops_of_an_unlabelled_source_have_label_minus_one():
 def test_images_that_cannot_be_read_are_left_out_of_an_evaluation_up_to_a_limit(caplog):
     """Of ten pictures, every third can't be read."""
     crops = EvalCrops(Pictures(), (8, 8), 3, 1.0, damaged_limit=0.5)
-    batches = list(eval_batches(crops, 0, 1, 0, False, batch_size=4))
+    batches = list(eval_batches(crops, 0, 1, Loading(), batch_size=4))
     assert torch.cat([images[:, 0, 0, 0] for images, _ in batches]).tolist() == [1, 2, 4, 5, 7, 8]
-    kept = [labels for _, labels in eval_batches(crops, 0, 1, 0, False, batch_size=4, keep_places=True)]
+    kept = [labels for _, labels in eval_batches(crops, 0, 1, Loading(), batch_size=4, keep_places=True)]
     assert torch.cat(kept).tolist() == [-2, -1, -1, -2, -1, -1, -2, -1, -1, -2]
     named = [record.getMessage() for record in caplog.records]
     assert [text.split(": ")[1] for text in named] == ["item 0", "item 3", "item 6", "item 9"]  # once each
-    second = list(eval_batches(crops, 1, 2, 0, False, batch_size=4))  # of two ranks
+    second = list(eval_batches(crops, 1, 2, Loading(), batch_size=4))  # of two ranks
     assert torch.cat([images[:, 0, 0, 0] for images, _ in second]).tolist() == [5, 7, 8]
-    for use in (lambda crops: list(eval_batches(crops, 0, 1, 0, False)), lambda crops: crops.look()):
+    for use in (lambda crops: list(eval_batches(crops, 0, 1, Loading())), lambda crops: crops.look()):
         with pytest.raises(ValueError, match=r"1 of 10 images are damaged, .* the last is item 0"):
             use(EvalCrops(Pictures(), (8, 8), 3, 1.0))
 

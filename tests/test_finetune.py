@@ -19,7 +19,8 @@ from mae_et import checkpoint
 from mae_et.data.labelled import Augmentation, TrainCrops, eval_batches, labelled_batches, seeded
 from mae_et.data.loader import CorruptLog
 from mae_et.data.sources import open_source
-from mae_et.data.stream import Sample
+from mae_et.data.stream import Sample, SampleStream
+from mae_et.data.workers import Loading
 from mae_et.engine import sharded
 from mae_et.engine import step as step_module
 from mae_et.engine.runtime import Runtime
@@ -30,6 +31,7 @@ from mae_et.evaluate.encoder import adapt_positions, build_classifier, load_enco
 from mae_et.evaluate.finetune import finetune, layer_decay_adamw
 from mae_et.evaluate.probe import probe
 from mae_et.model import MaskedAutoencoder, sincos_table
+from mae_et.plan.curriculum import Curriculum, Stage
 from mae_et.plan.flags import parse
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # these tensors are too small to share out
@@ -332,20 +334,28 @@ def test_data_without_labels_or_with_other_classes_are_refused(run: Path, pictur
 
 
 class Asked(torch.utils.data.Dataset):
-    """Whether the process that reads an item ignores signals, as an image, with a label and no damage."""
+    """Whether the process that reads an item ignores signals, as an image, with a label."""
+
+    image_bytes = 2
 
     def __len__(self) -> int:
         return 4
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int, list]:
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         ignored = [signal.getsignal(number) == signal.SIG_IGN for number in (signal.SIGINT, signal.SIGTERM)]
-        return torch.tensor(ignored), 0, []
+        return torch.tensor(ignored), 0
+
+
+class AskedInTraining(Asked):
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int, list]:
+        return *super().__getitem__(index), []
 
 
 def test_loader_processes_leave_signals_to_the_trainer() -> None:
     """Who signals the whole process group means a run to save and end, not to lose its loader."""
-    ((trained, _),) = labelled_batches(Asked(), [[0, 1]], CorruptLog(4, 0.0), num_workers=1, pin_memory=False)
-    evaluated = [images for images, *_ in eval_batches(Asked(), 0, 1, num_workers=1, pin_memory=False, batch_size=2)]
+    stream = SampleStream(Curriculum((Stage(16, 4, 0, 2, 1),), 4), 0, 2)
+    ((trained, _),) = labelled_batches(AskedInTraining(), stream, CorruptLog(4, 0.0), Loading(1))
+    evaluated = [images for images, _ in eval_batches(Asked(), 0, 1, Loading(1), batch_size=2)]
     assert trained.all() and torch.cat(evaluated).all()
 
 

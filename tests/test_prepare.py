@@ -27,6 +27,7 @@ from mae_et.data.prepare import prepare
 from mae_et.data.shards import INDEX, ShardSource
 from mae_et.data.sources import CachedSource, open_source
 from mae_et.data.stream import SampleStream
+from mae_et.data.workers import Loading
 from mae_et.plan.curriculum import Curriculum, Stage
 
 ROOT = Path(__file__).parents[1]
@@ -107,7 +108,7 @@ def test_batches_from_shards_do_not_depend_on_the_workers(folder, tmp_path, data
 
     def batches(source, workers: int) -> list[torch.Tensor]:
         images = TrainImages(source, plan, 32, "scaled", 3, seed=3)
-        return list(train_batches(images, SampleStream(plan, 3, 6), CorruptLog(len(source), 0), workers))
+        return list(train_batches(images, SampleStream(plan, 3, 6), CorruptLog(len(source), 0), Loading(workers)))
 
     wanted = batches(source, 0)
     for found in (batches(source, 1), batches(source, 2), batches(pickled, 0), batches(CachedSource(source, 2000), 2)):

@@ -27,7 +27,7 @@ from torch.distributed.run import config_from_args, parse_args
 
 from mae_et import checkpoint
 from mae_et.cli import main_pretrain
-from mae_et.data import loader
+from mae_et.data import workers
 from mae_et.data.sources import Source, open_source
 from mae_et.engine import runtime, step, storage
 from mae_et.engine.pretrain import pretrain
@@ -551,7 +551,7 @@ def test_commands(whole: Path, photos: Path, tmp_path: Path, capfd: pytest.Captu
 
 FAILS = """
 import os, sys, torch
-from mae_et.data.loader import worker_options
+from mae_et.data.workers import worker_options
 class Numbers(torch.utils.data.Dataset):
     def __len__(self):
         return 10**9
@@ -673,14 +673,14 @@ def _family(trainer: Child) -> list[int]:
 
 
 def _pretrain_with_late_workers(config: PretrainConfig) -> None:
-    begin, trainer = loader._start_worker, os.getpid()
+    begin, trainer = workers._start_worker, os.getpid()
 
     def late(worker: int) -> None:
         while os.getppid() == trainer:
             time.sleep(0.01)
         begin(worker)
 
-    loader._start_worker = late
+    workers._start_worker = late
     pretrain(config)
 
 

@@ -9,11 +9,13 @@ import os
 import platform
 import resource
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import in_a_process, on_ranks
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -80,6 +82,20 @@ def test_what_the_first_rank_fails_at_ends_all(tmp_path: Path) -> None:
 def _fail() -> None:
     with runtime.start("cpu") as rt, pytest.raises(FileNotFoundError), rt.main_first():
         raise FileNotFoundError("--data_path TYPO does not exist")
+
+
+def test_ranks_wait_for_the_slowest_without_a_collective() -> None:
+    store, came = dist.HashStore(), []
+
+    def come(rank: int) -> None:
+        time.sleep(0.3 * rank)
+        came.append(rank)
+        runtime.Runtime(torch.device("cpu"), "fp32", rank, 3, store).wait_for_ranks("cached")
+        assert len(came) == 3
+
+    with ThreadPoolExecutor(3) as ranks:
+        list(ranks.map(come, range(3)))  # raises what a thread did
+    runtime.Runtime(torch.device("cpu"), "fp32").wait_for_ranks("cached")  # alone
 
 
 def test_ranks_agree_on_what_they_know(tmp_path: Path) -> None:

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import io
 import logging
+import multiprocessing
+import sys
+import threading
+import time
 import zlib
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from mae_et.data import loader
 from mae_et.data.decode import train_crop
 from mae_et.data.loader import CorruptLog, TrainImages, train_batches
 from mae_et.data.replay import MissingSamples
@@ -27,6 +34,7 @@ from mae_et.data.stream import (
     rank_rows,
     samples_at,
 )
+from mae_et.data.workers import Loading, ahead, default_workers, in_flight
 from mae_et.plan.curriculum import Curriculum, Stage
 
 FEW = settings(max_examples=30, deadline=None)
@@ -195,7 +203,7 @@ class Noise:
 def batches(source: Noise, plan: Curriculum, operator="lanczos", limit=0.5, workers=0, **stream) -> list[torch.Tensor]:
     dataset = TrainImages(source, plan, 32, operator, in_chans=3, seed=7)
     stream = SampleStream(plan, 7, **{"micro_size": 3} | stream)
-    return list(train_batches(dataset, stream, CorruptLog(len(source), limit), num_workers=workers))
+    return list(train_batches(dataset, stream, CorruptLog(len(source), limit), Loading(workers, on_gpu=True)))
 
 
 def alone(source: Noise, index: int, number: int, stage: Stage, operator="lanczos") -> torch.Tensor:
@@ -204,6 +212,14 @@ def alone(source: Noise, index: int, number: int, stage: Stage, operator="lanczo
     return train_crop(source.read(index)[0], size, (32, 32), operator, stage.crop_scale, stage.augment, seed, 3)
 
 
+@pytest.fixture
+def chunks_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers hand over two images at a time, so that micro-batches are of several chunks, the last one smaller."""
+    monkeypatch.setattr(loader, "CHUNK_IMAGES", 2)
+    monkeypatch.setattr(loader, "in_flight", lambda num_workers, image_bytes, most_images: (2, 2))
+
+
+@pytest.mark.usefixtures("chunks_of_two")
 def test_batches_do_not_depend_on_the_number_of_workers():
     source, plan = Noise(11, damaged=(4,)), curriculum(11, (5, 3), (7, 2))
     wanted = batches(source, plan)
@@ -273,6 +289,106 @@ def test_the_limit_counts_images_not_sightings():
         damage.add([(1, "a", "broken"), (3, "c", "cut short")])
 
 
+class Reads(Noise):
+    """Counts what has been read, by whatever process."""
+
+    def __init__(self, num_images: int) -> None:
+        super().__init__(num_images)
+        self.reads = torch.zeros(1, dtype=torch.int64).share_memory_()
+
+    def read(self, index: int) -> tuple[np.ndarray, None]:
+        self.reads += 1
+        return super().read(index)
+
+
+def loader_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
+
+
+@pytest.mark.usefixtures("chunks_of_two")
+def test_what_is_made_ahead_is_bounded_and_nothing_outlives_the_loader():
+    source, plan = Reads(1000), curriculum(1000, (4, 250))
+    images = TrainImages(source, plan, 32, "lanczos", in_chans=3, seed=7)
+    made = train_batches(images, SampleStream(plan, 7, 4), CorruptLog(1000, 0.0), Loading(1, on_gpu=True))
+    for _ in range(3):
+        next(made)
+    seen, deadline = 0, time.monotonic() + 30
+    while (now := source.reads.item()) != seen and time.monotonic() < deadline:  # until it no longer grows
+        seen = now
+        time.sleep(0.3)
+    # Three micro-batches of 4 are taken, two wait, one is being put together, and two chunks of 2 are on their way.
+    assert 12 <= seen <= 12 + 3 * 4 + 2 * 2
+    assert len(multiprocessing.active_children()) == len(loader_threads()) == 1
+    made.close()
+    assert not multiprocessing.active_children() and not loader_threads()
+
+
+def test_an_error_comes_up_where_its_batch_would_have_and_ends_the_thread():
+    def batches():
+        yield "first"
+        yield "second"
+        raise OSError("third")
+
+    beside_gpu = Loading(1, on_gpu=True)
+    made = ahead(batches(), beside_gpu)
+    assert [next(made), next(made)] == ["first", "second"]
+    with pytest.raises(OSError, match="third"):
+        next(made)
+    assert not loader_threads() and next(made, None) is None
+    assert list(ahead((x for x in "abcde"), beside_gpu)) == list("abcde")
+
+
+@FEW
+@given(num_workers=st.integers(1, 200), side_px=st.integers(16, 600), free_mib=st.integers(1, 100_000))
+def test_bytes_in_flight_are_bounded(num_workers, side_px, free_mib):
+    image_bytes, free = 3 * side_px**2, free_mib * 2**20
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mae_et.data.workers.shutil.disk_usage", lambda path: SimpleNamespace(free=free))
+        patch.setattr("mae_et.data.workers.SHARED_MEMORY", Path("/"))
+        if num_workers * image_bytes > free:
+            with pytest.raises(
+                ValueError, match=r"--num_workers \d+: / has \d+ MiB free .*--shm-size=2g or --ipc=host"
+            ):
+                in_flight(num_workers, image_bytes, 128)
+            return
+        images, chunks = in_flight(num_workers, image_bytes, 128)
+    assert 1 <= images <= 128 and 1 <= chunks <= 4
+    bound = min(2**30, free // 2)
+    assert num_workers * chunks * images * image_bytes <= max(bound, num_workers * image_bytes)
+    if 2 * num_workers * 128 * image_bytes <= bound:
+        assert images == 128 and chunks >= 2  # no smaller than it must be
+
+
+def test_dockers_64_mb_are_enough_but_said(monkeypatch, caplog):
+    monkeypatch.setattr("mae_et.data.workers.shutil.disk_usage", lambda path: SimpleNamespace(free=64 * 2**20))
+    monkeypatch.setattr("mae_et.data.workers.SHARED_MEMORY", Path("/"))
+    assert in_flight(10, 3 * 224 * 224, 128) == (11, 2)
+    (record,) = caplog.records
+    assert "64 MiB free" in record.getMessage() and "--shm-size" in record.getMessage()
+
+
+def test_beside_a_gpu_all_cores_but_one_decode(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: range(64), raising=False)
+    assert (default_workers(), default_workers(on_gpu=True)) == (10, 63)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert (default_workers(), default_workers(on_gpu=True)) == (8, 7)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere sources are pickled")
+def test_workers_are_forked_whatever_the_system_does(monkeypatch):
+    """As from Python 3.14 on; a class of a function can't be pickled."""
+
+    class Local(Noise):
+        pass
+
+    method = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("forkserver", force=True)
+    try:
+        assert len(batches(Local(4), curriculum(4, (2, 2)), workers=1)) == 2
+    finally:
+        multiprocessing.set_start_method(method, force=True)
+
+
 def test_data_of_which_nothing_can_be_read_stop_the_run():
     with pytest.raises(ValueError, match=r"--data_path: 4 damaged images in a row, from noise/\d.png"):
         batches(Noise(4, damaged=(0, 1, 2, 3)), curriculum(4, (2, 1)), limit=0.9)
@@ -294,7 +410,7 @@ def test_jpegs_that_pillow_decodes_all_the_same_are_used_named_and_never_stop_th
         images = TrainImages(source, plan, 32, "lanczos", in_chans=3, seed=7)
         caplog.clear()
         with caplog.at_level(logging.WARNING, logger="mae_et.data.loader"):
-            assert len(list(train_batches(images, SampleStream(plan, 7, 20), damage, workers))) == 6
+            assert len(list(train_batches(images, SampleStream(plan, 7, 20), damage, Loading(workers)))) == 6
         assert damage.decoded == set(range(30)) and not damage.seen
         named = [record.getMessage() for record in caplog.records if "decoded all the same" in record.getMessage()]
         assert len(named) == 20  # and then only every doubling: the 32nd, the 64th …
@@ -388,6 +504,7 @@ def test_replay_depends_on_neither_ranks_nor_micro_batches_nor_restarts(plan, wo
     assert samples_by_step(plan, 5, micro * unit, first_step, world_size) == samples_by_step(plan, 5)[first_step:]
 
 
+@pytest.mark.usefixtures("chunks_of_two")
 @pytest.mark.parametrize("workers", [0, 1, 2, 4])
 def test_a_buffer_changes_no_batch(workers):
     """With a buffer, whatever the workers and ranks, after any restart: what decoding every sample anew would give."""

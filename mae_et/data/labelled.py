@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,14 +14,15 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import Dataset, default_collate
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from .decode import center_crop, train_crops
-from .loader import Corruption, CorruptLog, first_readable, worker_options
+from .loader import Corruption, CorruptLog, assembled, counted, first_readable, load_chunks
 from .pixels import CorruptImage, ValueRange
 from .sources import Item, Source, open_source, subset, why_unlabelled
 from .stream import Sample, SampleStream, derive_seed
+from .workers import Loading, ahead
 
 CORRUPT = -2
 """Label of an image that can't be read."""
@@ -96,6 +98,7 @@ class TrainCrops(Dataset):
             _keep_a_bit(self.colours.transforms[0])
         erasing = {"re_prob": a.reprob, "re_mode": a.remode, "re_count": a.recount}
         self.finish = create_transform(**common, **erasing, mean=tuple(mean), std=tuple(std))[2]
+        self.image_bytes = 4 * self.in_chans * math.prod(size_px)
 
     def __getitem__(self, sample: Sample) -> tuple[Tensor, int, list[Corruption]]:
         seed = derive_seed(self.seed, "augment", sample.number)
@@ -134,6 +137,7 @@ class EvalCrops(Dataset):
         self.corrupt = CorruptLog(len(source), damaged_limit)
         self.source, self.size_px, self.in_chans, self.crop_pct = source, size_px, in_chans, crop_pct
         self.value_range, self.interpolation = value_range, interpolation
+        self.image_bytes = in_chans * math.prod(size_px)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -167,22 +171,18 @@ class EvalCrops(Dataset):
 
 
 def labelled_batches(
-    dataset: TrainCrops, stream: SampleStream, damage: CorruptLog, num_workers: int | None, pin_memory: bool
+    dataset: TrainCrops, stream: SampleStream, damage: CorruptLog, loading: Loading
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Micro-batches of the stream: images float32 [b, C, H, W] and labels int64 [b]."""
-    processes = worker_options(num_workers)
-    loader = DataLoader(dataset, batch_sampler=stream, pin_memory=pin_memory, collate_fn=_collate, **processes)
-    for images, labels, damaged in loader:
-        damage.add(damaged)
-        yield images, labels
+    chunks = counted(load_chunks(dataset, stream, stream.largest, loading, _collate), damage)
+    yield from ahead(assembled(stream, chunks, loading.pin_memory), loading)
 
 
 def eval_batches(
     dataset: EvalCrops,
     rank: int,
     world_size: int,
-    num_workers: int | None,
-    pin_memory: bool,
+    loading: Loading,
     batch_size: int = 256,
     keep_places: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -191,10 +191,12 @@ def eval_batches(
     Images that can't be read are named and left out; with `keep_places` they stay as blanks with the label CORRUPT.
     """
     indices = range(len(dataset) * rank // world_size, len(dataset) * (rank + 1) // world_size)
-    processes = worker_options(num_workers if len(indices) > batch_size else 0)  # they cost more than a few images
-    loader = DataLoader(dataset, batch_size=batch_size, sampler=indices, pin_memory=pin_memory, **processes)
+    wanted = [indices[first : first + batch_size] for first in range(0, len(indices), batch_size)]
+    if len(wanted) < 2:  # workers cost more than a few images
+        loading = loading._replace(num_workers=0)
+    chunks = load_chunks(dataset, wanted, batch_size, loading, default_collate)
     first = indices.start
-    for images, labels, *_ in loader:
+    for images, labels in ahead(assembled(wanted, chunks, loading.pin_memory), loading):
         corrupt = labels == CORRUPT
         if corrupt.any():
             dataset.book(first + place for place in corrupt.nonzero().flatten().tolist())

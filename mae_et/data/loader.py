@@ -1,27 +1,28 @@
-"""The loader, one for all stages: workers turn samples into uint8 images; nothing restarts when a stage switches."""
+"""The loader, one for all stages: workers turn samples into uint8 images; nothing restarts when a stage switches.
+
+Beside a GPU, workers make a chunk of a micro-batch at a time, and a thread of the process that trains puts them
+together: the thread that launches steps finds its micro-batches made.
+"""
 
 from __future__ import annotations
 
-import functools
 import itertools
 import logging
-import multiprocessing.util
-import os
-import signal
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple, TypeVar
+import math
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
+from typing import NamedTuple, Protocol, TypeVar
 
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from ..plan.curriculum import Curriculum
-from ..plan.shapes import SizePx, height_width
+from ..plan.shapes import SPECTRAL, SizePx, height_width
 from .decode import train_crops
 from .pixels import CorruptImage, ValueRange
 from .replay import MissingSamples, replayed
 from .sources import Item, Source
 from .stream import Sample, Samples, SampleStream, derive_seed
+from .workers import CHUNK_IMAGES, Loading, ahead, in_flight, worker_options
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +80,12 @@ class TrainImages(Dataset):
         self.full_px, self.operator, self.in_chans, self.seed = height_width(full_size_px), operator, in_chans, seed
         self.value_range = value_range
 
+    @property
+    def image_bytes(self) -> int:
+        """Of the largest stage's images."""
+        sizes = [self.full_px] if self.operator in SPECTRAL else [stage.height_width for stage in self.stages]
+        return self.in_chans * max(map(math.prod, sizes))
+
     def __getitems__(self, samples: Samples) -> list[tuple[list[Tensor], list[Corruption]]]:
         """Crops of a micro-batch, image by image: views of one image are neighbours, and it is decoded once."""
         by_image = itertools.groupby(samples, lambda s: (s.stage, s.number // self.stages[s.stage].views_per_image))
@@ -103,6 +110,15 @@ class TrainImages(Dataset):
             )
 
         return first_readable(self.source, views[0].index, crops)
+
+
+class Images(Protocol):
+    """What workers make images of."""
+
+    @property
+    def image_bytes(self) -> int:
+        """Of the largest one, as it leaves the worker."""
+        ...
 
 
 class CorruptLog:
@@ -139,101 +155,74 @@ class CorruptLog:
             )
 
 
-def train_batches(
-    dataset: TrainImages,
-    stream: SampleStream,
-    damage: CorruptLog,
-    num_workers: int | None = None,
-    pin_memory: bool = False,
-) -> Iterator[Tensor]:
-    """Micro-batches, uint8 [b, C, h, w], of the stream, in order, whatever the number of workers."""
+class Chunks(Sampler):
+    """Parts of micro-batches, of at most `images` each and of whole groups: neighbours that show one decoded image."""
+
+    def __init__(self, micro_batches: Iterable[Sequence], images: int, group: int = 1) -> None:
+        self.micro_batches, self.rows = micro_batches, max(1, images // group) * group
+
+    def __iter__(self) -> Iterator[Sequence]:
+        for batch in self.micro_batches:
+            for first in range(0, len(batch), self.rows):
+                yield batch[first : first + self.rows]
+
+
+def load_chunks(
+    dataset: Images,
+    micro_batches: Iterable[Sequence],
+    micro_size: int,
+    loading: Loading,
+    collate: Callable,
+    group: int = 1,
+) -> Iterator:
+    """What `collate` makes of every chunk, in order. Workers start at once: torch watches those of the main thread.
+
+    micro_size: of the largest micro-batch.
+    """
+    images, chunks = min(CHUNK_IMAGES, micro_size) if loading.on_gpu else micro_size, None
+    if loading.num_workers:
+        images, chunks = in_flight(loading.num_workers, dataset.image_bytes, images)
+    sampler = Chunks(micro_batches, images, group)
+    options = worker_options(loading.num_workers) | {"collate_fn": collate, "prefetch_factor": chunks}
+    return iter(DataLoader(dataset, batch_sampler=sampler, **options))
+
+
+def assembled(
+    micro_batches: Iterable[Sized], chunks: Iterator[Sequence[Tensor]], pin_memory: bool
+) -> Generator[Sequence[Tensor], None, None]:
+    """Micro-batches from the tensors of their chunks: [c, …] of each kind become [b, …]."""
+    for wanted in micro_batches:
+        batch, done = [], 0
+        while done < len(wanted):
+            parts = next(chunks)
+            first, done = done, done + len(parts[0])
+            if done - first == len(wanted) and not pin_memory:
+                batch = parts  # as it is
+                continue
+            batch = batch or [part.new_empty(len(wanted), *part.shape[1:], pin_memory=pin_memory) for part in parts]
+            for whole, part in zip(batch, parts, strict=True):
+                whole.numpy()[first:done] = part.numpy()  # NumPy keeps to this thread, torch would wake others
+        yield batch
+
+
+def train_batches(dataset: TrainImages, stream: SampleStream, damage: CorruptLog, loading: Loading) -> Iterator[Tensor]:
+    """Micro-batches, uint8 [b, C, h, w], of the stream, in order, however they are loaded."""
     stages = stream.curriculum.stages
-    if all(stage.replay == stage.masks_per_image == 1 for stage in stages):
-        yield from _decoded(dataset, stream, damage, num_workers, pin_memory)
-    else:
-        missing = _decoded(dataset, MissingSamples(stream), damage, num_workers, pin_memory=False)
-        yield from replayed(stream, missing, pin_memory)
-
-
-def _decoded(
-    dataset: TrainImages,
-    sampler: Sampler[Samples],
-    damage: CorruptLog,
-    num_workers: int | None,
-    pin_memory: bool,
-) -> Iterator[Tensor]:
-    processes = worker_options(num_workers)
-    loader = DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        pin_memory=pin_memory,
-        collate_fn=_collate,
-        # Small stages eat several times more images a second: a deeper queue rides out the decoder's jitter.
-        prefetch_factor=4 if processes["num_workers"] else None,
-        **processes,
-    )
-    for images, damaged in loader:
-        damage.add(damaged)
+    replays = any(stage.replay > 1 or stage.masks_per_image > 1 for stage in stages)
+    wanted, group = MissingSamples(stream) if replays else stream, max(stage.views_per_image for stage in stages)
+    chunks = counted(load_chunks(dataset, wanted, stream.largest, loading, _collate, group), damage)
+    make = replayed if replays else assembled
+    for (images,) in ahead(make(stream, chunks, loading.pin_memory), loading):
         yield images
 
 
-def default_workers() -> int:
-    """This process's share of the cores that a container leaves it, at most 10 (facebookresearch/mae's number)."""
-    return max(1, min(10, _cores()))
-
-
-def spare_cores(num_workers: int | None) -> int:
-    """Cores of this process's share that its workers leave, not counting the one that trains."""
-    return _cores() - 1 - (default_workers() if num_workers is None else num_workers)
-
-
-def _cores() -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+def counted(chunks: Iterator[Sequence], damage: CorruptLog) -> Iterator[list[Tensor]]:
+    """The tensors of chunks (tensor, …, corruptions), whose corruptions are counted."""
+    for *tensors, damaged in chunks:
+        damage.add(damaged)
+        yield tensors
 
 
 def _collate(decoded: list[tuple[list[Tensor], list[Corruption]]]) -> tuple[Tensor, list[Corruption]]:
-    images = [image for crops, _ in decoded for image in crops]
-    # If the replay buffer holds all of a micro-batch, there is nothing to decode.
-    stacked = default_collate(images) if images else torch.empty(0, dtype=torch.uint8)
-    return stacked, [corruption for _, damaged in decoded for corruption in damaged]
-
-
-def worker_options(num_workers: int | None) -> dict[str, Any]:
-    """Options of a DataLoader whose workers decode: how many, by default `default_workers`, and how they start."""
-    _end_workers_at_exit(os.getpid())
-    workers = default_workers() if num_workers is None else num_workers
-    return {"num_workers": workers, "worker_init_fn": _start_worker}
-
-
-@functools.cache
-def _end_workers_at_exit(_process: int) -> None:
-    """Kill the workers before multiprocessing's exit handler: they ignore SIGTERM, so it would wait for ever.
-
-    Registered once for each process: a forked one loses its parent's handlers.
-    """
-
-    def kill() -> None:
-        if hasattr(signal, "SIGCHLD"):
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error for a killed worker
-        for process in multiprocessing.active_children():
-            if process.daemon:
-                process.kill()
-
-    # Unlike atexit's handlers, it also runs in child processes. Pools and queues, which may hold locks, end before it.
-    multiprocessing.util.Finalize(None, kill, exitpriority=1)
-
-
-def _start_worker(worker: int) -> None:
-    """In the worker: die with the trainer, leave signals to it, and keep to one core.
-
-    Ctrl-C, `timeout` and Slurm signal the whole process group; the trainer saves and ends its workers itself.
-    """
-    # If the trainer died before this worker started, torch's parent watchdog watches the wrong process: exit now.
-    # (A fork server is the parent of its children.)
-    trainer = multiprocessing.parent_process().pid
-    if multiprocessing.get_start_method() != "forkserver" and os.getppid() != trainer:
-        raise SystemExit
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    torch.set_num_threads(1)
+    images = default_collate([image for crops, _ in decoded for image in crops])
+    return images, [corruption for _, damaged in decoded for corruption in damaged]

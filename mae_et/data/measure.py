@@ -18,9 +18,10 @@ from ..console import console
 from ..plan.config import DataFlags, PretrainConfig, default_statistics
 from ..plan.flags import from_recipe
 from .decode import jpeg_objection
-from .loader import Corruption, worker_options
+from .loader import Corruption
 from .pixels import CorruptImage, ValueRange, format_and_channels, measure_value_range, more_than_8_bits, to_image
 from .sources import Source, open_source
+from .workers import worker_options
 
 MAX_MEASURED = 2000
 """Images that are decoded; of more, so many are taken, spread evenly. A mean is then known to about 0.005."""

@@ -23,10 +23,10 @@ from ..console import console
 from ..files import make_folder, write, write_text
 from .config import PrepareConfig
 from .decode import jpeg_objection
-from .loader import worker_options
 from .pixels import MODES, CorruptImage, measure_value_range, open_header, orientation_of, to_image
 from .shards import FORMAT, INDEX, ShardSource
 from .sources import Item, Source, open_source
+from .workers import worker_options
 
 log = logging.getLogger(__name__)
 

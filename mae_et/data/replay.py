@@ -7,7 +7,7 @@ not its data: a resumed run starts with an empty one and decodes again what it n
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -58,18 +58,26 @@ class MissingSamples(Sampler[Samples]):
             yield slots.insert(samples)
 
 
-def replayed(stream: SampleStream, decoded: Iterator[Tensor], pin_memory: bool) -> Iterator[Tensor]:
-    """The micro-batches of `stream`, uint8 [b, C, h, w], from those of its MissingSamples [f, C, h, w], f <= b."""
+def replayed(
+    stream: SampleStream, chunks: Iterator[Sequence[Tensor]], pin_memory: bool
+) -> Generator[tuple[Tensor], None, None]:
+    """The micro-batches of `stream`, uint8 [b, C, h, w], from the chunks of its MissingSamples, uint8 [c, C, h, w]."""
     slots = slots_of(stream)
-    buffer = torch.empty(0)
-    for samples, images in zip(stream, decoded, strict=True):
-        if slots.start_stage(samples.stage):
-            buffer = torch.empty(0)  # free the old one first
-            buffer = torch.empty(len(slots.numbers), *images.shape[1:], dtype=torch.uint8)
-        if len(missing := slots.insert(samples)):
-            buffer[torch.from_numpy(missing.slot - slots.first)] = images
+    buffer = np.empty(0)
+    for samples in stream:
+        new_stage, missing = slots.start_stage(samples.stage), slots.insert(samples)
+        done = 0
+        while done < len(missing):
+            (images,) = next(chunks)
+            if new_stage:
+                buffer = np.empty(0)  # free the old one first
+                buffer = np.empty((len(slots.numbers), *images.shape[1:]), np.uint8)
+                new_stage = False
+            first, done = done, done + len(images)
+            buffer[missing.slot[first:done] - slots.first] = images.numpy()
         batch = torch.empty(len(samples), *buffer.shape[1:], dtype=torch.uint8, pin_memory=pin_memory)
-        yield torch.index_select(buffer, 0, torch.from_numpy(samples.slot - slots.first), out=batch)
+        np.take(buffer, samples.slot - slots.first, axis=0, out=batch.numpy(), mode="clip")  # "raise" makes a copy
+        yield (batch,)
 
 
 def slots_of(stream: SampleStream) -> Slots:

@@ -160,6 +160,11 @@ class SampleStream(Sampler[Samples]):
         self.curriculum, self.seed, self.micro_size = curriculum, seed, micro_size
         self.first_step, self.rank, self.world_size = first_step, rank, world_size
 
+    @property
+    def largest(self) -> int:
+        """Most samples of a micro-batch."""
+        return max(stage.micro_size(self.micro_size) for stage in self.curriculum.stages)
+
     def __iter__(self) -> Iterator[Samples]:
         for step in range(self.first_step, self.curriculum.total_steps):
             stage = self.curriculum.at(step)

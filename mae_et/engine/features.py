@@ -34,9 +34,8 @@ def gather_features(
     features_of: uint8 [B, C, H, W] -> [B, D] per layer. Results are in the host's memory: of a million images, one
     layer's take gigabytes. Images that can't be read are left out.
     """
-    parts, labels, where = {}, [], (rt.rank, rt.world_size)
-    pin = pin_mem and rt.pins
-    for images, batch_labels in eval_batches(crops, *where, num_workers, pin, batch_size, keep_places=True):
+    parts, labels, loading = {}, [], rt.loading(num_workers, pin_mem)
+    for images, batch_labels in eval_batches(crops, rt.rank, rt.world_size, loading, batch_size, keep_places=True):
         for layer, features in features_of(images).items():
             parts.setdefault(layer, []).append(features.cpu())
         labels.append(batch_labels)

@@ -18,10 +18,11 @@ from torch import Tensor
 from .. import files, interop
 from ..console import console, logging_to_console
 from ..data.decode import center_crops
-from ..data.loader import CorruptLog, TrainImages, spare_cores, train_batches
+from ..data.loader import CorruptLog, TrainImages, train_batches
 from ..data.pixels import measure_value_range
 from ..data.sources import CachedSource, Source, is_jpeg_source, open_held_out, open_source
 from ..data.stream import SampleStream
+from ..data.workers import spare_cores
 from ..plan.build import as_vanilla, build_curriculum
 from ..plan.config import PretrainConfig
 from ..plan.curriculum import Curriculum, Stage
@@ -65,6 +66,7 @@ def pretrain(config: PretrainConfig) -> Path:
             source = open_source(config.data_path, "train", config.holdout)
         if config.cache_gib:
             source = CachedSource(source, int(config.cache_gib * 2**30))
+            rt.wait_for_ranks("cached")
         run = PretrainRun.create(config, rt, len(source))
         run.images = fingerprint(source)
         # All ranks ask rank 0, also one that alone found a checkpoint: what differs is refused below.
@@ -110,8 +112,7 @@ def open_loader(run: PretrainRun, source: Source) -> Iterator[Tensor]:
         ),
         SampleStream(run.curriculum, config.seed, config.batch_size, run.step, rt.rank, rt.world_size),
         CorruptLog(len(source), config.damaged_limit),
-        config.num_workers,
-        config.pin_mem and rt.pins,
+        rt.loading(config.num_workers, config.pin_mem),
     )
 
 
@@ -289,7 +290,7 @@ def finish(run: PretrainRun, source: Source, vanilla: Curriculum) -> None:
     run.writer.wait()
     if run.rt.is_main:
         console.print(ledger_table(run.ledger, run.curriculum, vanilla.stages[0].flops_per_image))
-        cores = spare_cores(run.config.num_workers)
+        cores = spare_cores(run.rt.loading(run.config.num_workers, False).num_workers)
         for line in data_wait_hints(run.config, run.curriculum, run.ledger, is_jpeg_source(source), cores):
             log.warning(line)
         if run.finished:

@@ -30,6 +30,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
+from ..data.workers import Loading, default_workers
 from . import device as devices
 
 log = logging.getLogger(__name__)
@@ -40,8 +41,8 @@ OTHER_LAUNCHERS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE")
 LOST_RANK = re.compile(
     r"gloo|NCCL|Connection (was likely )?(closed|reset|refused)|Broken pipe|time(d )?out", re.IGNORECASE
 )
-#: How long ranks wait for the first one to download; the time-outs of gloo and NCCL are meant for steps.
-DOWNLOAD_TIMEOUT = timedelta(days=1)
+#: How long ranks wait for each other before the first step; the time-outs of gloo and NCCL are meant for steps.
+SETUP_TIMEOUT = timedelta(days=1)
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,12 @@ class Runtime:
     def pins(self) -> bool:
         """Whether copies from page-locked memory to the device are faster."""
         return devices.pins(self.device)
+
+    def loading(self, num_workers: int | None, pin_memory: bool) -> Loading:
+        """How this rank loads: with so many workers, by default what suits the device, and pinned where that helps."""
+        on_gpu = self.device.type != "cpu"
+        workers = default_workers(on_gpu) if num_workers is None else num_workers
+        return Loading(workers, on_gpu, pin_memory and self.pins)
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Context in which matrix products run in the chosen precision."""
@@ -178,12 +185,18 @@ class Runtime:
     def main_first(self) -> Iterator[None]:
         """Rank 0 enters before the others, who find what it has downloaded, or fail as it did."""
         if not self.is_main:
-            self.store.wait(["main_first"], DOWNLOAD_TIMEOUT)
+            self.store.wait(["main_first"], SETUP_TIMEOUT)
         try:
             yield
         finally:
             if self.is_main and self.store:
                 self.store.set("main_first", "done")
+
+    def wait_for_ranks(self, place: str) -> None:
+        """Wait for all ranks to get to a place where some take much longer than others; collectives would give up."""
+        if self.store:
+            self.store.set(f"{place}/{self.rank}", "here")
+            self.store.wait([f"{place}/{rank}" for rank in range(self.world_size)], SETUP_TIMEOUT)
 
     def barrier(self) -> None:
         if self.is_distributed:

@@ -88,8 +88,7 @@ def evaluate(
     rt = normalize.rt
     accuracy = Accuracy(num_classes, rt.device)
     model.eval()
-    pin = config.pin_mem and rt.pins
-    for images, labels in eval_batches(crops, rt.rank, rt.world_size, config.num_workers, pin):
+    for images, labels in eval_batches(crops, rt.rank, rt.world_size, rt.loading(config.num_workers, config.pin_mem)):
         with rt.autocast():
             logits = model(normalize(images))
         accuracy.add(logits.float(), labels.to(rt.device, non_blocking=True))

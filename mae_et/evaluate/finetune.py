@@ -24,9 +24,10 @@ from .. import files
 from ..checkpoint import timm_state
 from ..console import logging_to_console
 from ..data.labelled import EvalCrops, TrainCrops, labelled_batches, open_labelled, seeded
-from ..data.loader import CorruptLog, spare_cores
+from ..data.loader import CorruptLog
 from ..data.sources import Source, is_jpeg_source
 from ..data.stream import SampleStream, derive_seed
+from ..data.workers import spare_cores
 from ..engine import run_folder, runtime, sharded, storage
 from ..engine.logger import RunLogger, data_wait_hints, warn_of_launchers
 from ..engine.meters import peak_memory_bytes
@@ -254,8 +255,7 @@ def open_loader(run: FinetuneRun, source: Source) -> Iterator[tuple[Tensor, Tens
         TrainCrops(source, size, encoder.mean, encoder.std, policy, config.seed, encoder.record.value_range),
         SampleStream(run.curriculum, config.seed, run.micro_size, run.step, rt.rank, rt.world_size),
         CorruptLog(len(source), config.damaged_limit),
-        config.num_workers,
-        config.pin_mem and rt.pins,
+        rt.loading(config.num_workers, config.pin_mem),
     )
 
 
@@ -373,7 +373,7 @@ def finish(run: FinetuneRun, source: Source, result: dict[str, Any] | None, bega
     paths = [run.folder]
     if rt.is_main:
         where = replace(config, data_path=encoder.data_path)
-        cores = spare_cores(config.num_workers)
+        cores = spare_cores(rt.loading(config.num_workers, False).num_workers)
         for line in data_wait_hints(where, run.curriculum, run.ledger, is_jpeg_source(source), cores):
             log.warning(line)
     if rt.is_main and result is not None and run.finished:

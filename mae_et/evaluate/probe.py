@@ -243,8 +243,7 @@ def _train_augmented(
         crops,
         SampleStream(curriculum, config.seed, micro, 0, rt.rank, rt.world_size),
         CorruptLog(len(source), config.damaged_limit),
-        config.num_workers,
-        config.pin_mem and rt.pins,
+        rt.loading(config.num_workers, config.pin_mem),
     )
     torch.manual_seed(derive_seed(config.seed, "head"))
     heads = {layer: head.to(rt.device) for layer, head in probe_heads(layers, model.embed_dim, num_classes).items()}

@@ -60,7 +60,7 @@ class DataFlags:
     value_range: Annotated[tuple[float, float] | None, DATA] = None
     """Pixel values that become black and white, of images with more than 8 bits; default: measured if they use few."""
     num_workers: Annotated[int | None, RUN, NOT_NEGATIVE] = None
-    """Loader processes per device; default: the cores there are, at most 10."""
+    """Loader processes per device; default: its share of the cores, beside a GPU less one, else at most 10."""
     pin_mem: Annotated[bool, RUN] = True
     """Page-locked batches, for faster copies to a CUDA device."""
     damaged_limit: Annotated[float, RUN, SHARE_BELOW_1] = 0.01

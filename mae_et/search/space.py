@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..data.loader import default_workers
+from ..data.workers import default_workers
 from ..plan.build import as_vanilla, build_curriculum, shape_of
 from ..plan.config import PretrainConfig
 from ..plan.cost import encoder_flops_per_image

@@ -147,7 +147,8 @@ def held_out_loss(config: PretrainConfig) -> tuple[float, float]:
         run.model.load_state_dict(state["model"])
         run.model.eval()
         stage, total, seen = run.curriculum.stages[0], 0.0, 0
-        for i, (images, _) in enumerate(eval_batches(crops, 0, 1, config.num_workers, False, LOSS_BATCH)):
+        loading = rt.loading(config.num_workers, config.pin_mem)
+        for i, (images, _) in enumerate(eval_batches(crops, 0, 1, loading, LOSS_BATCH)):
             noise = mask_noise_of_batch(0, i, len(images), stage.patches).to(rt.device)
             total += run.loss(run.prepare(images, stage), stage, noise).item() * len(images)
             seen += len(images)  # not those that can't be read
