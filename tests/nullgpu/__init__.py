@@ -8,7 +8,8 @@ the caching allocator, streams, capture of graphs, DDP and FSDP2 (as one of N al
 | device mismatches, waits for the device, calls that are illegal under capture | any value |
 | launches, copies, collectives; allocated and reserved memory, exactly | kernels' times, overlap, workspaces |
 
-By hand: ``python tests/nullgpu SCRIPT ARGUMENTS``. The environment variable `NULLGPU_BYTES` sets the device's memory.
+By hand: ``python tests/nullgpu SCRIPT ARGUMENTS``. In the environment, `NULLGPU_BYTES` sets the device's memory;
+with `NULLGPU_REAL_READS=1` reads of it give what copies and NCCL left there, as DDP and FSDP2 need, instead of zeros.
 """
 
 from __future__ import annotations
