@@ -40,7 +40,7 @@ from mae_et.model import create_mae
 from mae_et.plan.build import build_curriculum
 from mae_et.plan.config import PretrainConfig
 
-#: ViT-H's name and patch, everything else as small as can be; 3 rows a rank in micro-batches of 2 on 2 ranks.
+#: ViT-H's name and patch, everything else as small as can be; on 2 ranks 3 rows each, in several micro-batches.
 HUGE = TINY | {
     "model": "mae_vit_huge_patch14",
     "patch_size": None,
@@ -228,7 +228,7 @@ def _fill_the_disk(config: PretrainConfig) -> None:
 
 
 def test_gradients_are_reduced_once_and_must_be_finite(photos: Path, tmp_path: Path) -> None:
-    """A rank holds half of everything, its gradients are reduced in the last of two micro-batches, and one that is
+    """A rank holds half of everything, its gradients are reduced in the last micro-batch of several, and one that is
     infinite on one rank never reaches the weights of any, nor the disk."""
     config = tiny(photos, tmp_path / "run", **HUGE, **SHARDED, save_steps=1)
     on_ranks(2, tmp_path / "log", _count_reductions_then_break_a_gradient, config)
@@ -246,7 +246,7 @@ def _count_reductions_then_break_a_gradient(config: PretrainConfig) -> None:
                 result = accumulate_gradients(run, batches, stage)
             counts = {str(operation): number for operation, number in mode.get_comm_counts().items()}
             reductions = sum(number for name, number in counts.items() if "reduce_scatter" in name)
-            assert len(run.micro_batches(stage)) == 2 and reductions == len(fsdp_units(run.model)) + 1, counts
+            assert len(run.micro_batches(stage)) > 1 and reductions == len(fsdp_units(run.model)) + 1, counts
             runs.append(run)
             if run.step == 3 and is_first():
                 run.model.mask_token.grad.to_local().fill_(float("inf"))

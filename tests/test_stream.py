@@ -130,6 +130,41 @@ def test_ranks_share_a_batch_evenly(batch, world_size, micro_size):
         assert all(0 < len(rows) <= micro_size for rows in micro)
 
 
+@FEW
+@given(
+    data=st.data(), world_size=st.integers(1, 8), group=st.sampled_from((1, 1, 2, 6)), micro_size=st.integers(1, 300)
+)
+def test_micro_batches_are_of_one_size_where_one_divides_the_share(data, world_size, group, micro_size):
+    groups = data.draw(st.integers(1, 400) | st.sampled_from((64, 256, 448, 1000, 1024)))
+    batch = groups * group * world_size + data.draw(st.sampled_from((0, 0, 0, 1)))
+    fits = max(micro_size, group)  # rows of one image are never torn apart
+    counts = set()
+    for rank in range(world_size):
+        share = rank_rows(batch, rank, world_size)
+        sizes = [len(rows) for rows in micro_batches(batch, micro_size, rank, world_size, group)]
+        assert sum(sizes) == len(share) and max(sizes) <= fits
+        assert max(sizes) - min(sizes) <= group
+        fewest = -(-len(share) // (fits // group * group))
+        assert fewest <= len(sizes) <= 2 * fewest
+        counts.add(len(sizes))
+        alike = [size for size in range(fits, 0, -1) if size % group == len(share) % size == 0]
+        alike = [size for size in alike if len(share) <= 2 * fewest * size]
+        if alike and batch % world_size == 0:
+            assert {*sizes} == {next((size for size in alike if size % 64 == 0), alike[0])}
+    assert len(counts) == 1 or batch % world_size
+
+
+def test_micro_batches_prefer_multiples_of_64():
+    def sizes(batch, micro_size):
+        return [len(rows) for rows in micro_batches(batch, micro_size, 0, 1)]
+
+    assert sizes(4096, 1003) == [512] * 8  # a ViT-B's at 160 px, where 512 fit at 224 px
+    assert sizes(4096, 348) == [256] * 16
+    assert sizes(960, 500) == [320] * 3  # not 480
+    assert sizes(1000, 300) == [250] * 4
+    assert sizes(4099, 1003) == [819, 820, 820, 820, 820]  # a prime number: as even as can be
+
+
 def philox(key: int, block: int) -> list[int]:
     """The 4 × 64 bits of block number `block` of Philox4x64-10, after Salmon et al., SC 2011."""
     word = 2**64 - 1

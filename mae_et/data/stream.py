@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from ..plan.curriculum import Curriculum, Stage
+from ..plan.curriculum import Curriculum, Stage, micro_batch_count
 
 PHILOX_BLOCK = 8
 """Numbers of 32 bits that one step of Philox's counter gives."""
@@ -93,13 +93,14 @@ def rank_rows(batch_size: int, rank: int, world_size: int) -> range:
 
 
 def micro_batches(batch_size: int, micro_size: int, rank: int, world_size: int, group_size: int = 1) -> list[range]:
-    """Split a rank's rows into micro-batches of at most `micro_size` rows, as even as possible.
+    """Split a rank's rows into micro-batches of at most `micro_size` rows: of one size where one divides them, else
+    as even as possible (see `micro_batch_count`).
 
     group_size: neighbouring rows that stay in one micro-batch, since they show one decoded image.
     """
     rows = rank_rows(batch_size, rank, world_size)
     groups = -(-len(rows) // group_size)
-    count = -(-groups // max(1, micro_size // group_size))
+    count = micro_batch_count(len(rows), micro_size, group_size, batch_size % (world_size * group_size) == 0)
     return [rows[groups * i // count * group_size : groups * (i + 1) // count * group_size] for i in range(count)]
 
 

@@ -77,6 +77,11 @@ class Stage:
         """Images of a micro-batch, where one of full-size images has `full`."""
         return int(full * self.micro_scale)
 
+    def micro_batches(self, full: int, devices: int) -> int:
+        """Micro-batches of a step on the device that has most rows; `full` as in :meth:`micro_size`."""
+        group, rows = self.rows_per_image, -(-self.batch_size // devices)
+        return micro_batch_count(rows, self.micro_size(full), group, self.batch_size % (devices * group) == 0)
+
     @property
     def images(self) -> int:
         """Images seen in this stage."""
@@ -105,6 +110,20 @@ class Stage:
     def _renewed(self, steps: int) -> Iterable[int]:
         """First group that is renewed at step 1, 2, ... of a round; the others follow at a distance of `replay`."""
         return (-step % self.replay for step in range(1, steps + 1))
+
+
+def micro_batch_count(rows: int, micro_size: int, group_size: int = 1, even: bool = True) -> int:
+    """How many micro-batches of at most `micro_size` a rank's rows are cut into: so many that they are of one size, if
+    that is possible, since each size is compiled and given memory for itself.
+
+    group_size: rows that stay together. even: all ranks have as many rows; else, cut by what divides them, they would
+    differ in how many micro-batches they have.
+    """
+    groups = -(-rows // group_size)
+    fewest = -(-groups // max(1, micro_size // group_size))
+    # Up to twice as many: a power of two is always among them. Tiles of matrix products like multiples of 64.
+    alike = [count for count in range(fewest, 2 * fewest + 1) if groups % count == 0] if even else []
+    return next((c for c in alike if groups // c * group_size % 64 == 0), alike[0] if alike else fewest)
 
 
 def check_views(prefix: str, crop_scale: tuple[float, float], augment: int) -> None:

@@ -38,7 +38,7 @@ class GpuStep:
     def of(cls, config: PretrainConfig, stage: Stage, devices: int) -> GpuStep:
         shape, hog, recompute = shape_of(config), config.target == "hog", config.activation_checkpointing
         rows = math.ceil(stage.batch_size / devices)
-        count = math.ceil(rows / stage.micro_size(config.batch_size))
+        count = stage.micro_batches(config.batch_size, devices)
         work = launches(shape, hog=hog, recompute=recompute, ranks=devices)
         peak = None
         if config.precision != "fp32" and not config.bf16_residual and not (config.fsdp and devices > 1):
