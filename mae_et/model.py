@@ -109,6 +109,7 @@ class MaskedAutoencoder(nn.Module):
         torch._dynamo.reset()  # the graphs of earlier runs in this process, as of a search, count towards the limit
         # One graph for each of encoder and decoder and shape of a stage; past the limit torch runs uncompiled.
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        torch._dynamo.config.optimize_ddp = False  # it would cut each block where one of DDP's buckets is full
         for block in self.blocks:
             block.forward = torch.compile(block.forward, dynamic=False)
 

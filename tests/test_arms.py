@@ -42,7 +42,8 @@ COMPANIONS: dict[type, tuple[dict[str, Any], ...]] = {
 }
 #: By name, so that a role that changes by mistake is seen.
 OTHER_ARM = (
-    *("replay", "views_per_image", "masks_per_image", "compile", "start_epoch"),
+    *("replay", "views_per_image", "masks_per_image", "compile", "cuda_graphs"),
+    "start_epoch",
     *("lowfreq", "target", "mask_ratio", "curriculum", "lr", "epochs", "batch_size", "total_batch_size", "accum_iter"),
 )
 SAME_ARM = (

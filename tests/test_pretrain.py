@@ -37,6 +37,7 @@ from mae_et.evaluate.config import FinetuneConfig, ReconstructConfig
 from mae_et.evaluate.probe import probe
 from mae_et.evaluate.reconstruct import reconstruct
 from mae_et.plan.config import PretrainConfig
+from mae_et.plan.curriculum import Stage
 from mae_et.plan.flags import from_dict
 
 
@@ -295,6 +296,28 @@ def _torchrun(words: list[str]) -> None:
     elastic_launch(launch, main_pretrain)(words)
 
 
+def test_what_does_not_fit_fails_before_the_first_step_and_before_a_run_is_replaced(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last stage needs the most memory; it is warmed before the first one begins."""
+    loss, seen = PretrainRun.loss, []
+
+    def too_large(run: PretrainRun, images: torch.Tensor, stage: Stage, noise: torch.Tensor) -> torch.Tensor:
+        seen.append(stage.size_px)
+        if stage.size_px == 32:
+            raise torch.OutOfMemoryError("no memory")
+        return loss(run, images, stage, noise)
+
+    monkeypatch.setattr(PretrainRun, "loss", too_large)
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(torch.OutOfMemoryError):
+        pretrain(tiny(photos, tmp_path, overwrite=True))
+    assert seen == [32] and [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+    with pytest.raises(FileExistsError, match="already holds a run"):  # said before that, too
+        pretrain(tiny(photos, tmp_path))
+    assert seen == [32]
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -313,7 +336,8 @@ def test_variants_run(photos: Path, tmp_path: Path, change: dict) -> None:
 
 
 def test_compiles_blocks_on_one_rank_too(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A graph without breaks per kind of block and stage, none for pictures; a cheap backend stands in for inductor."""
+    """A graph without breaks per kind of block and stage, and for what is done to images before and after; none for
+    pictures. A cheap backend stands in for inductor."""
     graphs: list = []
     backend = partial(torch.compile, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)
     monkeypatch.setattr(torch, "compile", backend)
@@ -322,7 +346,7 @@ def test_compiles_blocks_on_one_rank_too(photos: Path, tmp_path: Path, monkeypat
         len(json.loads((folder / "ledger.json").read_text())["stages"]) == 2
         and (folder / "reconstruction.png").exists()
     )
-    assert len(graphs) == 2 * 2
+    assert len(graphs) == 2 * 2 + 3  # normalised are images of one size, compared those of two
 
 
 def test_non_square_grey(photos: Path, tmp_path: Path) -> None:

@@ -72,6 +72,13 @@ def _exact_float32() -> None:
         part.fp32_precision = "ieee"
 
 
+def stream(device: torch.device) -> contextlib.AbstractContextManager:
+    """Where a run's work is queued: on CUDA a stream of its own, since the default one can't be captured as a graph.
+    DDP and its gradients stay on the stream that they begin on.
+    """
+    return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def deterministic(on: bool) -> Iterator[None]:
     """Allow only kernels that give the same bits each time, if `on`; attention is flash, or in float32 plain products.

@@ -30,10 +30,11 @@ from ..plan.flags import to_yaml
 from ..plan.shapes import height_width, show_size, spectral_operator
 from ..record import RECORD_KEY, WeightsRecord
 from . import run_folder, runtime, sharded, storage
+from .graphs import DDP_ROUNDS
 from .logger import RunLogger, data_wait_hints, ledger_table, log_plan
 from .meters import EnergyMeter, peak_memory_bytes, reset_peak_memory
 from .online import OnlineProbe, is_due, quality_words
-from .optim import learning_rate
+from .optim import allocate, learning_rate
 from .picture import reconstruction_blocks, write_sheet
 from .progress import write_progress
 from .resume import fingerprint
@@ -81,13 +82,17 @@ def pretrain(config: PretrainConfig) -> Path:
         check_micro_batches(run)
         probe = OnlineProbe(run) if config.probe_every else None
 
-        # The first batch before anything on disk is replaced.
+        # The first batch, and memory for all that is to come, before anything on disk is replaced.
         loader = open_loader(run, source)
         batches = itertools.chain(list(itertools.islice(loader, 1)), loader)
         vanilla = build_curriculum(as_vanilla(config), len(source), rt.world_size)
         if rt.is_main:
-            open_folder(run, resume, read_from)
+            if not (goes_on(run, resume) or config.overwrite):
+                run_folder.check_free(run.folder)
             log_plan(run, vanilla)
+        warm_up(run)
+        if rt.is_main:
+            open_folder(run, resume, read_from)
         logger = RunLogger(run.folder, config, run.curriculum, run.step, run.ledger, on=rt.is_main)
         with run.writer:
             with files.disk_full_errors(run.folder), contextlib.closing(loader), logger:
@@ -116,14 +121,17 @@ def open_loader(run: PretrainRun, source: Source) -> Iterator[Tensor]:
     )
 
 
+def goes_on(run: PretrainRun, resume: Path | None) -> bool:
+    """Whether the run folder may hold the beginning of this run."""
+    # A first try may have died before its first checkpoint: then --resume auto starts anew.
+    return resume.parent.resolve() == run.folder.resolve() if resume else run.config.resume == "auto"
+
+
 def open_folder(run: PretrainRun, resume: Path | None, read_from: Path | None) -> None:
     """Make or take over the run folder, and write what is known before a step is run."""
     config = run.config
-    same = resume is not None and resume.parent.resolve() == run.folder.resolve()
-    # A first try may have died before its first checkpoint: then --resume auto starts anew.
-    anew = config.resume == "auto" and resume is None
-    run_folder.prepare(run.folder, keep=same or anew, overwrite=config.overwrite)
-    if same and read_from != resume:
+    run_folder.prepare(run.folder, keep=goes_on(run, resume), overwrite=config.overwrite)
+    if resume and goes_on(run, resume) and read_from != resume:
         # Otherwise the next save would rotate the corrupt file into prev1 and drop an intact one.
         files.promote(read_from, resume)
     lasting = dataclasses.replace(config, resume="", overwrite=False)  # it is a recipe: no one-off flags
@@ -154,8 +162,8 @@ def train(
         if index != curriculum.index(run.step):
             index = curriculum.index(run.step)
             stage, cost = curriculum.stages[index], ledger.stages[index]
-            cost.warmup_seconds += warm_up(run, stage)
-            meter.since()  # warming up is not the stage's
+            reset_peak_memory(run.rt.device)
+            meter.since()  # saving the last stage's end is not this one's
         began = time.perf_counter()
         lr = stage.lr_scale * learning_rate(
             curriculum.position(run.step),
@@ -228,18 +236,31 @@ def report(
     logger.report("pretrain", record, line, total)
 
 
-def warm_up(run: PretrainRun, stage: Stage) -> float:
-    """Compile and warm the stage's shapes before its clock starts; weights stay as they are. Returns seconds."""
-    began, rt = time.perf_counter(), run.rt
-    reset_peak_memory(rt.device)  # the allocator keeps blocks of the last stage's sizes
-    # The sizes of all ranks, since each backward is one that they do together.
-    for size in sorted({len(rows) for rank in range(rt.world_size) for rows in run.micro_batches(stage, rank)}):
-        images = torch.zeros(size, run.config.in_chans, *height_width(stage.loader_px), dtype=torch.uint8)
-        with run.kernels(stage):
-            run.loss(run.prepare(images, stage), stage, torch.rand(size, stage.patches, device=rt.device)).backward()
-    run.optimizer.zero_grad(set_to_none=True)
-    rt.synchronize()
-    return time.perf_counter() - began
+def warm_up(run: PretrainRun) -> None:
+    """Compile, warm and capture all stages to come: clocks are honest, and what doesn't fit into memory fails now.
+
+    Weights stay as they are.
+    """
+    rt, curriculum = run.rt, run.curriculum
+    if not run.optimizer.state:
+        allocate(run.optimizer)
+    pool = torch.cuda.graph_pool_handle() if run.captures else None
+    rounds = DDP_ROUNDS if run.captures and rt.is_distributed else 1
+    # The largest stage first: graphs of the others find room in the memory of its graph.
+    for index in reversed(range(len(curriculum.stages))):
+        stage, cost = curriculum.stages[index], run.ledger.stages[index]
+        if curriculum.start(index) + stage.steps <= run.step:
+            continue
+        began = time.perf_counter()
+        reset_peak_memory(rt.device)
+        run.warm(stage, rounds)
+        rounds = 1
+        if run.captures:
+            run.capture(stage, pool)
+        run.zero_gradients()
+        rt.synchronize()
+        cost.peak_memory_bytes = max(cost.peak_memory_bytes, peak_memory_bytes(rt.device))  # replays show none
+        cost.warmup_seconds += time.perf_counter() - began
 
 
 def title_of(config: PretrainConfig) -> str:
@@ -273,6 +294,7 @@ def draw(run: PretrainRun, stages: list[Stage] | tuple[Stage, ...], path: Path) 
 
 def finish(run: PretrainRun, source: Source, vanilla: Curriculum) -> None:
     """Leave behind what is worth keeping: the encoder and a picture at the end, the checkpoint and the cost always."""
+    run.graphs.clear()  # NCCL waits for the graphs that hold its calls before it ends
     if run.finished:
         weights = run.full_model().state_dict()
         if run.rt.is_main:

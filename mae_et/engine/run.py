@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +21,17 @@ from ..plan.build import build_curriculum, shape_of
 from ..plan.config import PretrainConfig, peak_lr
 from ..plan.cost import Ledger
 from ..plan.curriculum import Curriculum, Stage
-from ..plan.shapes import show_size, spectral_operator
+from ..plan.shapes import height_width, show_size, spectral_operator
 from ..spectral import low_frequency_crop
 from ..targets import hog_target, pixel_target, reconstruction_loss, take_patches
 from . import attention, run_folder, sharded, storage
+from .graphs import Graph, Inputs, wants_graphs
 from .optim import adamw
 from .resume import check_branch, check_same_run, identity
 from .runtime import Normalize, Runtime
 from .step import Run
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -43,6 +49,11 @@ class PretrainRun(Run):
         super().__post_init__()
         self.attention: dict[Stage, attention.Choice] = {}
         self.normalize = Normalize(self.config.pixel_mean, self.config.pixel_std, self.rt)
+        if self.config.compile:  # blocks are, in the model; these are many small operations on whole images
+            self.normalize = torch.compile(self.normalize.__call__, dynamic=False)
+            self.compare = torch.compile(self.compare, dynamic=False)
+        self.captures = wants_graphs(self.config.cuda_graphs, self.rt, self.is_sharded)
+        self.graphs: dict[tuple[Stage, int, bool], Graph] = {}
 
     @classmethod
     def create(cls, config: PretrainConfig, rt: Runtime, num_images: int) -> PretrainRun:
@@ -78,6 +89,10 @@ class PretrainRun(Run):
         """Mean loss of a micro-batch of prepared images; noise [b, L]."""
         with self.rt.autocast():
             pred, ids, _ = self.network(images, stage.num_visible, stage.num_predicted, noise)
+        return self.compare(pred, images, ids)
+
+    def compare(self, pred: Tensor, images: Tensor, ids: Tensor) -> Tensor:
+        """Mean loss of predictions [b, P, D] of the patches ids [b, P]."""
         with torch.no_grad():
             if self.config.target == "hog":
                 target = take_patches(hog_target(images, self.model.patch_size), ids)
@@ -88,8 +103,67 @@ class PretrainRun(Run):
     def kernels(self, stage: Stage) -> AbstractContextManager:
         return attention.using(self.attention[stage].backend)
 
-    def micro_loss(self, batch: Tensor, stage: Stage, rows: range) -> Tensor:
-        return self.loss(self.prepare(batch, stage), stage, self.noise(stage, rows))
+    def micro_loss(self, batch: tuple[Tensor, Tensor], stage: Stage, rows: range) -> Tensor:
+        """batch: uint8 images from the loader, on any device, and their noise."""
+        images, noise = batch
+        return self.loss(self.prepare(images, stage), stage, noise)
+
+    def accumulate(self, batch: Tensor, stage: Stage, rows: range, reduce: bool) -> Tensor:
+        images, noise = self._inputs.put(batch) if self._inputs else batch, self.noise(stage, rows)
+        graph = self.graphs.get((stage, *self._kind(rows, reduce)))
+        return graph.replay(noise) if graph else self.backward((images, noise), stage, rows, reduce)
+
+    def _kind(self, rows: range, reduce: bool) -> tuple[int, bool]:
+        """What graphs of a stage differ in."""
+        return len(rows), reduce or not self.rt.is_distributed
+
+    @cached_property
+    def _inputs(self) -> Inputs | None:
+        """Where micro-batches of this rank arrive on a CUDA device."""
+        if self.rt.device.type != "cuda":
+            return None
+        stages = self.curriculum.stages
+        sizes = (len(rows) * math.prod(self._loader_shape(s)) for s in stages for rows in self.micro_batches(s))
+        return Inputs(max(sizes), self.rt.device)
+
+    def _loader_shape(self, stage: Stage) -> tuple[int, int, int]:
+        return self.config.in_chans, *height_width(stage.loader_px)
+
+    def zero_gradients(self) -> None:
+        self.optimizer.zero_grad(set_to_none=not self.graphs)  # graphs hold the addresses of gradients
+
+    def warm(self, stage: Stage, rounds: int = 1) -> None:
+        """Run each shape of a stage on blank images, `rounds` times, so that what is made once is there."""
+        # The sizes of all ranks, since each backward is one that they do together.
+        ranks = range(self.rt.world_size)
+        for size in sorted({len(rows) for rank in ranks for rows in self.micro_batches(stage, rank)}):
+            images = torch.zeros(size, *self._loader_shape(stage), dtype=torch.uint8, device=self.rt.device)
+            for _ in range(rounds):
+                noise = torch.rand(size, stage.patches, device=self.rt.device)
+                self.backward((images, noise), stage, range(size), reduce=True)
+
+    def capture(self, stage: Stage, pool: tuple[int, int]) -> None:
+        """Record a graph for each shape of this rank's micro-batches of a stage, which is warm.
+
+        Where one can't be recorded on some rank, all go on without any, and say so; ValueError with --cuda_graphs on.
+        """
+        micro_batches, problem = self.micro_batches(stage), ""
+        try:
+            for size, reduce in sorted({self._kind(rows, rows is micro_batches[-1]) for rows in micro_batches}):
+                images, rows = self._inputs.view((size, *self._loader_shape(stage))), range(size)
+                noise = torch.rand(size, stage.patches, device=self.rt.device)
+                work = partial(self.backward, (images, noise), stage, rows, reduce)
+                self.graphs[stage, size, reduce] = Graph(work, noise, pool)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            problem = str(error).partition("\n")[0]
+        if self.rt.any(bool(problem)):
+            self.captures, problem = False, problem or "another rank can't"
+            self.graphs.clear()
+            if self.config.cuda_graphs == "on":
+                raise ValueError(f"--cuda_graphs on: a step can't be captured ({problem}); choose auto or off")
+            log.warning("no CUDA graphs: a step can't be captured (%s); kernels are launched one by one", problem)
 
     def noise(self, stage: Stage, rows: range) -> Tensor:
         """Mask noise [b, L] of some rows of the current step."""

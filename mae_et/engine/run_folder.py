@@ -32,19 +32,28 @@ def prepare(path: Path, keep: bool, overwrite: bool) -> None:
         raise OSError(f"--output_dir {path} cannot be made: {error.strerror}") from error
     if not os.access(path, os.W_OK):
         raise PermissionError(f"--output_dir {path} is not writable")
-    older = [old.name for name in (CHECKPOINT, SHARDED) for old in files.kept(path / name)]
-    held = [name for name in (CHECKPOINT, SHARDED, METRICS, *older) if (path / name).exists()]
-    if held and not (keep or overwrite):
-        raise FileExistsError(
-            f"--output_dir {path} already holds a run ({held[0]}): go on with --resume auto, replace it with "
-            "--overwrite, or choose another folder"
-        )
+    if not (keep or overwrite):
+        check_free(path)
     if overwrite:
-        for old in (*older, CHECKPOINT, SHARDED, METRICS, LEDGER, ENCODER, PICTURE, PROGRESS, BEST, SINK_ID):
+        for old in (*_held(path), LEDGER, ENCODER, PICTURE, PROGRESS, BEST, SINK_ID):
             files.remove(path / old)
         for pattern in ("eval-*.json", "events.out.tfevents.*", "reconstruction-*.png"):
             for old in path.glob(pattern):
                 old.unlink()
+
+
+def check_free(path: Path) -> None:
+    """FileExistsError if the folder already holds a run."""
+    if held := _held(path):
+        raise FileExistsError(
+            f"--output_dir {path} already holds a run ({held[0]}): go on with --resume auto, replace it with "
+            "--overwrite, or choose another folder"
+        )
+
+
+def _held(path: Path) -> list[str]:
+    older = [old.name for name in (CHECKPOINT, SHARDED) for old in files.kept(path / name)]
+    return [name for name in (CHECKPOINT, SHARDED, METRICS, *older) if (path / name).exists()]
 
 
 def checkpoint_in(path: Path) -> Path | None:

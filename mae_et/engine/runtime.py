@@ -152,6 +152,8 @@ class Runtime:
 
     def any(self, holds: bool) -> bool:
         """Whether it holds on any rank; all ranks ask together, and wait for each other."""
+        if not self.is_distributed:
+            return holds
         return self.sum(torch.tensor(float(holds), device=self.device)).item() > 0
 
     def synchronize(self) -> None:
@@ -250,7 +252,8 @@ def start(device: str = "auto", precision: str = "auto", dist_url: str = "env://
         joins = world_size > 1 or os.environ.get("MAE_ET_WRAP") == "1"
         store = _join(chosen, dist_url, rank, world_size) if joins else None
         try:
-            yield Runtime(chosen, precision, rank, world_size, store)
+            with devices.stream(chosen):
+                yield Runtime(chosen, precision, rank, world_size, store)
         except RuntimeError as error:
             if world_size == 1 or not LOST_RANK.search(str(error)):
                 raise

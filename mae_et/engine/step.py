@@ -63,7 +63,25 @@ class Run(ABC):
 
     @abstractmethod
     def micro_loss(self, batch: Any, stage: Stage, rows: range) -> Tensor:
-        """Mean loss of a micro-batch from the loader, `rows` of the batch of step number `self.step`."""
+        """Mean loss of a micro-batch, `rows` of the batch of step number `self.step`."""
+
+    def accumulate(self, batch: Any, stage: Stage, rows: range, reduce: bool) -> Tensor:
+        """Add the gradients of a micro-batch from the loader, as :meth:`backward` does."""
+        return self.backward(batch, stage, rows, reduce)
+
+    def backward(self, batch: Any, stage: Stage, rows: range, reduce: bool) -> Tensor:
+        """Forward and backward of a micro-batch; returns its share of the step's loss.
+
+        Every image weighs 1/batch in loss and gradient, however a step is split. reduce: average gradients over ranks.
+        """
+        local = contextlib.nullcontext() if reduce else self.rt.local_gradients(self.network)
+        with self.kernels(stage), local:
+            share = self.micro_loss(batch, stage, rows) * (len(rows) / stage.batch_size)
+            (share * self.rt.world_size).backward()  # DDP takes the mean over ranks; the sum is meant
+        return share.detach()
+
+    def zero_gradients(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
 
 
 def take_step(run: Run, batches: Iterator[Any], stage: Stage, lr: float, stopping: bool = False) -> Tensor:
@@ -77,25 +95,18 @@ def take_step(run: Run, batches: Iterator[Any], stage: Stage, lr: float, stoppin
         nn.utils.clip_grads_with_norm_(run.model.parameters(), run.config.clip_grad, norm)
     set_learning_rate(run.optimizer, lr)
     guarded_step(run.optimizer, outcome[0] + norm)  # finite only if both are
-    run.optimizer.zero_grad(set_to_none=True)
+    run.zero_gradients()
     return torch.cat([outcome, norm[None]])
 
 
 def accumulate_gradients(run: Run, batches: Iterator[Any], stage: Stage) -> Tensor:
-    """Forward and backward of this rank's rows of one step; returns its share of the loss.
-
-    Ranks and micro-batches may differ in size: every image weighs 1/batch in loss and gradient, however it is split.
-    """
-    rt, loss = run.rt, torch.zeros((), device=run.rt.device)
+    """Forward and backward of this rank's rows of one step; returns its share of the loss."""
+    loss = torch.zeros((), device=run.rt.device)
     micro_batches = run.micro_batches(stage)
     for rows in micro_batches:
         with run.idle.waiting():
             batch = next(batches)
-        local = contextlib.nullcontext() if rows is micro_batches[-1] else rt.local_gradients(run.network)
-        with run.kernels(stage), local:
-            part = run.micro_loss(batch, stage, rows) * (len(rows) / stage.batch_size)
-            (part * rt.world_size).backward()  # DDP takes the mean over ranks; the sum is meant
-        loss += part.detach()
+        loss += run.accumulate(batch, stage, rows, reduce=rows is micro_batches[-1])
     return loss
 
 

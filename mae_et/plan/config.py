@@ -38,6 +38,7 @@ from .shapes import DECODERS, OPERATORS, TARGETS, SizePx, as_size
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CURRICULA = (*SCHEDULES, "custom")
 PRECISIONS = ("auto", "bf16", "fp32")
+CUDA_GRAPHS = ("auto", "on", "off")
 SINKS = ("tensorboard", "wandb", "trackio", "mlflow")
 """Names of libraries, and of the extras that install them."""
 
@@ -309,6 +310,8 @@ class PretrainRunFlags(RunFlags):
     """Kernel of attention on CUDA: auto (per stage the fastest, timed), flash, cudnn, efficient or math."""
     bf16_residual: Annotated[bool, COMPUTE] = False
     """Keep what blocks add to in bf16, not in float32: less memory and traffic, more rounding. For --precision bf16."""
+    cuda_graphs: Annotated[str, COMPUTE, OneOf(CUDA_GRAPHS)] = "auto"
+    """Launch a micro-batch's kernels as one CUDA graph: auto (on CUDA, without --fsdp), on or off."""
     fsdp: Annotated[bool, COMPUTE] = False
     """Share parameters, gradients and optimiser state out over ranks (FSDP2), for models too large for a device."""
     ddp_comm_hook: Annotated[str, COMPUTE, OneOf(("none", "bf16"))] = "none"

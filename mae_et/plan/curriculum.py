@@ -114,7 +114,7 @@ class Stage:
 
 def micro_batch_count(rows: int, micro_size: int, group_size: int = 1, even: bool = True) -> int:
     """How many micro-batches of at most `micro_size` a rank's rows are cut into: so many that they are of one size, if
-    that is possible, since each size is compiled and given memory for itself.
+    that is possible, since each size is compiled, captured and given memory for itself.
 
     group_size: rows that stay together. even: all ranks have as many rows; else, cut by what divides them, they would
     differ in how many micro-batches they have.

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from .build import shape_of
 from .config import PretrainConfig
-from .curriculum import Stage
+from .curriculum import Curriculum, Stage
 from .shapes import ModelShape, height_width
 
 
@@ -35,22 +35,31 @@ class GpuStep:
     """None where no formula holds: in float32, with --bf16_residual, and where the model is sharded."""
 
     @classmethod
-    def of(cls, config: PretrainConfig, stage: Stage, devices: int) -> GpuStep:
+    def of(cls, config: PretrainConfig, plan: Curriculum, stage: Stage, devices: int) -> GpuStep:
+        """A step of one of the stages of `plan`, which is the configuration's."""
         shape, hog, recompute = shape_of(config), config.target == "hog", config.activation_checkpointing
-        rows = math.ceil(stage.batch_size / devices)
-        count = stage.micro_batches(config.batch_size, devices)
+        sharded = config.fsdp and devices > 1
+        graphs = config.cuda_graphs != "off" and not sharded
+        rows, count = math.ceil(stage.batch_size / devices), stage.micro_batches(config.batch_size, devices)
         work = launches(shape, hog=hog, recompute=recompute, ranks=devices)
         peak = None
-        if config.precision != "fp32" and not config.bf16_residual and not (config.fsdp and devices > 1):
-            copies = (count > 1) + (devices > 1)
+        if config.precision != "fp32" and not config.bf16_residual and not sharded:
+            copies = 1 if graphs else (count > 1) + (devices > 1)  # graphs add to gradients that stay where they are
             size = math.ceil(rows / count)
             peak = peak_memory_bytes(shape, stage, size, hog=hog, gradients=copies, recompute=recompute)
-        host = count * host_seconds(work, graphs=False)
+            peak += max(_arriving(config, s, devices) for s in plan.stages)
+        host = count * host_seconds(work, graphs)
         return cls(shape, stage, rows / count, count, work, host, peak)
 
     def utilisation(self, device_flops: float) -> float:
         """Estimated MFU while the device is not waited for."""
         return utilisation(self.shape, self.stage, self.images, device_flops, self.launches)
+
+
+def _arriving(config: PretrainConfig, stage: Stage, devices: int) -> int:
+    """Bytes of two micro-batches as they leave the loader: one arrives while the device works on the other."""
+    size = math.ceil(math.ceil(stage.batch_size / devices) / stage.micro_batches(config.batch_size, devices))
+    return 2 * size * config.in_chans * math.prod(height_width(stage.loader_px))
 
 
 # ── memory ──

@@ -59,7 +59,7 @@ def plan_report(config: PlanConfig, count_images: Callable[[PretrainConfig], int
     devices = config.devices or config.world_size
     plan, against = (build_curriculum(c, count_images(c), devices) for c in (config, other))
     shape = shape_of(config)
-    steps = [GpuStep.of(config, stage, devices) for stage in plan.stages]
+    steps = [GpuStep.of(config, plan, stage, devices) for stage in plan.stages]
     # Forward and backward of the encoder on all patches of all images, at full size; the head is too small to count.
     finetune = 3 * encoder_flops_per_image(shape, shape.num_patches) * config.finetune_epochs * plan.num_images
     return {
@@ -113,7 +113,7 @@ def _scaling(
             curriculum,
             shape_of(flags).num_parameters,
             cluster,
-            [GpuStep.of(flags, stage, devices) for stage in curriculum.stages],
+            [GpuStep.of(flags, curriculum, stage, devices) for stage in curriculum.stages],
         )
         for flags, curriculum in ((config, plan), (other, against))
     )

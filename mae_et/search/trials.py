@@ -27,7 +27,7 @@ from ..data.labelled import EvalCrops, eval_batches
 from ..data.sources import open_source
 from ..data.stream import mask_noise_of_batch
 from ..engine import run_folder, runtime, storage
-from ..engine.pretrain import PretrainRun, pretrain
+from ..engine.pretrain import PretrainRun, pretrain, warm_up
 from ..engine.step import take_step
 from ..evaluate.config import FinetuneConfig
 from ..evaluate.probe import probe
@@ -165,6 +165,7 @@ def seconds_of_vanilla(config: PretrainConfig, num_images: int) -> float:
     with runtime.start(config.device, config.precision, config.dist_url) as rt:
         run = PretrainRun.create(as_vanilla(config), rt, num_images)
         stage = run.curriculum.stages[0]
+        warm_up(run)
         blank = torch.zeros(stage.batch_size, config.in_chans, *stage.height_width, dtype=torch.uint8)
         batches = [blank[rows.start : rows.stop] for rows in run.micro_batches(stage)]
         seconds = []

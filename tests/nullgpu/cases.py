@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mae_et.engine.run import PretrainRun
 from mae_et.plan.gpu import GpuStep
 from nullgpu.counters import counting, no_sync
 from nullgpu.steps import SMALL, started, steady, step
+
+VIT_B = "--recipe in1k_vitb_etpp400_hog --batch_size 512 --total_batch_size 512"
 
 
 def test_the_null_gpu_sees_what_these_tests_look_for():
@@ -32,20 +35,23 @@ def test_capture_follows_the_rules_of_cuda():
     torch.zeros(4, device="cuda")  # and the process goes on
 
 
+@pytest.mark.parametrize("graphs", ["on", "off"])
 @pytest.mark.parametrize(
     "flags",
     [
-        "--target hog --clip_grad 1",
+        "--target hog --clip_grad 1 --total_batch_size 32",
         "--decoder cross --norm_pix_loss --predict_ratio 0.5 --lowfreq scaled --activation_checkpointing",
     ],
 )
-def test_no_steady_step_waits_for_the_device(flags):
-    with started(f"{SMALL} {flags}") as run:
+def test_no_steady_step_waits_for_the_device(flags, graphs):
+    with started(f"{SMALL} {flags} --cuda_graphs {graphs}") as run:
         for stage in run.curriculum.stages:
             batches = steady(run, stage)
             with no_sync(), counting() as found:
                 step(run, stage, batches)
             assert (found["syncs"], found["pageable"], found["mallocs"]) == (0, 0, 0), stage
+            assert found["graphs"] == (len(batches) if graphs == "on" else 0), stage
+        assert len(run.graphs) == (3 if graphs == "on" else 0), "a graph for each stage: all micro-batches are alike"
 
 
 #: Wide enough that what a formula leaves out is small: blocks of the allocator are up to a megabyte too large.
@@ -62,9 +68,9 @@ WIDE = "--model mae_vit_base_patch16 --depth 2 --decoder_depth 2 --curriculum et
     ],
 )
 def test_a_step_takes_the_memory_and_launches_of_the_plan(flags, ranks, tolerance):
-    with started(flags, ranks) as run:
+    with started(f"{flags} --cuda_graphs off", ranks) as run:
         for stage in run.curriculum.stages[::2]:
-            planned = GpuStep.of(run.config, stage, ranks)
+            planned = GpuStep.of(run.config, run.curriculum, stage, ranks)
             batches = steady(run, stage)
             assert len(batches) == planned.micro_batches
             with counting() as found:
@@ -74,17 +80,62 @@ def test_a_step_takes_the_memory_and_launches_of_the_plan(flags, ranks, toleranc
             assert planned.micro_batches * planned.launches == pytest.approx(launches, rel=0.15), stage
 
 
-@pytest.mark.parametrize("flags", ["", "--fsdp"])
+def test_graphs_leave_the_host_the_update_and_share_the_memory_of_the_largest():
+    """Of ViT-B, whatever the GPU and the number of images."""
+    with started(f"{VIT_B} --cuda_graphs on") as run:
+        reserved, needed = torch.cuda.memory_reserved(), []
+        for stage, cost in zip(run.curriculum.stages, run.ledger.stages, strict=True):
+            planned = GpuStep.of(run.config, run.curriculum, stage, 1)
+            assert planned.peak_memory_bytes == pytest.approx(cost.peak_memory_bytes, rel=0.02), stage
+            needed.append(cost.peak_memory_bytes)
+            batches = steady(run, stage)
+            with counting() as found:
+                step(run, stage, batches)
+            assert 10 < found["launches"] + found["gemms"] + found["memsets"] <= 40, stage
+        assert max(needed) < reserved < 1.2 * max(needed)
+
+
+def test_what_does_not_fit_fails_before_the_first_step_and_before_anything_is_captured():
+    with pytest.raises(torch.OutOfMemoryError), started(f"{VIT_B} --batch_size 2048 --total_batch_size 2048"):
+        pass
+    torch.cuda.empty_cache()
+
+
+def test_a_step_that_cannot_be_captured_is_launched_kernel_by_kernel_and_said_once(monkeypatch, caplog):
+    loss = PretrainRun.loss
+
+    def waits(*arguments):
+        value = loss(*arguments)
+        return value + value.item()
+
+    monkeypatch.setattr(PretrainRun, "loss", waits)
+    with started(SMALL) as run:
+        assert not run.graphs
+        step(run, run.curriculum.stages[0], steady(run, run.curriculum.stages[0]))
+        assert all(parameter.grad is None for parameter in run.model.parameters())
+    assert caplog.text.count("no CUDA graphs: a step can't be captured") == 1
+    with (
+        pytest.raises(ValueError, match=r"^--cuda_graphs on: .*; choose auto or off$"),
+        started(f"{SMALL} --cuda_graphs on"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("flags", ["--cuda_graphs off", "--cuda_graphs on --total_batch_size 256", "--fsdp"])
 def test_ranks_add_collectives_and_no_waiting(flags):
-    with started(f"{SMALL} {flags}", ranks=8) as run:
-        stage = run.curriculum.stages[0]
+    with started(f"{SMALL} --total_batch_size 128 {flags}", ranks=8) as run:
+        stage = run.curriculum.stages[-1]
         batches = steady(run, stage)
-        if not flags:
+        if "off" in flags:
             for _ in range(10):  # in which DDP reads its own clocks
                 step(run, stage, batches)
         with no_sync(), counting() as found:
             step(run, stage, batches)
-        assert found["collectives"] > 1 and (found["syncs"], found["pageable"]) == (0, 0)
+        assert (found["syncs"], found["pageable"]) == (0, 0)
+        if "on" in flags:  # one graph averages gradients, the other doesn't
+            assert (found["graphs"], found["collectives"], len(run.graphs)) == (2, 1, 5)
+        else:
+            assert found["collectives"] > 1
 
 
 def test_a_save_copies_into_pinned_memory_and_waits_once(tmp_path):

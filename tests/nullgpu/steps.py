@@ -29,7 +29,7 @@ SMALL = (
 
 @contextlib.contextmanager
 def started(flags: str, ranks: int = 1) -> Iterator[PretrainRun]:
-    """A run of these flags, on data that nobody reads; as rank 0 of several that are all alike."""
+    """A warm run of these flags, on data that nobody reads; as rank 0 of several that are all alike."""
     # Its clock tells nothing, so the fastest attention would be any.
     config = parse(PretrainConfig, ["--attention", "flash", *flags.split(), "--data_path", "none"])
     gc.collect()  # memory of earlier runs, which hold themselves in circles
@@ -46,7 +46,9 @@ def started(flags: str, ranks: int = 1) -> Iterator[PretrainRun]:
         rt = stack.enter_context(runtime.start("cuda", "bf16", deterministic=config.deterministic))
         with torch.device(rt.device):  # weights are drawn where drawing them takes no time
             run = PretrainRun.create(config, rt, 1281167)
+        warm_up(run)
         yield run
+        run.graphs.clear()  # they are of DDP's buffers, too
 
 
 def pinned_batches(run: PretrainRun, stage: Stage) -> list[torch.Tensor]:
@@ -56,9 +58,9 @@ def pinned_batches(run: PretrainRun, stage: Stage) -> list[torch.Tensor]:
 
 
 def steady(run: PretrainRun, stage: Stage) -> list[torch.Tensor]:
-    """Warm the stage and take steps until all are alike; returns micro-batches for :func:`step`."""
+    """Begin the stage and take steps until all are alike; returns micro-batches for :func:`step`."""
     batches = pinned_batches(run, stage)
-    warm_up(run, stage)
+    torch.cuda.empty_cache()
     for _ in range(2):
         step(run, stage, batches)
     return batches
