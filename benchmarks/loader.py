@@ -40,8 +40,8 @@ from mae_et.data.photos import CLASSES, _photograph
 from mae_et.data.prepare import Encoder
 from mae_et.data.stream import Samples, SampleStream, mask_noise, rank_rows
 from mae_et.data.workers import Loading
-from mae_et.plan.config import IMAGENET_MEAN, IMAGENET_STD
 from mae_et.plan.curriculum import Curriculum, Stage
+from mae_et.plan.shared import IMAGENET_MEAN, IMAGENET_STD
 
 FULL_PX = 224
 CROP_SCALE = (0.2, 1.0)

@@ -27,8 +27,8 @@ from .engine.storage import local_file, read, save, save_safetensors
 from .export import DECODER, PREDICTS_KEY, Exported, write_facebook, write_huggingface, write_timm
 from .files import CheckpointError, kept
 from .interop import METADATA_KEY
-from .plan.config import default_statistics
 from .plan.shapes import ModelShape, choice, target_dim
+from .plan.shared import default_statistics
 from .record import RECORD_KEY, WeightsRecord
 from .wrappers import unwrap
 

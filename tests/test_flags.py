@@ -17,9 +17,10 @@ from mae_et.compare.compare import CompareConfig
 from mae_et.data.config import MeasureConfig, PrepareConfig
 from mae_et.evaluate.config import FinetuneConfig, ReconstructConfig
 from mae_et.plan import flags
-from mae_et.plan.config import LauncherFlags, PretrainConfig, RunFlags
+from mae_et.plan.config import PretrainConfig
 from mae_et.plan.flags import MODEL, POSITIVE, RUN, TASK, OneOf, Range, check, names, parse, roles
 from mae_et.plan.report import PlanConfig
+from mae_et.plan.shared import LauncherFlags, RunFlags
 from mae_et.search.config import SearchConfig
 
 TESTS = Path(__file__).parent

@@ -19,7 +19,7 @@ from tiny import tiny
 from mae_et.cli import main_pretrain
 from mae_et.engine.pretrain import pretrain
 from mae_et.engine.sinks import SINKS, open_sinks
-from mae_et.plan.config import SINKS as NAMES
+from mae_et.plan.shared import SINKS as NAMES
 
 
 class Recorder:

@@ -15,8 +15,9 @@ from rich.progress import track
 from torch.utils.data import DataLoader, Dataset
 
 from ..console import console
-from ..plan.config import DataFlags, PretrainConfig, default_statistics
+from ..plan.config import PretrainConfig
 from ..plan.flags import from_recipe
+from ..plan.shared import DataFlags, default_statistics
 from .decode import jpeg_objection
 from .loader import Corruption
 from .pixels import CorruptImage, ValueRange, format_and_channels, measure_value_range, more_than_8_bits, to_image

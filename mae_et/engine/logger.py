@@ -14,10 +14,11 @@ from rich.table import Column, Table
 from ..console import console
 from ..data.sources import is_prepared
 from ..files import append_json_line, read_json_lines, write_json_lines
-from ..plan.config import DataFlags, LauncherFlags, PretrainConfig, RunFlags
+from ..plan.config import PretrainConfig
 from ..plan.cost import Ledger, StageCost
 from ..plan.curriculum import Curriculum
 from ..plan.shapes import show_size
+from ..plan.shared import DataFlags, LauncherFlags, RunFlags
 from .run_folder import METRICS
 from .sinks import open_sinks
 from .step import Run

@@ -18,10 +18,11 @@ from ..data.pixels import ValueRange
 from ..data.stream import derive_seed, mask_noise, mask_noise_of_batch, micro_batches
 from ..model import MaskedAutoencoder
 from ..plan.build import build_curriculum, shape_of
-from ..plan.config import PretrainConfig, peak_lr
+from ..plan.config import PretrainConfig
 from ..plan.cost import Ledger
 from ..plan.curriculum import Curriculum, Stage
 from ..plan.shapes import height_width, show_size, spectral_operator
+from ..plan.shared import peak_lr
 from ..spectral import low_frequency_crop
 from ..targets import hog_target, pixel_target, reconstruction_loss, take_patches
 from . import attention, run_folder, sharded, storage

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Protocol
 
 from ..files import write_text
-from ..plan.config import RunFlags
 from ..plan.flags import to_dict
+from ..plan.shared import RunFlags
 from .run_folder import SINK_ID
 
 log = logging.getLogger(__name__)

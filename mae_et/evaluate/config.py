@@ -8,7 +8,6 @@ from typing import Annotated, Any, ClassVar
 
 import tyro
 
-from ..plan.config import DataFlags, LauncherFlags, RunFlags, check_shared, peak_lr
 from ..plan.flags import (
     BATCH,
     DATA,
@@ -29,6 +28,7 @@ from ..plan.flags import (
     check,
 )
 from ..plan.shapes import SizePx, as_size
+from ..plan.shared import DataFlags, LauncherFlags, RunFlags, check_shared, peak_lr
 
 #: What the flags default to where none is given. Fine-tuning: facebookresearch/mae's FINETUNE.md, ViT-B (MAE, Table 9);
 #: linear probe on augmented images: the same document (MAE, Table 10). warmup_epochs is at most a fifth of --epochs.

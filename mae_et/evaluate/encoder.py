@@ -23,10 +23,10 @@ from ..data.stream import derive_seed
 from ..engine.run_folder import run_of
 from ..engine.runtime import Runtime
 from ..model import MaskedAutoencoder, sincos_table
-from ..plan.config import check_statistics, default_statistics
 from ..plan.cost import encoder_flops_per_image
 from ..plan.flags import MODEL, names
 from ..plan.shapes import ModelShape, SizePx, grid_of, height_width, model_shape, num_patches
+from ..plan.shared import check_statistics, default_statistics
 from ..record import INTERPOLATION, WeightsRecord, default_crop_pct
 from .config import FinetuneConfig
 

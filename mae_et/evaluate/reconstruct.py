@@ -15,10 +15,10 @@ from ..engine import run_folder
 from ..engine.picture import draw_reconstruction
 from ..engine.runtime import Normalize, Runtime
 from ..model import MaskedAutoencoder
-from ..plan.config import default_statistics
 from ..plan.curriculum import Stage, StageRow
 from ..plan.schedules import SCHEDULES, patch_counts, scale_size
 from ..plan.shapes import TARGETS, ModelShape, height_width, spectral_operator
+from ..plan.shared import default_statistics
 from ..record import WeightsRecord
 from .config import ReconstructConfig
 
