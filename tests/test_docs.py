@@ -1,0 +1,114 @@
+"""README and docs are true in what a machine can check: commands parse, paths exist, code compiles, lines fit."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import tyro
+
+from mae_et.cli import COMMANDS, ExportConfig
+from mae_et.compare.compare import CompareConfig
+from mae_et.data.config import MeasureConfig, PrepareConfig
+from mae_et.evaluate.config import FinetuneConfig, ReconstructConfig
+from mae_et.plan.config import PretrainConfig
+from mae_et.plan.flags import parse
+from mae_et.plan.report import PlanConfig
+from mae_et.search.config import SearchConfig
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+CONFIGS = {
+    "pretrain": PretrainConfig,
+    "finetune": FinetuneConfig,
+    "plan": PlanConfig,
+    "compare": CompareConfig,
+    "export": ExportConfig,
+    "prepare": PrepareConfig,
+    "measure": MeasureConfig,
+    "search": SearchConfig,
+    "reconstruct": ReconstructConfig,
+}
+#: What a command of ours begins with, wherever it stands in a line.
+COMMAND = re.compile(r"(?:(?P<script>main_pretrain|main_finetune)\.py|python3? -m mae_et (?P<command>\w+)) (?P<flags>.*)")
+BENCHMARK = re.compile(r"python3? (?P<path>benchmarks/\w+\.py)(?P<flags> .*)?$")
+
+
+def code(page: Path) -> list[str]:
+    """Lines of fenced and indented blocks, continued ones joined, and inline code."""
+    text = page.read_text()
+    blocks = re.findall(r"^ *```\w*\n(.*?)^ *```$", text, re.DOTALL | re.MULTILINE)
+    blocks += re.findall(r"(?:^ {4}.*\n)+", text, re.MULTILINE)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    inline = [re.sub(r"\s+", " ", span) for span in re.findall(r"(?<!`)`([^`]+)`(?!`)", text)]
+    return [line.split(" #")[0].strip() for line in lines + inline]
+
+
+def words(flags: str) -> list[str]:
+    """As a shell splits them, placeholders filled in, without what stands for more of them."""
+    split = shlex.split(re.split(r"[|;&>]", flags)[0])
+    return [{"NAME": "demo", "N": "1"}.get(word, word) for word in split if word != "…" and word[0] != "$"]
+
+
+def commands(pattern: re.Pattern) -> list:
+    found = [(page, match) for page in PAGES for line in code(page) if (match := pattern.search(line))]
+    return [pytest.param(match, id=f"{page.stem}: {match[0][:60]}") for page, match in found]
+
+
+@pytest.mark.parametrize("match", commands(COMMAND))
+def test_commands_parse(match, tmp_path, monkeypatch):
+    command = match["command"] or match["script"].removeprefix("main_")
+    assert command in COMMANDS
+    arguments = words(match["flags"])
+    own = tmp_path / "own.yaml"  # for files that a reader writes
+    own.write_text((ROOT / "mae_et" / "recipes" / "demo.yaml").read_text())
+    arguments = [str(own) if word.endswith(".yaml") and not (ROOT / word).exists() else word for word in arguments]
+    if command == "finetune" and not {"--finetune", "--like"} & set(arguments):
+        arguments += ["--finetune", "RUN"]  # which a sentence leaves out
+    monkeypatch.chdir(ROOT)
+    if arguments:  # else only the command is spoken of
+        parse(CONFIGS[command], arguments)
+
+
+@pytest.mark.parametrize("match", commands(BENCHMARK))
+def test_benchmarks_parse(match, monkeypatch):
+    path = ROOT / match["path"]
+    config = re.search(r"tyro\.cli\((\w+)", path.read_text())
+    monkeypatch.syspath_prepend(str(path.parent))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    arguments = words(match["flags"] or "")
+    assert config or not arguments
+    if arguments:
+        tyro.cli(getattr(module, config[1]), args=arguments, use_underscores=True)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_paths_exist(page):
+    text = page.read_text()
+    links = [link for link in re.findall(r"\]\(([^)\s#]+)[^)]*\)", text) if "://" not in link]
+    links += re.findall(r'src="([^"]+)"', text)
+    missing = [link for link in links if not (page.parent / link).exists()]
+    named = re.findall(r"`((?:mae_et|benchmarks|docs|tests|examples)/[\w./]+)`", text)
+    missing += [path for path in named if not (ROOT / path).exists() and not (ROOT / "mae_et" / path).exists()]
+    assert missing == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_python_compiles(page):
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        compile(block, str(page), "exec")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_lines_fit(page):
+    longest = 100 if page.name == "README.md" else 120
+    lines = page.read_text().splitlines()
+    assert [line for line in lines if len(line) > longest] == []
+    assert page.name != "README.md" or len(lines) <= 110
