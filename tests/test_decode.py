@@ -710,7 +710,7 @@ def test_augment_changes_the_picture_after_the_same_crop(jpeg, in_chans):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"operator": "nearest"}, "fourier, lanczos, bilinear, scaled"),
+        ({"operator": "nearest"}, "fourier, dct, lanczos, bilinear, scaled"),
         ({"augment": 31}, r"0\.\.30"),
         ({"augment": 5, "in_chans": 4}, "augment .*--in_chans"),
     ],

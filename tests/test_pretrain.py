@@ -437,7 +437,7 @@ def test_refuses_to_resume_another_run(photos: Path, tmp_path: Path, whole: Path
         ("--input_size 30", ["30", "divisible", "32"]),
         ("--recipe dmo", ["--recipe", "did you mean demo", "in1k_vitb_etpp400_hog"]),
         ("--model vit_bas_patch16", ["vit_bas_patch16", "mae_vit_base_patch16"]),
-        ("--lowfreq furier", ["--lowfreq", "fourier, lanczos, bilinear, scaled"]),
+        ("--lowfreq furier", ["--lowfreq", "fourier, dct, lanczos, bilinear, scaled"]),
         ("--mask_ratio 0.999", ["mask_ratio", "visible"]),
         ("--mask_ratio 0", ["mask_ratio", "visible"]),
         ("--target hog --norm_pix_loss", ["--norm_pix_loss", "--target hog"]),
