@@ -82,6 +82,7 @@ def parity(report: Report, work: Path) -> None:
             report.below(f"loss in bf16, to fp32, {where}", abs(rough / (want or 1) - 1), 1e-2)
             report.below(f"gradient in bf16, to fp32, {where}", distance(roughly, wanted), 3e-2)
     _attention_parity(report, runs["bf16"])
+    _graph_parity(report)
     for precision, limit in {} if report.dry_run else {"fp32": 1e-4, "bf16": 3e-2}.items():
         with runtime.start("cuda", precision) as rt:
             eager, compiled = (start_run(f"{SMALL} --norm_pix_loss {flag}", rt) for flag in ("", "--compile"))
@@ -91,6 +92,23 @@ def parity(report: Report, work: Path) -> None:
             (_, wanted), (_, found) = gradients(eager, stage, *batch), gradients(compiled, stage, *batch)
             where = f"{precision}, {stage.size_px} px"
             report.below(f"gradient compiled, to eager, {where}", distance(found, wanted), limit)
+
+
+def _graph_parity(report: Report) -> None:
+    """Losses and gradient norms of steps that are replayed, with masks that change, to those of eager steps."""
+    outcomes = {}
+    for graphs in ("off", "on"):
+        with runtime.start("cuda", "bf16") as rt:
+            run = start_run(f"{SMALL} --norm_pix_loss --batch_size 8 --cuda_graphs {graphs}", rt)
+            warm_up(run)
+            steps = [(stage, loader_output(run, stage)) for stage in run.curriculum.stages for _ in range(2)]
+            outcomes[graphs] = []
+            for stage, batches in steps:
+                outcomes[graphs].append(take_step(run, iter(batches), stage, 1e-3).tolist())
+                run.step = 1 - run.step
+    for column, name in ((0, "losses"), (2, "gradient norms")):
+        pairs = [(a[column], b[column]) for a, b in zip(*outcomes.values(), strict=True)]
+        report.below(f"{name} of replayed steps, to eager ones", max(abs(b - a) / (a or 1) for a, b in pairs), 1e-2)
 
 
 def _attention_parity(report: Report, run: PretrainRun) -> None:
@@ -112,7 +130,7 @@ def _attention_parity(report: Report, run: PretrainRun) -> None:
 def sync(report: Report, work: Path) -> None:
     """No steady step waits for the GPU."""
     cases = "--target hog --clip_grad 1", "--decoder cross --norm_pix_loss --lowfreq scaled", "--compile"
-    for flags in cases[:2] if report.dry_run else cases:
+    for flags in cases[:2] if report.dry_run else (*cases, "--cuda_graphs off"):
         with runtime.start("cuda") as rt:
             run = start_run(f"{SMALL} {flags}", rt)
             for stage, batches in warmed(run):
@@ -130,8 +148,8 @@ def sync(report: Report, work: Path) -> None:
 
 def warmed(run: PretrainRun) -> Iterator[tuple[Stage, list[Tensor]]]:
     """Each stage, after two of its steps, with its micro-batches."""
+    warm_up(run)
     for stage in run.curriculum.stages:
-        warm_up(run, stage)
         batches = loader_output(run, stage)
         for _ in range(2):
             take_step(run, iter(batches), stage, 1e-4)
@@ -140,13 +158,13 @@ def warmed(run: PretrainRun) -> Iterator[tuple[Stage, list[Tensor]]]:
 
 def ranks(report: Report, work: Path) -> None:
     """DDP and FSDP2 over NCCL, of one rank: the losses of six steps in a row are those of a plain model."""
-    plain = _losses_of_steps("", wrap=False)[1]
-    modes = "", "--fsdp", "--fsdp --activation_checkpointing", "--compile"
+    plain = _losses_of_steps("--cuda_graphs off", wrap=False)[1]
+    modes = "--cuda_graphs off", "--cuda_graphs on", "--fsdp", "--fsdp --activation_checkpointing", "--compile"
     for flags in modes[:-1] if report.dry_run else modes:
         kind, losses = _losses_of_steps(flags, wrap=True)
-        report.check(f"wrapped, {flags or 'eager'}", "Parallel" in kind or "FSDP" in kind, kind)
+        report.check(f"wrapped, {flags}", "Parallel" in kind or "FSDP" in kind, kind)
         apart = max(abs(a - b) / (abs(b) or 1) for a, b in zip(losses, plain, strict=True))
-        report.below(f"losses of {kind}, {flags or 'eager'}, to a plain model's", apart, 5e-3)
+        report.below(f"losses of {kind}, {flags}, to a plain model's", apart, 5e-3)
 
 
 def _losses_of_steps(flags: str, wrap: bool) -> tuple[str, list[float]]:
@@ -154,11 +172,12 @@ def _losses_of_steps(flags: str, wrap: bool) -> tuple[str, list[float]]:
     os.environ["MAE_ET_WRAP"] = str(int(wrap))
     with runtime.start("cuda", "bf16") as rt:
         run = start_run(f"{SMALL} --norm_pix_loss --clip_grad 1 {flags}", rt)
+        warm_up(run)
         losses = []
         for stage in run.curriculum.stages:
-            warm_up(run, stage)
             batches = loader_output(run, stage)
             losses += [take_step(run, iter(batches), stage, 1e-3)[0].item() for _ in range(2)]
+        run.graphs.clear()  # they are of DDP's buffers, too
         return type(run.network).__name__, losses
 
 
