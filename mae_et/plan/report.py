@@ -225,7 +225,10 @@ class Cluster:
     def seconds_per_step(self, stage: Stage, parameters: int, step: GpuStep | None = None) -> dict[str, float]:
         """Seconds of one step by what takes them: compute, host, link, data. step: else nothing is known of hosts."""
         images = stage.batch_size / self.devices
-        share = self.utilisation or step.utilisation(self.device_flops)
+        share = self.utilisation
+        if share is None:
+            assert step is not None  # whose estimate it is
+            share = step.utilisation(self.device_flops)
         return {
             "compute": images * stage.flops_per_image / (self.device_flops * share),
             "host": step.host_seconds if step else 0.0,
@@ -238,8 +241,9 @@ def scaling_report(
     plan: Curriculum, parameters: int, cluster: Cluster, steps: Sequence[GpuStep] = ()
 ) -> dict[str, Any]:
     """Predicted hours per stage and in total, as plain values. parameters: those that are trained."""
-    rows = []
-    for stage, step in zip(plan.stages, steps or [None] * len(plan.stages), strict=True):
+    rows: list[dict[str, Any]] = []
+    known: Sequence[GpuStep | None] = steps or [None] * len(plan.stages)
+    for stage, step in zip(plan.stages, known, strict=True):
         seconds = cluster.seconds_per_step(stage, parameters, step)
         bound = max(seconds, key=seconds.__getitem__)
         without_data = max(value for name, value in seconds.items() if name != "data")
