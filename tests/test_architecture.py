@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "mae_et"  # read, never imported: a circle
 MAX_LINES = 400
 #: From the ground up. A module may import only modules before it, so a room only rooms before it.
 ROOMS = {
-    "plan": "shapes curriculum schedules cost flags config build gpu report",
+    "plan": "shapes curriculum schedules cost flags shared config build gpu report",
     "": "files console record spectral targets model layouts interop wrappers hub",
     "data": "config stream workers photos folders tars shards webdataset datasets sources pixels views decode replay"
     " loader labelled prepare measure",

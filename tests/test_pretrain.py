@@ -527,7 +527,8 @@ def test_older_runs_go_on_with_their_masks(photos: Path, tmp_path: Path) -> None
     with runtime.start("cpu", config.precision) as rt:
         run = PretrainRun.create(config, rt, 20)
         run.folder.mkdir()
-        run.save()
+        with run.writer:
+            run.save()
     state = storage.load(path)
     del state["mask_generator"]
     storage.save(state, path)

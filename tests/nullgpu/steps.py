@@ -63,6 +63,7 @@ def steady(run: PretrainRun, stage: Stage) -> list[torch.Tensor]:
     torch.cuda.empty_cache()
     for _ in range(2):
         step(run, stage, batches)
+    gc.collect()  # of DDP's first buckets, which it has replaced
     return batches
 
 
