@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import multiprocessing
@@ -9,36 +10,69 @@ import os
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
+from unittest import mock
 
 import torch
+import torch.distributed as dist
 
 CLONE_NEWNET = 0x40000000
 """Linux's name of a network namespace, for setns."""
 
 
+_KEPT: dict[tuple[int, int], tuple[multiprocessing.Process, Connection]] = {}
+"""(Number of ranks, rank) -> that rank of earlier tests, which has paid for what torch builds when it is first used."""
+
+
 def on_ranks(number: int, log: Path, task: Callable, *arguments) -> None:
-    """Call task(*arguments) in as many processes, as torchrun would start them; all must end well."""
+    """Call task(*arguments) in as many processes, as torchrun would start them; all must end well.
+
+    A process that ended well is the same rank of later tests, so a task puts back the functions that it replaces.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = _server()
     log.mkdir(parents=True, exist_ok=True)
     logs = [log / f"rank{rank}.txt" for rank in range(number)]
-    processes = [
-        context.Process(target=_rank, args=(file, rank, number, port, task, arguments))
-        for rank, file in enumerate(logs)
-    ]
-    for process in processes:
-        process.start()
+    ranks = [_KEPT.pop((number, rank), None) or _new_rank() for rank in range(number)]
+    for rank, (_, pipe) in enumerate(ranks):
+        environment = {"RANK": rank, "WORLD_SIZE": number, "LOCAL_RANK": rank, "MASTER_PORT": port}
+        environment = {name: str(value) for name, value in environment.items()} | {"MASTER_ADDR": "127.0.0.1"}
+        pipe.send((logs[rank], environment, task, arguments))
     deadline = time.monotonic() + 180
-    for process in processes:
-        process.join(max(0, deadline - time.monotonic()))
-    for process in processes:
-        process.kill()
-    codes = [process.exitcode for process in processes]
-    assert codes == [0] * number, "\n".join(f"── {file.name} ──\n{file.read_text()}" for file in logs)
+    ended = [_end_of(pipe, deadline) for _, pipe in ranks]
+    for rank, (process, pipe) in enumerate(ranks):
+        if ended[rank] == "as it was":
+            _KEPT[number, rank] = process, pipe
+        else:
+            process.kill()
+    assert all(ended), "\n".join(f"── {file.name} ──\n{file.read_text()}" for file in logs)
+
+
+def _new_rank() -> tuple[multiprocessing.Process, Connection]:
+    if not _KEPT:
+        atexit.register(_end_ranks)  # before multiprocessing waits for them
+    ours, theirs = multiprocessing.Pipe()
+    process = _server().Process(target=_rank, args=(theirs,))
+    process.start()
+    theirs.close()
+    return process, ours
+
+
+def _end_ranks() -> None:
+    while _KEPT:
+        _KEPT.popitem()[1][0].kill()
+
+
+def _end_of(pipe: Connection, deadline: float) -> str:
+    """How a rank's task ended: well, and then "as it was" or "used up"; "" if it failed, died or took too long."""
+    try:
+        return pipe.recv() if pipe.poll(max(0, deadline - time.monotonic())) else ""
+    except EOFError:
+        return ""
 
 
 def in_a_process(log: Path, task: Callable, *arguments) -> None:
@@ -113,11 +147,26 @@ def _alone(
     task(*arguments)
 
 
-def _rank(log: Path, rank: int, number: int, port: int, task: Callable, arguments: tuple) -> None:
-    _as_started_anew(log)
-    environment = {"RANK": rank, "WORLD_SIZE": number, "LOCAL_RANK": rank, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in environment.items()}, MASTER_ADDR="127.0.0.1")
-    task(*arguments)
+def _rank(pipe: Connection) -> None:
+    """Do what comes through the pipe until a task fails or leaves its group of ranks behind."""
+    multiprocessing.set_start_method("fork", force=True)
+    end = "as it was"
+    while end == "as it was":
+        try:
+            log, environment, task, arguments = pipe.recv()
+        except EOFError:  # the tests are over
+            return
+        _as_started_anew(log)
+        with mock.patch.dict(os.environ, environment):
+            try:
+                task(*arguments)
+                end = "used up" if dist.is_initialized() else "as it was"
+            except BaseException:
+                traceback.print_exc()
+                end = ""
+        sys.stdout.close()
+        sys.stdout = sys.stderr = sys.__stderr__
+        pipe.send(end)
 
 
 def _as_started_anew(log: Path) -> None:

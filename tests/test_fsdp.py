@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import safetensors.torch
@@ -66,9 +67,9 @@ def is_first() -> bool:
     return os.environ["RANK"] == "0"
 
 
-def replaced(module, name: str, by: Callable) -> None:
-    """Put by(original) in the place of a module's function, in this process."""
-    setattr(module, name, by(getattr(module, name)))
+def replaced(module, name: str, by: Callable):
+    """Context in which by(original) is in the place of a module's function."""
+    return mock.patch.object(module, name, by(getattr(module, name)))
 
 
 def train(config: PretrainConfig, stop: int | None = None) -> None:
@@ -82,8 +83,8 @@ def train(config: PretrainConfig, stop: int | None = None) -> None:
 
         return step
 
-    replaced(pretraining, "take_step", stopping)
-    pretrain(config)
+    with replaced(pretraining, "take_step", stopping):
+        pretrain(config)
 
 
 # ── runs that the tests share ──
@@ -201,10 +202,11 @@ def test_clocks_of_ranks_may_differ(photos: Path, tmp_path: Path) -> None:
 
 
 def _train_with_a_fast_clock(config: PretrainConfig) -> None:
-    clock = time.monotonic
-    if not is_first():
-        time.monotonic = lambda: 1e6 * clock()
-    train(config, STOP)
+    def fast(clock: Callable) -> Callable:
+        return lambda: clock() if is_first() else 1e6 * clock()
+
+    with replaced(time, "monotonic", fast):
+        train(config, STOP)
 
 
 def test_a_full_disk_on_one_rank_keeps_the_last_checkpoint(photos: Path, stopped: Path, tmp_path: Path) -> None:
@@ -215,12 +217,16 @@ def test_a_full_disk_on_one_rank_keeps_the_last_checkpoint(photos: Path, stopped
 
 
 def _fill_the_disk(config: PretrainConfig) -> None:
-    def full(_: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def full(fsync: Callable) -> Callable:
+        def on_one(file: int) -> None:
+            if not is_first():
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            fsync(file)
 
-    if not is_first():
-        os.fsync = full
-    with pytest.raises(storage.CheckpointError, match=r"run/checkpoint.dcp: can't be written on rank 1: No space left"):
+        return on_one
+
+    no_room = r"run/checkpoint.dcp: can't be written on rank 1: No space left"
+    with replaced(os, "fsync", full), pytest.raises(storage.CheckpointError, match=no_room):
         pretrain(config)
 
 
@@ -254,8 +260,10 @@ def _count_reductions_then_break_a_gradient(config: PretrainConfig) -> None:
 
         return watched
 
-    replaced(step, "accumulate_gradients", watching)
-    with pytest.raises(FloatingPointError, match="norm inf at step 3"):
+    with (
+        replaced(step, "accumulate_gradients", watching),
+        pytest.raises(FloatingPointError, match="norm inf at step 3"),
+    ):
         pretrain(config)
     model, optimizer = runs[0].model, runs[0].optimizer
     moments = [tensor for state in optimizer.state.values() for tensor in state.values() if tensor.dim()]

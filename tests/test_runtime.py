@@ -12,6 +12,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -67,9 +68,9 @@ def test_ranks_sleep_before_they_fork(tmp_path: Path) -> None:
 def _fork() -> None:
     with runtime.start("cpu"):
         slept: list[float] = []
-        time.sleep = slept.append  # this process is the test's own
-        if (process := os.fork()) == 0:
-            os._exit(0)
+        with mock.patch.object(time, "sleep", slept.append):
+            if (process := os.fork()) == 0:
+                os._exit(0)
         os.waitpid(process, 0)
         assert slept == [0.02]
 
