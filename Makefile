@@ -8,7 +8,7 @@ demo: $(VENV)/installed
 	$(PYTHON) main_pretrain.py --recipe demo --overwrite
 
 test: lint
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 lint: $(VENV)/installed-test
 	$(PYTHON) -m ruff check .
