@@ -4,8 +4,8 @@
 #   docker run --rm --gpus all --shm-size 16g --ulimit memlock=-1 -v /path/to/images:/data:ro -v "$PWD/runs":/mae_et/runs \
 #       mae_et torchrun --nproc_per_node=8 main_pretrain.py --recipe in1k_vitb_etpp400 --data_path /data
 #
-# --shm-size: loader workers hand batches over in /dev/shm, which Docker makes 64 MB small. Needed are
-# devices × workers × 4 × batch_size × channels × height × width bytes: 8 × 10 × 4 × 64 × 3 × 224 × 224 are 3.1 GB.
+# --shm-size: loader workers hand images over in /dev/shm, which Docker makes 64 MB small. A rank uses at most 1 GiB, and
+# at most half of its share of what is free: 2 GiB for each GPU.
 FROM python:3.12-slim
 
 # torch.compile builds kernels with a C compiler.

@@ -36,7 +36,7 @@ from torchvision import transforms
 from mae_et.data.config import PrepareConfig
 from mae_et.data.decode import train_crop, train_crops
 from mae_et.data.loader import CorruptLog, train_batches
-from mae_et.data.photos import CLASSES, _photograph
+from mae_et.data.photos import CLASSES, photograph
 from mae_et.data.prepare import Encoder
 from mae_et.data.stream import Samples, SampleStream, mask_noise, rank_rows
 from mae_et.data.workers import Loading
@@ -54,7 +54,7 @@ def photographs() -> list[bytes]:
     """Every photograph as JPEGs of 500×375 pixels, quality 90: the whole, and its left and right halves."""
     images = []
     for name in CLASSES:
-        whole = Image.fromarray(_photograph(name)).convert("RGB")
+        whole = Image.fromarray(photograph(name)).convert("RGB")
         for left, right in ((0, 1), (0, 0.5), (0.5, 1)):
             buffer = io.BytesIO()
             part = whole.resize(

@@ -151,4 +151,4 @@ def save(image: Image.Image, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    build(tyro.cli(NaturalImagesConfig))
+    build(tyro.cli(NaturalImagesConfig, use_underscores=True))

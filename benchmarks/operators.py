@@ -19,10 +19,11 @@ import tyro
 from PIL import Image
 from torch import Tensor
 
-from mae_et.data.photos import CLASSES, _photograph
+from mae_et.data.photos import CLASSES, photograph
+from mae_et.plan.shapes import SPECTRAL, spectral_operator
 from mae_et.spectral import low_frequency_crop
 
-OPERATORS = ("fourier", "dct", "lanczos")
+OPERATORS = (*SPECTRAL, "lanczos")
 AMPLIFIED = 4
 
 
@@ -41,7 +42,7 @@ class OperatorsConfig:
 def windows(full: int) -> Iterator[Tensor]:
     """[C, 3·full, 3·full] windows of the photographs, side by side where they fit."""
     for name in CLASSES:
-        pixels = torch.from_numpy(np.array(_photograph(name))).double()
+        pixels = torch.from_numpy(np.array(photograph(name))).double()
         image = pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
         height, width = image.shape[-2:]
         for top in range(0, height - 3 * full + 1, full):
@@ -53,8 +54,9 @@ def small_and_reference(window: Tensor, small: int, operator: str) -> tuple[Tens
     """The middle third of a window made small, and that place of the window made small as a whole: [C, s, s] each."""
     full = window.shape[-1] // 3
     middle = window[:, full : 2 * full, full : 2 * full]
-    spectral = operator if operator in ("fourier", "dct") else "dct"  # a resize samples where `dct` does
-    reference = low_frequency_crop(window, 3 * small, spectral)[:, small : 2 * small, small : 2 * small]
+    reference = low_frequency_crop(window, 3 * small, spectral_operator(operator))[
+        :, small : 2 * small, small : 2 * small
+    ]
     if operator == "lanczos":
         planes = [Image.fromarray(plane.float().numpy()) for plane in middle]
         resized = [np.array(plane.resize((small, small), Image.Resampling.LANCZOS)) for plane in planes]
@@ -83,7 +85,7 @@ def errors(full: int, small: int, operator: str) -> tuple[float, float, int]:
 def draw(path: Path, name: str) -> None:
     """One row: the reference, then each operator's crop and its amplified difference from the reference around grey."""
     full, small, zoom = 112, 48, 4
-    image = torch.from_numpy(np.array(_photograph(name))).double().permute(2, 0, 1)
+    image = torch.from_numpy(np.array(photograph(name))).double().permute(2, 0, 1)
     window = image[:, -3 * full :, : 3 * full]
     tiles = []
     for operator in OPERATORS:
@@ -108,4 +110,4 @@ def main(config: OperatorsConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(OperatorsConfig))
+    main(tyro.cli(OperatorsConfig, use_underscores=True))

@@ -19,7 +19,7 @@ from torchvision.transforms import RandomResizedCrop, v2
 from mae_et.data import decode, pixels
 from mae_et.data.decode import center_crop, center_crops, jpeg_objection, train_crop, train_crops
 from mae_et.data.labelled import EvalCrops, eval_batches
-from mae_et.data.photos import _photograph
+from mae_et.data.photos import photograph
 from mae_et.data.pixels import CorruptImage, measure_value_range, to_image
 from mae_et.data.views import draw_view
 from mae_et.data.workers import Loading
@@ -62,7 +62,7 @@ def crop(item, size_px=SMALL, operator="fourier", seed=0, in_chans=3, augment=0,
 @pytest.fixture(scope="module")
 def photo() -> Image.Image:
     """180 x 240 pixels of the coffee cup, small and smooth."""
-    return Image.fromarray(_photograph("coffee")).resize((240, 180), Image.Resampling.LANCZOS)
+    return Image.fromarray(photograph("coffee")).resize((240, 180), Image.Resampling.LANCZOS)
 
 
 @pytest.fixture(scope="module")
@@ -397,7 +397,7 @@ def holes(data: bytes) -> list[bytes]:
 @pytest.mark.skipif(decode.simplejpeg is None, reason="Pillow does not see it")
 @pytest.mark.parametrize("operator", ["fourier", "scaled"])
 def test_what_the_strict_decoder_objects_to_is_told_with_the_crop(operator):
-    whole = encode(Image.fromarray(_photograph("coffee")).resize((300, 200)), "JPEG", quality=85)
+    whole = encode(Image.fromarray(photograph("coffee")).resize((300, 200)), "JPEG", quality=85)
     for item, damaged in [(whole, False), *((item, True) for item in holes(whole))]:
         objections: list[str] = []
         try:

@@ -21,7 +21,7 @@ from mae_et.plan.report import PlanConfig
 from mae_et.search.config import SearchConfig
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 CONFIGS = {
     "pretrain": PretrainConfig,
     "finetune": FinetuneConfig,

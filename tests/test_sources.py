@@ -80,7 +80,7 @@ def test_photos_train_and_val_never_share_a_pixel():
     for split, source in (("train", train), ("val", val)):
         for index in range(len(source)):
             label, left, top = source.position(index)
-            height, width = photos._photograph(source.classes[label]).shape[:2]
+            height, width = photos.photograph(source.classes[label]).shape[:2]
             assert 0 <= left <= width - 96
             assert 0 <= top <= height - 96
             seen[split].setdefault(label, set()).add((left, top))
@@ -95,7 +95,7 @@ def test_photos_read_what_they_name():
     source = open_source("photos", "val")
     label, left, top = source.position(100)
     assert source.name(100) == f"photos[100] ({source.classes[label]} at x={left} y={top})"
-    picture = photos._photograph(source.classes[label])
+    picture = photos.photograph(source.classes[label])
     assert np.array_equal(source.read(100)[0], picture[top : top + 96, left : left + 96])
     with pytest.raises(IndexError):
         source.read(len(source))
@@ -103,16 +103,16 @@ def test_photos_read_what_they_name():
 
 def test_photos_come_from_the_wheels_alone(monkeypatch):
     """No download, and not even an import of the packages that could start one."""
-    photos._photograph.cache_clear()
+    photos.photograph.cache_clear()
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("photos must not use the network"))
     for name in photos.CLASSES:
-        assert min(photos._photograph(name).shape[:2]) >= 300
+        assert min(photos.photograph(name).shape[:2]) >= 300
     monkeypatch.setattr(photos.importlib.util, "find_spec", lambda _: None)
-    photos._photograph.cache_clear()
+    photos.photograph.cache_clear()
     with pytest.raises(FileNotFoundError) as error:
         open_source("photos").read(0)
     assert "scikit-image" in one_line(error)
-    photos._photograph.cache_clear()
+    photos.photograph.cache_clear()
 
 
 # ------------------------------------------------------------------------------------------------------------ folders

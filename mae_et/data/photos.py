@@ -60,7 +60,7 @@ class PhotoTiles:
 
     def read(self, index: int) -> tuple[np.ndarray, int]:
         label, left, top = self.position(index)
-        return _photograph(CLASSES[label])[top : top + TILE_PX, left : left + TILE_PX], label
+        return photograph(CLASSES[label])[top : top + TILE_PX, left : left + TILE_PX], label
 
     def name(self, index: int) -> str:
         label, left, top = self.position(index)
@@ -72,7 +72,7 @@ class PhotoTiles:
             raise IndexError(f"photos has {len(self)} {self._split} tiles, no index {index}")
         label, place = divmod(index, self._rows * self._columns)
         row, column = divmod(place, self._columns)
-        height, width = _photograph(CLASSES[label]).shape[:2]
+        height, width = photograph(CLASSES[label]).shape[:2]
         split_x = min(width * 3 // 4, width - _MIN_VAL_PX)
         start, stop = (0, split_x) if self._split == "train" else (split_x, width)
         left = start + (stop - start - TILE_PX) * column // (self._columns - 1)
@@ -81,7 +81,7 @@ class PhotoTiles:
 
 
 @functools.cache
-def _photograph(name: str) -> np.ndarray:
+def photograph(name: str) -> np.ndarray:
     """[H, W] or [H, W, 3] uint8, decoded once per process."""
     package, _, inside = _FILES[name].partition("/")
     spec = importlib.util.find_spec(package)  # finds the folder without the seconds of an import
