@@ -39,6 +39,8 @@ from mae_et.evaluate.reconstruct import reconstruct
 from mae_et.plan.config import PretrainConfig
 from mae_et.plan.curriculum import Stage
 from mae_et.plan.flags import from_dict
+from mae_et.plan.shapes import SPECTRAL, height_width
+from mae_et.spectral import low_frequency_crop
 
 
 def test_run_folder(whole: Path) -> None:
@@ -316,6 +318,18 @@ def test_what_does_not_fit_fails_before_the_first_step_and_before_a_run_is_repla
     with pytest.raises(FileExistsError, match="already holds a run"):  # said before that, too
         pretrain(tiny(photos, tmp_path))
     assert seen == [32]
+
+
+@pytest.mark.parametrize("operator", SPECTRAL)
+def test_the_device_makes_images_small_as_lowfreq_says(photos: Path, tmp_path: Path, operator: str) -> None:
+    config = tiny(photos, tmp_path, lowfreq=operator)
+    with runtime.start("cpu", "fp32") as rt:
+        run = PretrainRun.create(config, rt, 20)
+    stage = run.curriculum.stages[0]
+    assert height_width(stage.loader_px) == height_width(config.input_size) != height_width(stage.size_px)
+    images = torch.randint(0, 256, (2, 3, *height_width(stage.loader_px)), dtype=torch.uint8)
+    wanted = low_frequency_crop(run.normalize(images), stage.size_px, operator)
+    assert run.prepare(images, stage).equal(wanted)
 
 
 @pytest.mark.parametrize(
