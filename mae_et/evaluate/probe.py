@@ -152,11 +152,14 @@ def solve_linear(features: Tensor, labels: Tensor, num_classes: int, l2: float, 
     features: [N, D], standardised. With l2 = 1/(C·N) it is scikit-learn's LogisticRegression. Warns if it hasn't
     converged: without l2 there is no minimum where the classes can be separated.
     """
-    head = nn.Linear(features.shape[1], num_classes, device=features.device, dtype=torch.float64)
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
+    # Features are correlated; in whitened coordinates x·T the same minimum takes less than half as many steps.
+    covariance = sum(x.double().T @ x.double() for x in features.split(CHUNK)) / len(features)
+    values, vectors = torch.linalg.eigh(covariance)
+    whiten = vectors * (values.clamp_min(0) + 1).rsqrt()
+    rotated = nn.Parameter(features.new_zeros(num_classes, features.shape[1], dtype=torch.float64))
+    bias = nn.Parameter(features.new_zeros(num_classes, dtype=torch.float64))
     solver = torch.optim.LBFGS(
-        head.parameters(),
+        [rotated, bias],
         max_iter=2000,
         history_size=20,
         tolerance_grad=tolerance,
@@ -166,19 +169,21 @@ def solve_linear(features: Tensor, labels: Tensor, num_classes: int, l2: float, 
 
     def objective() -> Tensor:
         solver.zero_grad()
-        total = l2 / 2 * head.weight.square().sum()
+        total = l2 / 2 * (rotated @ whiten.T).square().sum()
         total.backward()
         for x, y in zip(features.split(CHUNK), labels.split(CHUNK), strict=True):
-            part = F.cross_entropy(head(x.double()), y, reduction="sum") / len(features)
+            part = F.cross_entropy(x.double() @ (rotated @ whiten.T).T + bias, y, reduction="sum") / len(features)
             part.backward()
             total = total.detach() + part.detach()
         return total
 
     solver.step(objective)
     objective()
-    slope = max(p.grad.abs().max().item() for p in head.parameters())
+    slope = max(p.grad.abs().max().item() for p in (rotated, bias))
     if slope > 100 * tolerance:
         log.warning("the linear probe has not converged: its gradient is still %.1e; raise --l2", slope)
+    head = nn.Linear(features.shape[1], num_classes, device=features.device, dtype=torch.float64)
+    head.weight.data, head.bias.data = rotated.detach() @ whiten.T, bias.detach()
     return head.requires_grad_(False)
 
 
