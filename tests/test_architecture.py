@@ -18,7 +18,7 @@ ROOMS = {
     "plan": "shapes curriculum schedules cost flags shared config build gpu report",
     "": "files console record spectral targets model layouts interop wrappers hub",
     "data": "config stream workers photos folders tars shards webdataset datasets sources pixels views decode replay"
-    " loader labelled prepare measure",
+    " loader corruptions labelled prepare measure",
     "engine": "run_folder device runtime attention meters optim storage sharded resume writer step graphs sinks logger"
     " picture progress features run online pretrain",
     "card": "",

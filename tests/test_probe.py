@@ -50,7 +50,8 @@ def test_knn_agrees_with_a_loop_over_the_neighbours_of_scikit_learn(digits) -> N
 @pytest.mark.parametrize("l2", [1e-2, 1e-4])
 def test_the_cached_linear_probe_is_the_converged_logistic_regression(digits, l2: float) -> None:
     features, labels = digits
-    train, held_out = standardize(features[:1200], features[1200:])
+    statistics = torch.var_mean(features[:1200], dim=0, correction=0)
+    train, held_out = (standardize(part, *statistics) for part in (features[:1200], features[1200:]))
     head = solve_linear(train, labels[:1200], 10, l2)
     reference = LogisticRegression(C=1 / (l2 * 1200), max_iter=5000, tol=1e-8)
     reference.fit(train.double().numpy(), labels[:1200].numpy())
@@ -69,7 +70,8 @@ def test_the_cached_linear_probe_is_the_converged_logistic_regression(digits, l2
 def test_standardizing_is_batchnorm_without_affine(digits) -> None:
     features = digits[0][:100]
     norm = nn.BatchNorm1d(64, affine=False, eps=1e-6)
-    torch.testing.assert_close(standardize(features)[0], norm(features))
+    statistics = torch.var_mean(features, dim=0, correction=0)
+    torch.testing.assert_close(standardize(features, *statistics), norm(features))
 
 
 def test_features_are_those_of_the_unmasked_encoder(run: Path) -> None:
@@ -162,6 +164,7 @@ def test_accuracy_counts_every_image_once() -> None:
         ({"layers": (4,)}, "--layers 4: this encoder has blocks 1 to 3"),
         ({"finetune": ""}, "--knn needs --finetune"),
         ({"resume": "auto"}, "--knn takes minutes and can't --resume"),
+        ({"knn": False, "corruptions": True}, "--corruptions is for --linear_probe, --knn and --eval; fine-tune first"),
     ],
 )
 def test_mistakes_are_explained_in_one_line(run: Path, changes: dict, message: str) -> None:

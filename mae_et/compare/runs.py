@@ -124,7 +124,10 @@ def read_run(folder: RunFolder) -> RunRecord:
             result = _read(path, json.loads)
             if not isinstance(result, dict) or not {"protocol", "top1", "num_images", "flags"} <= result.keys():
                 raise ValueError(f"{path} is not a result of main_finetune.py")
-            evaluations[path.name.removeprefix("eval-").removesuffix(".json")] = result
+            name = path.name.removeprefix("eval-").removesuffix(".json")
+            evaluations[name] = result
+            if "corrupted_top1" in result:
+                evaluations[f"{name}-corrupted"] = result | {"top1": result["corrupted_top1"]}
     if "like" in values:
         if not values["like"]:
             raise ValueError(f"{where} is a fine-tuning run; give the pretraining run it started from")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import math
 import random
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
+from .corruptions import CommonCorruption
 from .decode import center_crop, train_crops
 from .loader import Corruption, CorruptLog, assembled, counted, first_readable, load_chunks
 from .pixels import CorruptImage, ValueRange
@@ -137,7 +139,14 @@ class EvalCrops(Dataset):
         self.corrupt = CorruptLog(len(source), damaged_limit)
         self.source, self.size_px, self.in_chans, self.crop_pct = source, size_px, in_chans, crop_pct
         self.value_range, self.interpolation = value_range, interpolation
+        self.corruption: CommonCorruption | None = None
         self.image_bytes = in_chans * math.prod(size_px)
+
+    def corrupted(self, corruption: CommonCorruption) -> EvalCrops:
+        """The same crops, corrupted."""
+        crops = copy.copy(self)
+        crops.corruption = corruption
+        return crops
 
     def __len__(self) -> int:
         return len(self.source)
@@ -151,6 +160,7 @@ class EvalCrops(Dataset):
     def _crop(self, index: int) -> tuple[Tensor, int]:
         item, label = self.source.read(index)
         crop = center_crop(item, self.size_px, self.in_chans, self.crop_pct, self.value_range, self.interpolation)
+        crop = self.corruption(crop, index) if self.corruption else crop
         return crop, -1 if label is None else label
 
     def book(self, indices: Iterable[int]) -> None:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..data.corruptions import CORRUPTIONS, STRENGTHS
 from ..data.labelled import EvalCrops, eval_batches, open_labelled
 from ..data.sources import Source
 from ..engine import run_folder
@@ -59,10 +60,13 @@ def evaluate_only(config: FinetuneConfig, rt: Runtime, began: float) -> Path:
     model = build_classifier(encoder, outputs, "fc_norm.weight" in encoder.head, head=encoder.head).to(rt.device)
     encoder.log_record()
     crops, normalize = eval_crops(config, encoder, val), Normalize(encoder.mean, encoder.std, rt)
-    accuracy = evaluate(model, crops, normalize, config, outputs)
+    accuracy, images = evaluate(model, crops, normalize, config, outputs), len(val)
     result = accuracy.result() | {"num_classes": outputs} | (accuracy.details(classes) if config.report else {})
+    if config.corruptions:
+        result |= under_corruptions(crops, lambda corrupted: evaluate(model, corrupted, normalize, config, outputs))
+        images += len(CORRUPTIONS) * len(val)
     log.info("%s: top-1 %.2f %% of %d images", source, result["top1"], result["num_images"])
-    paths = write_result(config, encoder, rt, result, began, encoder.flops_per_image * len(val)) if rt.is_main else []
+    paths = write_result(config, encoder, rt, result, began, encoder.flops_per_image * images) if rt.is_main else []
     rt.barrier()
     return paths[0] if paths else Path(source)
 
@@ -95,6 +99,18 @@ def evaluate(
     accuracy = accuracy.over(rt)
     crops.corrupt.check(len(crops) - accuracy.num_images)  # over all ranks; each one has checked its own
     return accuracy
+
+
+def under_corruptions(crops: EvalCrops, judge: Callable[[EvalCrops], Accuracy]) -> dict[str, Any]:
+    """Top-1 in per cent on corrupted images: `corruptions`, by kind a list over strengths, and their mean."""
+    top1: dict[str, list[float]] = {kind: [] for kind in STRENGTHS}
+    for corruption in CORRUPTIONS:
+        top1[corruption.kind].append(judge(crops.corrupted(corruption)).top1)
+    mean = sum(map(sum, top1.values())) / len(CORRUPTIONS)
+    for kind, values in top1.items():
+        log.info("%s: top-1 %s %%", kind, " ".join(f"{value:.1f}" for value in values))
+    log.info("corrupted images: top-1 %.2f %% on average", mean)
+    return {"corrupted_top1": mean, "corruptions": top1}
 
 
 def open_held_out(config: FinetuneConfig, encoder: PretrainedEncoder) -> Source | None:

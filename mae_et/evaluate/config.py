@@ -76,6 +76,8 @@ class ProtocolFlags:
     """Linear probe: cached (features of centre crops, solved to convergence) or augmented (the paper's training)."""
     layers: Annotated[tuple[int, ...], TASK] = ()
     """Probes: blocks to take features from, counted from 1, each with both poolings; default: the last."""
+    corruptions: Annotated[bool, EVALUATION] = False
+    """Evaluate on corrupted images too: noise, blur, contrast, JPEG and pixelation at ImageNet-C's five strengths."""
     k: Annotated[int, TASK, POSITIVE] = 20
     """kNN: neighbours."""
     temperature: Annotated[float, TASK, POSITIVE] = 0.07
@@ -263,6 +265,8 @@ class FinetuneConfig(
             raise ValueError(f"{protocols[0]} takes minutes and can't --resume; leave --resume out")
         if self.layers and not self.is_probe:
             raise ValueError("--layers is for --linear_probe and --knn")
+        if self.corruptions and not protocols:
+            raise ValueError("--corruptions is for --linear_probe, --knn and --eval; fine-tune first, then --eval")
         for one, other in (
             ("global_pool", "cls_token"),
             ("finetune", "like"),

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from timm.optim import Lars
 from torch import Tensor, nn
 
 from ..console import logging_to_console
+from ..data.corruptions import CORRUPTIONS
 from ..data.labelled import Augmentation, EvalCrops, TrainCrops, labelled_batches, open_labelled
 from ..data.loader import CorruptLog
 from ..data.sources import Source
@@ -27,7 +29,7 @@ from ..engine.optim import learning_rate, set_learning_rate
 from ..engine.runtime import Normalize, Runtime
 from ..plan.curriculum import Curriculum, Stage
 from ..plan.shapes import height_width
-from .accuracy import Accuracy, eval_crops, write_result
+from .accuracy import Accuracy, eval_crops, under_corruptions, write_result
 from .classes import classes_of, with_classes
 from .config import FinetuneConfig
 from .encoder import PretrainedEncoder, build_classifier, load_encoder
@@ -38,6 +40,8 @@ FeatureLayer = tuple[int, str]
 """Block, counted from 1, and pooling, "cls" or "mean"."""
 Features = dict[FeatureLayer, Tensor]
 """[N, D] float32 per layer."""
+Classify = Callable[[Features], Features]
+"""Features of held-out images -> scores [N, K] per layer."""
 
 BN_EPS, HEAD_STD, MOMENTUM = 1e-6, 0.01, 0.9  # MAE, as in facebookresearch/mae's linear probe
 CHUNK = 65536
@@ -65,12 +69,13 @@ def probe(config: FinetuneConfig) -> dict[str, dict[str, Any]]:
         model = build_classifier(encoder, 0, pooled=False).to(rt.device).requires_grad_(False).eval()
         layers = _layers(config, encoder)
         encoder.log_record()
-        held_out, labels = extract(model, eval_crops(config, encoder, val), layers, encoder, config, rt)
+        crops = eval_crops(config, encoder, val)
+        held_out, labels = extract(model, crops, layers, encoder, config, rt)
         images, known, results = len(val), None, {}
         for protocol in config.probes:
             log.info("%s of %s on %s", protocol.protocol, encoder.origin, rt.describe())
             if protocol.linear_probe and protocol.features == "augmented":
-                scores, seen = _train_augmented(protocol, encoder, rt, model, train, layers, len(classes), held_out)
+                classify, seen = _train_augmented(protocol, encoder, rt, model, train, layers, len(classes))
                 images += seen
             else:
                 if known is None:
@@ -78,8 +83,12 @@ def probe(config: FinetuneConfig) -> dict[str, dict[str, Any]]:
                     images += len(train)
                     if config.knn and config.k > len(known[1]):
                         raise ValueError(f"--k {config.k} neighbours, but {len(known[1])} training images can be read")
-                scores = _score(protocol, rt, known, held_out, len(classes))
-            result = _result(protocol, scores, labels, classes, len(known[1]) if known else len(train))
+                classify = _fit(protocol, rt, known, len(classes))
+            result = _result(protocol, classify(held_out), labels, classes, len(known[1]) if known else len(train))
+            if config.corruptions:
+                judge = partial(_headline_accuracy, classify, model, layers, encoder, protocol, rt, len(classes))
+                result |= under_corruptions(crops, judge)
+                images += len(CORRUPTIONS) * len(val)
             results[protocol.protocol] = result
             if rt.is_main:
                 for row in result["places"]:
@@ -140,10 +149,9 @@ def features_of(model: VisionTransformer, images: Tensor, layers: list[FeatureLa
     }
 
 
-def standardize(train: Tensor, *others: Tensor) -> list[Tensor]:
-    """BatchNorm without affine, with the statistics of all training features; [N, D] each."""
-    variance, mean = torch.var_mean(train, dim=0, correction=0)
-    return [(features - mean) / (variance + BN_EPS).sqrt() for features in (train, *others)]
+def standardize(features: Tensor, variance: Tensor, mean: Tensor) -> Tensor:
+    """BatchNorm without affine, with the statistics [D] of all training features; features: [N, D]."""
+    return (features - mean) / (variance + BN_EPS).sqrt()
 
 
 def solve_linear(features: Tensor, labels: Tensor, num_classes: int, l2: float, tolerance: float = 1e-6) -> nn.Linear:
@@ -208,20 +216,42 @@ def lars(heads: Mapping[FeatureLayer, nn.Module], weight_decay: float) -> Lars:
     return Lars(groups, lr=0.0, momentum=MOMENTUM)
 
 
-def _score(
-    config: FinetuneConfig, rt: Runtime, train: tuple[Features, Tensor], held_out: Features, num_classes: int
-) -> Features:
-    """Scores [Q, K] of the held-out images at each layer, by kNN or by a converged linear classifier."""
-    features, scores = train[0], {}
-    labels = train[1].to(rt.device)
-    for layer in features:
-        known, queries = features[layer].to(rt.device), held_out[layer].to(rt.device)
-        if config.knn:
-            scores[layer] = knn_scores(known, labels, queries, num_classes, config.k, config.temperature)
-        else:
-            known, queries = standardize(known, queries)
-            scores[layer] = solve_linear(known, labels, num_classes, config.l2)(queries.double())
-    return scores
+def _fit(config: FinetuneConfig, rt: Runtime, train: tuple[Features, Tensor], num_classes: int) -> Classify:
+    """kNN, or a converged linear classifier, at each layer."""
+    features, labels = train[0], train[1].to(rt.device)
+    if config.knn:
+
+        def vote(queries: Features) -> Features:
+            how = num_classes, config.k, config.temperature
+            return {p: knn_scores(features[p].to(rt.device), labels, q.to(rt.device), *how) for p, q in queries.items()}
+
+        return vote
+    statistics, heads = {}, {}
+    for layer, each in features.items():
+        known = each.to(rt.device)
+        statistics[layer] = torch.var_mean(known, dim=0, correction=0)
+        heads[layer] = solve_linear(standardize(known, *statistics[layer]), labels, num_classes, config.l2)
+    return lambda queries: {
+        p: heads[p](standardize(q.to(rt.device), *statistics[p]).double()) for p, q in queries.items()
+    }
+
+
+def _headline_accuracy(
+    classify: Classify,
+    model: VisionTransformer,
+    layers: list[FeatureLayer],
+    encoder: PretrainedEncoder,
+    config: FinetuneConfig,
+    rt: Runtime,
+    num_classes: int,
+    crops: EvalCrops,
+) -> Accuracy:
+    """Of the default layer on other crops."""
+    layer = _headline(config, layers)
+    features, labels = extract(model, crops, [layer], encoder, config, rt)
+    accuracy = Accuracy(num_classes, rt.device)
+    accuracy.add(classify(features)[layer], labels.to(rt.device))
+    return accuracy
 
 
 def _train_augmented(
@@ -232,9 +262,8 @@ def _train_augmented(
     source: Source,
     layers: list[FeatureLayer],
     num_classes: int,
-    held_out: Features,
-) -> tuple[Features, int]:
-    """The paper's linear probe: LARS on random crops. Returns held-out scores and the number of images seen.
+) -> tuple[Classify, int]:
+    """The paper's linear probe: LARS on random crops. Returns the classifier and the number of images seen.
 
     Only the heads have gradients, so a step's features are gathered from micro-batches and normalised as one batch.
     """
@@ -271,8 +300,10 @@ def _train_augmented(
         optimizer.step()
         if (step + 1) % max(1, steps // 20) == 0:
             log.info("step %d/%d · loss %.4f", step + 1, steps, loss.item() / len(layers) * rt.world_size)
-    scores = {layer: head.eval()(held_out[layer].to(rt.device)) for layer, head in heads.items()}
-    return scores, curriculum.total_images
+    return (
+        lambda queries: {layer: heads[layer].eval()(features.to(rt.device)) for layer, features in queries.items()},
+        curriculum.total_images,
+    )
 
 
 def _splits(config: FinetuneConfig) -> tuple[tuple[str, int | None], ...]:
