@@ -122,6 +122,8 @@ def jobs_of(study: dict[str, Any], config: StudyConfig, data_path: str | None) -
         if not pretrains:
             evaluations = tuple(e for e in evaluations if not (e.get("linear_probe") or e.get("knn")))
         results = {f"eval-{protocol(evaluation)}.json": evaluation for evaluation in evaluations}
+        if len(results) < len(evaluations):
+            raise ValueError(f"{config.study}: two evaluations write the same result of {', '.join(results)}")
         for seed in changes.get("seeds", study["seeds"]):
             if (not config.arms or name in config.arms) and (not config.seeds or seed in config.seeds):
                 jobs.append(Job(name, seed, flags[name] if pretrains else {}, results, changes.get("like", "")))

@@ -16,6 +16,7 @@ from run_folders import SMALL, write_run
 
 from mae_et.compare.compare import CompareConfig, compare
 from mae_et.compare.report import markdown
+from mae_et.compare.runs import read_run
 from mae_et.evaluate.config import FinetuneConfig
 from mae_et.plan.config import PretrainConfig
 from mae_et.plan.curriculum import StageRow
@@ -231,3 +232,19 @@ def test_evaluations_on_other_data_are_refused(tmp_path):
     (tmp_path / "b" / "eval-knn.json").write_text(json.dumps(result))
     with pytest.raises(ValueError, match=r"--data_path is photos .* and elsewhere"):
         compare(CompareConfig((str(tmp_path),)))
+
+
+def test_other_blocks_and_poolings_and_corrupted_images_are_protocols_of_their_own(tmp_path):
+    folder = write_run(tmp_path / "a", top1=50.0)
+    path = folder / "eval-knn.json"
+    places = [
+        {"layer": layer, "pooling": pooling, "top1": top1}
+        for layer, pooling, top1 in ((2, "cls", 40.0), (2, "mean", 45.0), (6, "cls", 50.0), (6, "mean", 55.0))
+    ]
+    result = json.loads(path.read_text())
+    path.write_text(json.dumps(result | {"places": places, "corrupted_top1": 30.0}))
+    named = {name: each["top1"] for name, each in read_run(folder).evaluations.items()}
+    others = {"knn-block2-cls": 40.0, "knn-block2-mean": 45.0, "knn-block6-mean": 55.0}
+    assert named == {"knn": 50.0, "knn-corrupted": 30.0} | others  # block 6, cls is knn itself
+    path.write_text(json.dumps(result | {"places": places[2:3]}))  # without --layers
+    assert list(read_run(folder).evaluations) == ["knn"]

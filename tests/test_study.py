@@ -105,6 +105,16 @@ def test_an_unknown_arm_is_named(harness):
         harness.jobs_of(study, harness.StudyConfig(Path("x.yaml"), arms=("b",)), None)
 
 
+def test_two_evaluations_that_write_the_same_result_are_refused(harness):
+    knn, other = {"knn": True}, {"knn": True, "layers": [2]}
+    study = {"flags": {"recipe": "demo"}, "seeds": [0], "arms": {"a": {}}, "evaluate": [knn, other]}
+    with pytest.raises(ValueError, match=r"two evaluations write the same result of eval-knn\.json"):
+        harness.jobs_of(study, harness.StudyConfig(Path("x.yaml")), None)
+    study["evaluate"] = [knn, knn | {"global_pool": True}]
+    (job,) = harness.jobs_of(study, harness.StudyConfig(Path("x.yaml")), None)
+    assert list(job.evaluations) == ["eval-knn.json", "eval-knn-mean.json"]
+
+
 def one_real_script(script, name, words, log, cores):
     """The first arm by the script itself, others by what it calls, which need not wait for torch to load."""
     if log.name.startswith("plain"):

@@ -124,10 +124,7 @@ def read_run(folder: RunFolder) -> RunRecord:
             result = _read(path, json.loads)
             if not isinstance(result, dict) or not {"protocol", "top1", "num_images", "flags"} <= result.keys():
                 raise ValueError(f"{path} is not a result of main_finetune.py")
-            name = path.name.removeprefix("eval-").removesuffix(".json")
-            evaluations[name] = result
-            if "corrupted_top1" in result:
-                evaluations[f"{name}-corrupted"] = result | {"top1": result["corrupted_top1"]}
+            evaluations |= _protocols(path.name.removeprefix("eval-").removesuffix(".json"), result)
     if "like" in values:
         if not values["like"]:
             raise ValueError(f"{where} is a fine-tuning run; give the pretraining run it started from")
@@ -138,6 +135,19 @@ def read_run(folder: RunFolder) -> RunRecord:
     ledger = Ledger.from_state_dict(_read(folder / run_folder.LEDGER, json.loads))
     metrics = read_json_lines(folder / run_folder.METRICS)
     return RunRecord(where, config.seed, config, ledger, environment, metrics, evaluations)
+
+
+def _protocols(name: str, result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """A result, and what else is in it as protocols of their own: other blocks and poolings, corrupted images."""
+    found, places = {name: result}, result.get("places", ())
+    pooling = "mean" if result["flags"].get("global_pool") else "cls"
+    headline = max((place["layer"] for place in places), default=0), pooling
+    for place in places:
+        if len(places) > 1 and (place["layer"], place["pooling"]) != headline:
+            found[f"{name}-block{place['layer']}-{place['pooling']}"] = result | place
+    if "corrupted_top1" in result:
+        found[f"{name}-corrupted"] = result | {"top1": result["corrupted_top1"]}
+    return found
 
 
 def _read(path: RunFolder, parse: Callable[[str], Any]) -> Any:

@@ -292,10 +292,11 @@ class FinetuneConfig(
 
     @property
     def protocol(self) -> str:
-        """Names the result: eval-<protocol>.json. Fewer labels or images are another protocol."""
+        """Names the result: eval-<protocol>.json. Probes of pooled patches, fewer labels or images are other protocols."""
         name = "knn" if self.knn else "finetuned" if self.eval else "finetune"
         if self.linear_probe:
             name = "linear_probe" if self.features == "cached" else "linear_probe_augmented"
+        name += "-mean" if self.is_probe and self.pooled else ""
         name += f"-{self.train_images}" if self.train_images else ""
         name += f"-of-{self.eval_images}" if self.eval_images else ""
         return name + (f"-holdout-{self.holdout}" if self.holdout else "")
