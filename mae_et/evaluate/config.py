@@ -292,7 +292,7 @@ class FinetuneConfig(
 
     @property
     def protocol(self) -> str:
-        """Names the result: eval-<protocol>.json. Probes of pooled patches, fewer labels or images are other protocols."""
+        """Names the result: eval-<protocol>.json. Pooled patches, fewer labels or images make another protocol."""
         name = "knn" if self.knn else "finetuned" if self.eval else "finetune"
         if self.linear_probe:
             name = "linear_probe" if self.features == "cached" else "linear_probe_augmented"
