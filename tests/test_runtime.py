@@ -315,7 +315,7 @@ def test_one_process_is_wrapped_as_several_are(monkeypatch) -> None:
     model(torch.ones(3)).sum().backward()
     expected = model.weight.grad.clone()
     model.zero_grad()
-    with runtime.start("cpu") as rt:
+    with runtime.start("cpu", "fp32") as rt:
         assert rt.is_distributed and rt.world_size == 1
         network = rt.parallel(model)
         assert isinstance(network, DistributedDataParallel)
