@@ -147,10 +147,16 @@ def _evaluations(run: Path) -> str:
     for path in sorted(run.glob("eval-*.json")):
         found = _read_json(path)
         if "top1" in found:
-            labels = (found.get("flags") or {}).get("train_images")
+            flags = found.get("flags") or {}
             protocol = PROTOCOLS.get(found["protocol"].partition("-")[0], found["protocol"])
-            few = f", {labels:,} labels" if labels else ""
-            rows.append(f"| {protocol}{few} | {found['top1']:.2f} % | {found.get('num_images', 0):,} |\n")
+            if flags.get("global_pool") and (flags.get("knn") or flags.get("linear_probe")):
+                protocol += " of the mean patch token"
+            if labels := flags.get("train_images"):
+                protocol += f", {labels:,} labels"
+            images = f"{found.get('num_images', 0):,}"
+            rows.append(f"| {protocol} | {found['top1']:.2f} % | {images} |\n")
+            if "corrupted_top1" in found:
+                rows.append(f"| {protocol}, corrupted images | {found['corrupted_top1']:.2f} % | {images} |\n")
     if not rows:
         return "## Evaluation\n\nNone is recorded in the run folder.\n"
     return "## Evaluation\n\n| protocol | top-1 | held-out images |\n|---|---|---|\n" + "".join(rows)

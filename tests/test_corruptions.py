@@ -18,6 +18,7 @@ from torchvision.transforms.v2.functional import jpeg
 
 from mae_et.compare.runs import read_run
 from mae_et.data.corruptions import CORRUPTIONS, STRENGTHS, CommonCorruption
+from mae_et.evaluate import probe as probe_module
 from mae_et.evaluate.config import FinetuneConfig
 from mae_et.evaluate.finetune import finetune
 from mae_et.evaluate.probe import probe
@@ -87,11 +88,17 @@ def test_pixelation_leaves_so_many_rows_and_columns(photo: torch.Tensor) -> None
         assert len(torch.unique_consecutive(damaged, dim=axis).movedim(axis, 0)) == 56  # a quarter of 224
 
 
-def test_probes_and_eval_list_the_corruptions_and_compare_reads_their_mean(run: Path, tmp_path: Path) -> None:
+def test_probes_and_eval_list_the_corruptions_and_compare_reads_their_mean(
+    run: Path, tmp_path: Path, monkeypatch
+) -> None:
     finetune(FinetuneConfig(**QUICK | {"finetune": str(run), "epochs": 1}))
     folder = run / "finetune"
     plain = probe(FinetuneConfig(**QUICK | {"finetune": str(run), "knn": True}))["knn"]
+    plain_flops = json.loads((run / "eval-knn.json").read_text())["cost"]["flops"]
+    extracted, real = [], probe_module.extract
+    monkeypatch.setattr(probe_module, "extract", lambda *arguments: extracted.append(1) or real(*arguments))
     probe(FinetuneConfig(**QUICK | {"finetune": str(run), "knn": True, "linear_probe": True, "corruptions": True}))
+    assert len(extracted) == 2 + 25  # both protocols share the features, of corrupted images too
     probe(
         FinetuneConfig(
             **QUICK
@@ -109,7 +116,9 @@ def test_probes_and_eval_list_the_corruptions_and_compare_reads_their_mean(run: 
         assert all(0 <= value <= 100 for value in every)
         told_apart += len(set(every)) > 1
     assert told_apart > 0
-    knn = json.loads(results[0].read_text())
+    knn, linear = (json.loads(path.read_text()) for path in results[:2])
+    assert knn["cost"]["flops"] == pytest.approx(plain_flops * (24 + 26 * 12) / (24 + 12))  # 24 to train, 12 held out
+    assert linear["cost"]["flops"] == 0  # costs add up
     assert knn["top1"] == plain["top1"]  # of the images as they are
     study_run = write_run(tmp_path / "study_run")
     shutil.copy(results[0], study_run)

@@ -30,6 +30,10 @@ from mae_et.model import MaskedAutoencoder
 def trained(run: Path, tmp_path: Path) -> Path:
     """A run folder with weights, and with what a run says of itself."""
     told = write_run(tmp_path / "told", top1=12.345, data_path=str(tmp_path / "secret" / "my images"), mask_ratio=0.6)
+    evaluated = json.loads((told / "eval-knn.json").read_text())
+    flags = evaluated["flags"] | {"global_pool": True, "train_images": 100}
+    changed = {"protocol": "knn-mean-100", "flags": flags, "top1": 23.456, "corrupted_top1": 7.0}
+    (told / "eval-knn-mean-100.json").write_text(json.dumps(evaluated | changed))
     for path in told.iterdir():
         shutil.copy(path, run / path.name)
     return run
@@ -101,6 +105,8 @@ def test_the_card_says_what_the_run_says_and_no_path_of_the_machine(trained, tmp
     text = card.content
     assert "| total | 10 | 640 | 1e+12 | 100 |" in text, "the ledger"
     assert "| kNN | 12.35 % | 500 |" in text, "the evaluation"
+    assert "| kNN of the mean patch token, 100 labels | 23.46 % | 500 |" in text
+    assert "| kNN of the mean patch token, 100 labels, corrupted images | 7.00 % | 500 |" in text
     assert "- Data: my images, 1,000 images" in text and "mean | 0.4 0.5 0.6 |" in text
     assert str(tmp_path / "secret") not in text and str(trained) not in text
     listed = yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1])

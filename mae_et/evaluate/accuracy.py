@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.corruptions import CORRUPTIONS, STRENGTHS
+from ..data.corruptions import CORRUPTIONS, STRENGTHS, CommonCorruption
 from ..data.labelled import EvalCrops, eval_batches, open_labelled
 from ..data.sources import Source
 from ..engine import run_folder
@@ -63,7 +63,7 @@ def evaluate_only(config: FinetuneConfig, rt: Runtime, began: float) -> Path:
     accuracy, images = evaluate(model, crops, normalize, config, outputs), len(val)
     result = accuracy.result() | {"num_classes": outputs} | (accuracy.details(classes) if config.report else {})
     if config.corruptions:
-        result |= under_corruptions(crops, lambda corrupted: evaluate(model, corrupted, normalize, config, outputs))
+        result |= under_corruptions(lambda c: evaluate(model, crops.corrupted(c), normalize, config, outputs))
         images += len(CORRUPTIONS) * len(val)
     log.info("%s: top-1 %.2f %% of %d images", source, result["top1"], result["num_images"])
     paths = write_result(config, encoder, rt, result, began, encoder.flops_per_image * images) if rt.is_main else []
@@ -101,11 +101,11 @@ def evaluate(
     return accuracy
 
 
-def under_corruptions(crops: EvalCrops, judge: Callable[[EvalCrops], Accuracy]) -> dict[str, Any]:
+def under_corruptions(judge: Callable[[CommonCorruption], Accuracy]) -> dict[str, Any]:
     """Top-1 in per cent on corrupted images: `corruptions`, by kind a list over strengths, and their mean."""
     top1: dict[str, list[float]] = {kind: [] for kind in STRENGTHS}
     for corruption in CORRUPTIONS:
-        top1[corruption.kind].append(judge(crops.corrupted(corruption)).top1)
+        top1[corruption.kind].append(judge(corruption).top1)
     mean = sum(map(sum, top1.values())) / len(CORRUPTIONS)
     for kind, values in top1.items():
         log.info("%s: top-1 %s %%", kind, " ".join(f"{value:.1f}" for value in values))

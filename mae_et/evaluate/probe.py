@@ -5,10 +5,10 @@ N images · L patches · D width · K classes. Source: MAE, arXiv 2111.06377, Ap
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from timm.optim import Lars
 from torch import Tensor, nn
 
 from ..console import logging_to_console
-from ..data.corruptions import CORRUPTIONS
+from ..data.corruptions import CORRUPTIONS, CommonCorruption
 from ..data.labelled import Augmentation, EvalCrops, TrainCrops, labelled_batches, open_labelled
 from ..data.loader import CorruptLog
 from ..data.sources import Source
@@ -71,7 +71,12 @@ def probe(config: FinetuneConfig) -> dict[str, dict[str, Any]]:
         encoder.log_record()
         crops = eval_crops(config, encoder, val)
         held_out, labels = extract(model, crops, layers, encoder, config, rt)
-        images, known, results = len(val), None, {}
+        images, known, results = len(val) * (1 + len(CORRUPTIONS) * config.corruptions), None, {}
+
+        @functools.cache  # of one layer, 25 times as many as the held-out images have
+        def corrupted(corruption: CommonCorruption) -> tuple[Features, Tensor]:
+            return extract(model, crops.corrupted(corruption), [_headline(config, layers)], encoder, config, rt)
+
         for protocol in config.probes:
             log.info("%s of %s on %s", protocol.protocol, encoder.origin, rt.describe())
             if protocol.linear_probe and protocol.features == "augmented":
@@ -86,9 +91,8 @@ def probe(config: FinetuneConfig) -> dict[str, dict[str, Any]]:
                 classify = _fit(protocol, rt, known, len(classes))
             result = _result(protocol, classify(held_out), labels, classes, len(known[1]) if known else len(train))
             if config.corruptions:
-                judge = partial(_headline_accuracy, classify, model, layers, encoder, protocol, rt, len(classes))
-                result |= under_corruptions(crops, judge)
-                images += len(CORRUPTIONS) * len(val)
+                judge = functools.partial(_corrupted_accuracy, classify, corrupted, len(classes))
+                result |= under_corruptions(judge)
             results[protocol.protocol] = result
             if rt.is_main:
                 for row in result["places"]:
@@ -113,6 +117,20 @@ def _result(
     rows = [{"layer": block, "pooling": pooling, **a.result()} for (block, pooling), a in accuracies.items()]
     result = headline.result() | {"num_classes": len(classes), "train_images": train_images, "places": rows}
     return result | (headline.details(classes) if config.report else {})
+
+
+def _corrupted_accuracy(
+    classify: Classify,
+    corrupted: Callable[[CommonCorruption], tuple[Features, Tensor]],
+    num_classes: int,
+    corruption: CommonCorruption,
+) -> Accuracy:
+    """Of the only layer that `corrupted` gives features of."""
+    features, labels = corrupted(corruption)
+    (scores,) = classify(features).values()
+    accuracy = Accuracy(num_classes, scores.device)
+    accuracy.add(scores, labels.to(scores.device))
+    return accuracy
 
 
 def extract(
@@ -234,24 +252,6 @@ def _fit(config: FinetuneConfig, rt: Runtime, train: tuple[Features, Tensor], nu
     return lambda queries: {
         p: heads[p](standardize(q.to(rt.device), *statistics[p]).double()) for p, q in queries.items()
     }
-
-
-def _headline_accuracy(
-    classify: Classify,
-    model: VisionTransformer,
-    layers: list[FeatureLayer],
-    encoder: PretrainedEncoder,
-    config: FinetuneConfig,
-    rt: Runtime,
-    num_classes: int,
-    crops: EvalCrops,
-) -> Accuracy:
-    """Of the default layer on other crops."""
-    layer = _headline(config, layers)
-    features, labels = extract(model, crops, [layer], encoder, config, rt)
-    accuracy = Accuracy(num_classes, rt.device)
-    accuracy.add(classify(features)[layer], labels.to(rt.device))
-    return accuracy
 
 
 def _train_augmented(
