@@ -11,6 +11,8 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import NearestNeighbors
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from tiny import QUICK, SHAPE
 from torch import nn
 
@@ -65,6 +67,16 @@ def test_the_cached_linear_probe_is_the_converged_logistic_regression(digits, l2
     accuracy = (head(held_out.double()).argmax(1) == labels[1200:]).double().mean().item()
     assert accuracy == pytest.approx(reference.score(held_out.double().numpy(), labels[1200:].numpy()), abs=0.004)
     assert accuracy > 0.85
+
+
+def test_the_linear_probe_judges_other_images_by_the_statistics_of_the_training_images(digits) -> None:
+    features, labels = digits
+    config, layer = FinetuneConfig(finetune="x", linear_probe=True, l2=1e-2), (1, "cls")
+    classify = probe_module._fit(config, CPU, ({layer: features[:1200]}, labels[:1200]), 10)
+    reference = make_pipeline(StandardScaler(), LogisticRegression(C=1 / (1e-2 * 1200), max_iter=5000, tol=1e-8))
+    reference.fit(features[:1200].double().numpy(), labels[:1200].numpy())
+    found = classify({layer: features[1200:]})[layer].softmax(1).numpy()
+    np.testing.assert_allclose(found, reference.predict_proba(features[1200:].double().numpy()), atol=2e-3)
 
 
 def test_standardizing_is_batchnorm_without_affine(digits) -> None:
