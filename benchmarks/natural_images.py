@@ -3,11 +3,13 @@
     apt-get install gcompris-qt-data && python benchmarks/natural_images.py /data/natural
 
 GCompris, a children's learning suite, ships photographs of animals, fish, monuments, tools and sources of energy, with
-the licence and author of each in its own documents; scikit-image and scikit-learn ship a few more. Two sets are made:
+the licence and author of each in its own documents; scikit-image and scikit-learn ship a few more. Three sets are made:
 
     OUT/tiles/{train,val}/PHOTOGRAPH/…png     96 px tiles of the large photographs. Training tiles come from the left
                                               three quarters, held-out tiles from the right quarter, so no pixel is in
                                               both. The label says which photograph a tile is from.
+    OUT/tuning/{train,val}/PHOTOGRAPH/…png    training tiles only, to tune on: the last two columns are held out, and
+                                              columns that overlap them are left out.
     OUT/categories/{train,val}/CATEGORY/…png  every photograph whole, its longer side at most 320 px: animal, energy,
                                               fish, monument or tool. Photographs of training and held-out ones differ.
 
@@ -58,7 +60,7 @@ scikit-image and scikit-learn (see their data folders). Not part of mae_et; keep
 
 @dataclass(frozen=True)
 class NaturalImagesConfig:
-    """Build OUT/tiles and OUT/categories."""
+    """Build OUT/tiles, OUT/tuning and OUT/categories."""
 
     out: tyro.conf.Positional[Path]
     """Folder to make."""
@@ -111,18 +113,28 @@ def photographs(archives: Path) -> Iterator[tuple[str, str | None, bool, Image.I
         yield Path(file).stem, None, True, Image.open(Path(folder) / inside).convert("RGB")
 
 
-def tiles(image: Image.Image, split: str) -> Iterator[Image.Image]:
-    """96 px tiles on an even grid of the left three quarters (train) or the right quarter (val)."""
+def tiles(image: Image.Image) -> Iterator[tuple[str, int, Image.Image]]:
+    """(set and split, number, 96 px tile) on even grids of the left three quarters (train) and the right one (val).
+
+    A training tile that is of use in tuning comes twice: as "tuning/val" if it is of the last two columns, as
+    "tuning/train" if it shares no pixel with those.
+    """
     image = image.copy()
     image.thumbnail((LONG_SIDE_PX, LONG_SIDE_PX), Image.Resampling.LANCZOS)
     border = image.width * 3 // 4
-    start, stop = (0, border) if split == "train" else (border, image.width)
-    rows, columns = TRAIN_TILES if split == "train" else VAL_TILES
-    for row in range(rows):
-        for column in range(columns):
-            left = start + (stop - start - TILE_PX) * column // (columns - 1)
-            top = (image.height - TILE_PX) * row // (rows - 1)
-            yield image.crop((left, top, left + TILE_PX, top + TILE_PX))
+    for split, start, stop, (rows, columns) in (
+        ("train", 0, border, TRAIN_TILES),
+        ("val", border, image.width, VAL_TILES),
+    ):
+        lefts = [start + (stop - start - TILE_PX) * column // (columns - 1) for column in range(columns)]
+        for number in range(rows * columns):
+            left, top = lefts[number % columns], (image.height - TILE_PX) * (number // columns) // (rows - 1)
+            tile = image.crop((left, top, left + TILE_PX, top + TILE_PX))
+            yield f"tiles/{split}", number, tile
+            if split == "train" and left >= lefts[-2]:
+                yield "tuning/val", number, tile
+            elif split == "train" and left + TILE_PX <= lefts[-2]:
+                yield "tuning/train", number, tile
 
 
 def build(config: NaturalImagesConfig) -> None:
@@ -131,9 +143,8 @@ def build(config: NaturalImagesConfig) -> None:
     counts: dict[str, int] = {}
     for name, category, large, image in photographs(config.archives):
         if large and min(image.size) >= 2 * TILE_PX and image.width // 4 > TILE_PX:
-            for split in ("train", "val"):
-                for number, tile in enumerate(tiles(image, split)):
-                    save(tile, config.out / "tiles" / split / name / f"{number:03d}.png")
+            for split, number, tile in tiles(image):
+                save(tile, config.out / split / name / f"{number:03d}.png")
         if category:
             counts[category] = counts.get(category, 0) + 1
             image.thumbnail((320, 320), Image.Resampling.LANCZOS)
