@@ -17,6 +17,7 @@ import math
 import torch
 from torch import Tensor
 
+from .plan.curriculum import Stage
 from .plan.shapes import SPECTRAL, SizePx, choice, height_width
 
 
@@ -54,6 +55,30 @@ def low_frequency_crop(images: Tensor, size: SizePx, operator: str = "fourier") 
             corner = small[..., h:, w:]  # [..., 1, 1]
             small = small[..., :h, :w] - corner * (_alternating(h, small).unsqueeze(-1) * _alternating(w, small))
     return small[..., :h, :w].to(images.dtype)
+
+
+def low_pass(images: Tensor, cutoff: SizePx) -> Tensor:
+    """Keep the frequencies that the cosine crop to `cutoff` keeps, at the images' own size: a blur.
+
+    images: [..., H, W], floating point. Returns [..., H, W]. ValueError as from :func:`low_frequency_crop`.
+    """
+    (h, w), (H, W) = height_width(cutoff), images.shape[-2:]
+    small = low_frequency_crop(images, cutoff, "dct")
+    dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
+    with torch.autocast(images.device.type, enabled=False):
+        large = small.to(dtype)
+        # A crop's rows are orthogonal with squared length s/N, so N/s times its transpose undoes it.
+        if h < H:
+            large = _operator("dct", H, h, dtype, images.device).mT @ large * (H / h)
+        if w < W:
+            large = large @ _operator("dct", W, w, dtype, images.device) * (W / w)
+    return large.to(images.dtype)
+
+
+def low_frequency_input(images: Tensor, stage: Stage, operator: str = "fourier") -> Tensor:
+    """What a stage trains on: images [..., H, W] -> [..., h, w] at its size, without frequencies above its cut-off."""
+    small = low_frequency_crop(images, stage.size_px, operator)
+    return low_pass(small, stage.cutoff_px) if stage.cutoff_px else small
 
 
 @functools.lru_cache(maxsize=128)

@@ -26,7 +26,7 @@ from mae_et.plan.flags import from_recipe
 from mae_et.plan.report import PlanConfig, plan_report
 from mae_et.plan.schedules import scheduled
 from mae_et.plan.shapes import MODELS, SPECTRAL, grid_of
-from mae_et.spectral import low_frequency_crop
+from mae_et.spectral import low_frequency_crop, low_frequency_input
 from mae_et.targets import hog_target
 
 # ------------------------------------------------------------------------------------------------------------ formula
@@ -106,17 +106,22 @@ def test_features_cost_an_encoder_that_sees_everything():
 @pytest.mark.parametrize("operator", SPECTRAL)
 @pytest.mark.parametrize("in_chans", [1, 3])
 def test_the_input_operators_are_counted(in_chans, operator):
-    full, small = (32, 48), (16, 24)
+    full, small, cutoff = (32, 48), (16, 24), (8, 24)
     images = torch.zeros(1, in_chans, *full)
-    low_frequency_crop(images, small, operator)  # builds the operators, once
+    blurred = Stage(small, 4, 12, 1, cutoff_px=cutoff)
+    low_frequency_input(images, blurred, operator)  # builds the operators, once
     with FlopCounterMode(display=False) as counter:
         hog_target(low_frequency_crop(images, small, operator), 8)
     # HOG itself is element-wise: no matrix product is counted.
-    counted = input_flops_per_image(full, small, in_chans, operator)
+    stage = Stage(small, 4, 12, 1)
+    counted = input_flops_per_image(full, stage, in_chans, operator)
     assert counted == counter.get_total_flops() == in_chans * crop_flops(full, small, operator)
     assert counter.get_total_flops() > 0
-    assert input_flops_per_image(full, small, in_chans, "lanczos") == 0  # in the loader
-    assert input_flops_per_image(full, full, in_chans) == 0  # nothing to do
+    assert input_flops_per_image(full, stage, in_chans, "lanczos") == 0  # in the loader
+    assert input_flops_per_image(full, Stage(full, 4, 12, 1), in_chans) == 0  # nothing to do
+    with FlopCounterMode(display=False) as counter:
+        low_frequency_input(images, blurred, operator)
+    assert input_flops_per_image(full, blurred, in_chans, operator) == counter.get_total_flops() > counted
 
 
 # ------------------------------------------------------------------------------------------------------------- ledger

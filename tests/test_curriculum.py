@@ -97,10 +97,12 @@ def test_the_schedules_are_those_of_the_papers():
 
 
 def test_a_row_overrules_the_run():
-    rows = [StageRow(16, 0.5, batch_size=4, crop_scale=(0.5, 1.0), augment=3, lr_scale=0.5), StageRow(32, 0.5)]
+    first_row = StageRow(16, 0.5, batch_size=4, cutoff_px=8, crop_scale=(0.5, 1.0), augment=3, lr_scale=0.5)
+    rows = [first_row, StageRow(32, 0.5)]
     plan = plan_stages(rows, epochs=10, num_images=100, batch_size=8, full_size_px=32, patch_px=4, augment=9)
     first, second = plan.stages
     assert (first.batch_size, first.crop_scale, first.augment, first.lr_scale) == (4, (0.5, 1.0), 3, 0.5)
+    assert (first.cutoff_px, second.cutoff_px) == (8, None)
     assert (second.batch_size, second.crop_scale, second.augment, second.lr_scale) == (8, (0.2, 1.0), 9, 1.0)
 
 
@@ -227,6 +229,9 @@ PLAN = {"epochs": 1, "num_images": 100, "batch_size": 10}
         ),
         (lambda: plan_stages([StageRow((8, 90), 1)], **PLAN), "size 8×90 px is not divisible .*: 16×96 px would be"),
         (lambda: plan_stages([StageRow((1, 2, 3), 1)], **PLAN), "a size is one integer or"),
+        (lambda: StageRow(32, 1, cutoff_px=32), "cutoff_px 32 must be positive and smaller than size_px 32"),
+        (lambda: StageRow((32, 16), 1, cutoff_px=24), "cutoff_px 24 must be positive and smaller than size_px 32×16"),
+        (lambda: StageRow(32, 1, cutoff_px=0), "cutoff_px 0 must be positive"),
         (lambda: vanilla(**PLAN | {"epochs": 0}), "epochs must be positive, got 0"),
         (lambda: vanilla(**PLAN | {"epochs": float("nan")}), "epochs must be positive, got nan"),
         (lambda: vanilla(**PLAN | {"num_images": 0}), "number of images must be positive, got 0"),

@@ -40,7 +40,7 @@ from mae_et.plan.config import PretrainConfig
 from mae_et.plan.curriculum import Stage
 from mae_et.plan.flags import from_dict
 from mae_et.plan.shapes import SPECTRAL, height_width
-from mae_et.spectral import low_frequency_crop
+from mae_et.spectral import low_frequency_crop, low_pass
 
 
 def test_run_folder(whole: Path) -> None:
@@ -330,6 +330,7 @@ def test_the_device_makes_images_small_as_lowfreq_says(photos: Path, tmp_path: P
     images = torch.randint(0, 256, (2, 3, *height_width(stage.loader_px)), dtype=torch.uint8)
     wanted = low_frequency_crop(run.normalize(images), stage.size_px, operator)
     assert run.prepare(images, stage).equal(wanted)
+    assert run.prepare(images, replace(stage, cutoff_px=8)).equal(low_pass(wanted, 8))
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from mae_et.data.decode import train_crop
 from mae_et.data.photos import PhotoTiles
 from mae_et.plan.cost import crop_flops
+from mae_et.plan.curriculum import Stage
 from mae_et.plan.shapes import SPECTRAL
-from mae_et.spectral import low_frequency_crop
+from mae_et.spectral import low_frequency_crop, low_frequency_input, low_pass
 
 MANY = settings(max_examples=40, deadline=None)
 FULL, SMALL = 224, 96  # of ET++, first stage
@@ -56,6 +57,33 @@ def shapes(draw, largest: int = 32):
     """Image and smaller size, any parity, sides equal or not."""
     H, W = draw(st.integers(1, largest)), draw(st.integers(1, largest))
     return (H, W), (draw(st.integers(1, H)), draw(st.integers(1, W)))
+
+
+# ---------------------------------------------------------------------------------------------------------- low pass
+
+
+@MANY
+@given(shapes(), st.integers(0, 9))
+def test_the_low_pass_cuts_the_cosine_spectrum_and_keeps_the_size(shape, seed):
+    (H, W), (h, w) = shape
+    images = noise(2, H, W, seed=seed)
+    spectrum = dctn(images.numpy(), axes=(-2, -1), norm="ortho")
+    spectrum[..., h:, :] = 0
+    spectrum[..., :, w:] = 0
+    blurred = low_pass(images, (h, w))
+    assert (blurred - torch.from_numpy(idctn(spectrum, axes=(-2, -1), norm="ortho"))).abs().max() <= 1e-10
+    small = low_frequency_crop(images, (h, w), "dct")
+    assert (low_frequency_crop(blurred, (h, w), "dct") - small).abs().max() <= 1e-10  # nothing that it keeps is lost
+
+
+def test_a_stage_sees_its_size_without_frequencies_above_its_cut_off():
+    images = noise(2, 3, 32, 32, dtype=torch.bfloat16)
+    stage = Stage(16, 4, 12, 1, cutoff_px=8)
+    wanted = low_pass(low_frequency_crop(images, 16, "fourier"), 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert low_frequency_input(images, stage, "fourier").equal(wanted) and wanted.dtype == torch.bfloat16
+    whole = low_frequency_input(images, Stage(16, 4, 12, 1), "fourier")
+    assert whole.equal(low_frequency_crop(images, 16, "fourier")) and not whole.equal(wanted)
 
 
 # -------------------------------------------------------------------------------------------------------- definition

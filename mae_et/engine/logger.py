@@ -125,6 +125,8 @@ def log_plan(run: Run, vanilla: Curriculum) -> None:
             *(i + 1, show_size(stage.size_px), stage.num_visible, stage.patches, stage.num_predicted),
             *(f"{stage.steps:,}", curriculum.passes(stage), 100 * stage.flops / curriculum.total_flops),
         )
+        if stage.cutoff_px:
+            log.info("stage %d: only frequencies that %s px hold", i + 1, show_size(stage.cutoff_px))
         if stage.replay > 1:
             log.info(
                 "stage %d: each decoded sample in %d steps, from a replay buffer of %.2f GiB over all devices",

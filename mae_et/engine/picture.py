@@ -27,8 +27,8 @@ from torch import Tensor
 from ..files import write
 from ..model import MaskedAutoencoder, Output
 from ..plan.curriculum import Stage
-from ..plan.shapes import HOG_BINS, TARGETS, choice, grid_of, num_patches
-from ..spectral import low_frequency_crop
+from ..plan.shapes import HOG_BINS, TARGETS, choice, grid_of, num_patches, show_size
+from ..spectral import low_frequency_input
 from ..targets import hog_target, pixel_target
 
 STATISTICS = {
@@ -111,7 +111,7 @@ def reconstruction_blocks(
     try:
         blocks = []
         for stage in stages:
-            small = low_frequency_crop(images, stage.size_px, operator)
+            small = low_frequency_input(images, stage, operator)
             patches = num_patches(stage.size_px, model.patch_size)
             noise = torch.rand(len(small), patches, generator=torch.Generator().manual_seed(seed))
             output = model(small, stage.num_visible, stage.num_predicted, noise.to(small.device))
@@ -269,6 +269,8 @@ def _caption(stage: Stage, patches: int, channels: int, target: str, normalized:
     neither = patches - stage.num_visible - stage.num_predicted
     if neither:
         parts[-1] += f", {neither} neither (striped)"
+    if stage.cutoff_px:
+        parts.append(f"frequencies of {show_size(stage.cutoff_px)} px")
     if target == "hog":
         parts.append("strokes run along edges")
     elif normalized:

@@ -23,7 +23,7 @@ from ..plan.cost import Ledger
 from ..plan.curriculum import Curriculum, Stage
 from ..plan.shapes import height_width, show_size, spectral_operator
 from ..plan.shared import peak_lr
-from ..spectral import low_frequency_crop
+from ..spectral import low_frequency_input
 from ..targets import hog_target, pixel_target, reconstruction_loss, take_patches
 from . import attention, run_folder, sharded, storage
 from .graphs import Graph, Inputs, wants_graphs
@@ -84,7 +84,7 @@ class PretrainRun(Run):
 
     def prepare(self, images: Tensor, stage: Stage) -> Tensor:
         """uint8 [b, C, S, S] from the loader -> normalised float32 [b, C, s, s] at the stage's size, on the device."""
-        return low_frequency_crop(self.normalize(images), stage.size_px, spectral_operator(self.config.lowfreq))
+        return low_frequency_input(self.normalize(images), stage, spectral_operator(self.config.lowfreq))
 
     def loss(self, images: Tensor, stage: Stage, noise: Tensor) -> Tensor:
         """Mean loss of a micro-batch of prepared images; noise [b, L]."""

@@ -28,7 +28,7 @@ def build_curriculum(config: PretrainConfig, num_images: int, devices: int = 1) 
 
     def flops(stage: Stage) -> float:
         return flops_per_image(shape, stage) + input_flops_per_image(
-            config.input_size, stage.size_px, config.in_chans, config.lowfreq
+            config.input_size, stage, config.in_chans, config.lowfreq
         )
 
     # Flags that plan_stages knows by the same name. --batch_size is a micro-batch; a schedule brings its own share_of.

@@ -39,9 +39,11 @@ def flops_per_image(model: ModelShape, stage: Stage, training: bool = True) -> i
     return 3 * forward - embedding if training else forward
 
 
-def input_flops_per_image(full_size_px: SizePx, size_px: SizePx, in_chans: int, operator: str = "fourier") -> int:
-    """FLOPs of the spectral crop on the device, part of the method's cost; the other operators run in the loader."""
-    return in_chans * crop_flops(full_size_px, size_px, operator) if operator in SPECTRAL else 0
+def input_flops_per_image(full_size_px: SizePx, stage: Stage, in_chans: int, operator: str = "fourier") -> int:
+    """FLOPs of `low_frequency_input` on the device, part of the method's cost; other operators run in the loader."""
+    crop = crop_flops(full_size_px, stage.size_px, operator) if operator in SPECTRAL else 0
+    there_and_back = 2 * crop_flops(stage.size_px, stage.cutoff_px, "dct") if stage.cutoff_px else 0
+    return in_chans * (crop + there_and_back)
 
 
 def crop_flops(full_size: SizePx, size: SizePx, operator: str = "fourier") -> int:

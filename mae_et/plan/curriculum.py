@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from .shapes import SizePx, as_size, height_width
+from .shapes import SizePx, as_size, fits_in, height_width, show_size
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class Stage:
     """Optimiser steps."""
     flops_per_image: float = 0.0
     """Training FLOPs (forward and backward, input operators) of one image."""
+    cutoff_px: SizePx | None = None
+    """Only frequencies that an image of this side holds are kept; None: all that the size holds."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
     """Area range of the random resized crop."""
     augment: int = 0
@@ -57,6 +59,8 @@ class Stage:
     def __post_init__(self) -> None:
         object.__setattr__(self, "size_px", as_size(self.size_px))
         object.__setattr__(self, "loader_px", as_size(self.loader_px))
+        if self.cutoff_px is not None:
+            object.__setattr__(self, "cutoff_px", as_size(self.cutoff_px))
         object.__setattr__(self, "crop_scale", tuple(self.crop_scale))
         if self.batch_size % self.rows_per_image:
             raise ValueError(
@@ -153,6 +157,8 @@ class StageRow:
     """Predicted patches, instead of a ratio."""
     batch_size: int | None = None
     """Images per step; default: the run's."""
+    cutoff_px: SizePx | None = None
+    """Keep only frequencies that an image of this side, below size_px, holds: low frequencies without fewer patches."""
     crop_scale: tuple[float, float] | None = None
     """Area range of the random resized crop; default: the run's."""
     augment: int | None = None
@@ -164,6 +170,14 @@ class StageRow:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "size_px", as_size(self.size_px))
+        if self.cutoff_px is not None:
+            object.__setattr__(self, "cutoff_px", as_size(self.cutoff_px))
+            fits = min(height_width(self.cutoff_px)) > 0 and fits_in(self.cutoff_px, self.size_px)
+            if not fits or self.cutoff_px == self.size_px:
+                raise ValueError(
+                    f"stages: cutoff_px {show_size(self.cutoff_px)} must be positive and smaller than size_px "
+                    f"{show_size(self.size_px)}"
+                )
         if self.replay is not None and self.replay < 1:
             raise ValueError(f"stages: replay must be 1 (off) or more, got {self.replay}")
         if self.batch_size is not None and self.batch_size < 1:

@@ -93,6 +93,7 @@ def plan_stages(
             num_visible=visible,
             num_predicted=predicted,
             batch_size=row.batch_size or batch_size,
+            cutoff_px=row.cutoff_px,
             crop_scale=row.crop_scale or crop_scale,
             augment=augment if row.augment is None else row.augment,
             lr_scale=row.lr_scale,
