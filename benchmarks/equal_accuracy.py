@@ -10,7 +10,7 @@ A study is a YAML file:
       vanilla T: {}                                           # what an arm changes
       et_pp T: {curriculum: et_pp, match_flops: vanilla T}    # epochs such that the FLOPs are another arm's
       equal steps: {curriculum: et_pp, match_flops: vanilla T, match_steps: vanilla T}   # … and its steps, by the batch
-      from scratch: {pretrain: false, like: vanilla T}        # only fine-tuning, from random weights
+      from scratch: {pretrain: false, like: vanilla T}        # fine-tuned from random weights, probed as they are
     evaluate: [{linear_probe: true}, {knn: true}, {train_images: 6000, epochs: 5}]   # flags of main_finetune.py
     holdout: 10000         # optional: judge on the last 10,000 training images instead of the test images (IDX files)
     beside: [fashion_mnist/vanilla*]                          # optional: runs of other studies, to compare with
@@ -119,8 +119,6 @@ def jobs_of(study: dict[str, Any], config: StudyConfig, data_path: str | None) -
     for name, changes in arms.items():
         pretrains = changes.get("pretrain", True)
         evaluations = tuple(changes.get("evaluate", study["evaluate"]))
-        if not pretrains:
-            evaluations = tuple(e for e in evaluations if not (e.get("linear_probe") or e.get("knn")))
         results = {f"eval-{protocol(evaluation)}.json": evaluation for evaluation in evaluations}
         if len(results) < len(evaluations):
             raise ValueError(f"{config.study}: two evaluations write the same result of {', '.join(results)}")

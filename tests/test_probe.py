@@ -17,6 +17,9 @@ from tiny import QUICK, SHAPE
 from torch import nn
 
 from mae_et import checkpoint
+from mae_et.compare.runs import read_run
+from mae_et.data.stream import derive_seed
+from mae_et.engine import storage
 from mae_et.engine.features import knn_scores
 from mae_et.engine.runtime import Runtime
 from mae_et.evaluate import probe as probe_module
@@ -182,6 +185,19 @@ def test_accuracy_counts_every_image_once() -> None:
 def test_mistakes_are_explained_in_one_line(run: Path, changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         probe(FinetuneConfig(**QUICK | {"finetune": str(run), "knn": True} | changes))
+
+
+def test_what_is_like_a_run_is_judged_untrained(run: Path, tmp_path: Path) -> None:
+    """As a checkpoint of the weights that a run begins with; its folder is one that `compare` reads."""
+    (untrained,) = probe(FinetuneConfig(like=str(run), output_dir=str(tmp_path / "0"), knn=True, **QUICK)).values()
+    state = torch.load(run / "checkpoint.pt", weights_only=True)  # now as before the run's first step
+    torch.manual_seed(derive_seed(0, "weights"))
+    storage.save(state | {"model": MaskedAutoencoder(**state["shape"]).state_dict()}, run / "checkpoint.pt")
+    (begun,) = probe(FinetuneConfig(finetune=str(run), knn=True, **QUICK)).values()
+    assert untrained == begun
+    record = read_run(tmp_path / "0")
+    assert record.ledger is None and record.evaluations["knn"]["top1"] == untrained["top1"]
+    assert record.evaluations["knn"]["origin"] == "scratch"
 
 
 def test_a_probe_needs_held_out_images(run: Path, pictures: Path, tmp_path: Path) -> None:

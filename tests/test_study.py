@@ -23,7 +23,8 @@ from mae_et.compare.report import markdown
 ROOT = Path(__file__).parent.parent
 STUDIES = sorted((ROOT / "benchmarks" / "studies").glob("*.yaml"))
 STUDY_OF = {path.stem: path for path in STUDIES}
-IMAGES = {"photos": 3264, "/usr/share/datasets/fashion-mnist": 60_000, "/data/natural/tiles": 18_161}
+IMAGES = {"photos": 3264, "/usr/share/datasets/fashion-mnist": 60_000}
+IMAGES |= {"/data/natural/tiles": 18_161, "/data/natural/tuning": 13_761}
 RESULTS = sorted(path.parent for path in (ROOT / "docs" / "results").glob("*/report.md"))
 
 

@@ -20,8 +20,8 @@ from ..data.labelled import EvalCrops, eval_batches, open_labelled
 from ..data.sources import Source
 from ..engine import run_folder
 from ..engine.runtime import Normalize, Runtime
-from ..files import write_json
-from ..plan.flags import to_dict
+from ..files import write_json, write_text
+from ..plan.flags import to_dict, to_yaml
 from ..plan.shapes import height_width
 from ..record import INTERPOLATION
 from .classes import classes_of, with_classes
@@ -184,7 +184,10 @@ def write_result(
     began: float,
     flops: float,
 ) -> list[Path]:
-    """eval-<protocol>.json in the run folder of the checkpoint, and in --output_dir if given or if there is no such."""
+    """eval-<protocol>.json in the run folder of the checkpoint, and in --output_dir if given or if there is no such.
+
+    The folder of an encoder that was never trained becomes a run folder, which `compare` reads.
+    """
     record = {
         "protocol": config.protocol,
         **result,
@@ -203,6 +206,9 @@ def write_result(
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, record)
+        if config.is_probe and config.like and not (path.parent / run_folder.CONFIG).exists():
+            write_text(path.parent / run_folder.CONFIG, to_yaml(config))
+            write_json(path.parent / run_folder.ENVIRONMENT, record["environment"])
     return paths
 
 

@@ -93,7 +93,7 @@ class ClassifierFlags:
     model: Annotated[str | None, MODEL] = None
     """mae_vit_base_patch16, vit_base_patch16, …; default: the checkpoint's."""
     like: Annotated[str, UNTRAINED] = ""
-    """Train from scratch with the architecture of this run or checkpoint, none of its weights."""
+    """Begin with the architecture of this run or checkpoint, none of its weights: what pretraining is judged by."""
     input_size: Annotated[SizePx | None, MODEL] = None
     """Input in pixels: one number, or height and width; default: the checkpoint's. Position tables adapt."""
     patch_size: Annotated[int | None, MODEL, POSITIVE] = None
@@ -259,8 +259,11 @@ class FinetuneConfig(
             raise ValueError(
                 f"{protocols[0]} keeps the backbone as it is and contradicts --layer_decay; drop one of them"
             )
-        if self.is_probe and not self.finetune:
-            raise ValueError(f"{protocols[0]} needs --finetune: a run folder, a checkpoint or a timm model name")
+        if self.is_probe and not (self.finetune or self.like):
+            raise ValueError(
+                f"{protocols[0]} needs --finetune: a run folder, a checkpoint or a timm model name; or, for an "
+                "encoder that is not trained, --like"
+            )
         if self.is_probe and self.resume:
             raise ValueError(f"{protocols[0]} takes minutes and can't --resume; leave --resume out")
         if self.layers and not self.is_probe:
