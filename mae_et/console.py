@@ -4,13 +4,55 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions
 from rich.logging import RichHandler
+from rich.measure import Measurement
+from rich.table import Table
 
 #: Piped, it is as wide as its tables need.
 console = Console(soft_wrap=False) if Console().is_terminal else Console(width=140)
+
+
+@dataclass
+class WideTable:
+    """A table of figures that loses none in a narrow terminal: columns that don't fit go on below, after the first."""
+
+    title: str
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    total: Sequence[str] = ()
+    """A last row, below a line."""
+    caption: str = ""
+    left: Sequence[str] = ()
+    """Heads of columns that are words; figures are aligned at the right."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
+        begin, last = 1, len(self.heads)
+        while begin < last:
+            end = begin + 1
+            while end < last and self._width(begin, end + 1, console, options) <= options.max_width:
+                end += 1
+            title, caption = self.title if begin == 1 else "", self.caption if end == last else ""
+            yield self._part(begin, end, title, caption)
+            begin = end
+
+    def _part(self, begin: int, end: int, title: str = "", caption: str = "") -> Table:
+        table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+        for head in (self.heads[0], *self.heads[begin:end]):
+            table.add_column(head, justify="left" if head in self.left else "right", overflow="fold")
+        for row in self.rows:
+            table.add_row(row[0], *row[begin:end])
+        if self.total:
+            table.add_section()
+            table.add_row(self.total[0], *self.total[begin:end])
+        return table
+
+    def _width(self, begin: int, end: int, console: Console, options: ConsoleOptions) -> int:
+        """Columns of text that a part needs where no cell is broken into lines."""
+        return Measurement.get(console, options.update(max_width=10_000), self._part(begin, end)).maximum
 
 
 @contextlib.contextmanager

@@ -15,8 +15,9 @@ PACKAGE = Path(__file__).parents[1] / "mae_et"  # read, never imported: a circle
 MAX_LINES = 400
 #: From the ground up. A module may import only modules before it, so a room only rooms before it.
 ROOMS = {
+    "console": "",
     "plan": "shapes curriculum schedules cost flags shared config build gpu report",
-    "": "files console record spectral targets model layouts interop wrappers hub",
+    "": "files record spectral targets model layouts interop wrappers hub",
     "data": "config stream workers photos folders tars shards webdataset datasets sources pixels views decode replay"
     " loader corruptions labelled prepare measure",
     "engine": "run_folder device runtime attention meters optim storage sharded resume writer step graphs sinks logger"

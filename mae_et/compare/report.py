@@ -12,8 +12,8 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
-from rich.table import Table
 
+from ..console import WideTable
 from ..files import write_json, write_text
 from .figures import draw_figures
 from .words import (
@@ -140,18 +140,14 @@ def notes(report: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def terminal_tables(report: Mapping[str, Any]) -> list[Table]:
+def terminal_tables(report: Mapping[str, Any]) -> list[WideTable]:
     """The report as rich tables."""
     tables = []
     for title, build in (("Cost and quality", arm_table), ("Two answers", answer_table), ("Stages", stage_table)):
         heads, rows = build(report)
         shown = [i for i, head in enumerate(heads) if head not in ("visible", "predicted", "patches")]  # for the width
-        table = Table(title=title, title_justify="left")
-        for i in shown:
-            table.add_column(heads[i], justify="left" if i == 0 else "right", overflow="fold")
-        for row in rows:
-            table.add_row(*(row[i] for i in shown))
-        tables.append(table)
+        names = [heads[i] for i in shown]
+        tables.append(WideTable(title, names, [[row[i] for i in shown] for row in rows], left=names[:1]))
     return tables
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.progress import BarColumn, Progress, TextColumn
-from rich.table import Column, Table
+from rich.table import Column
 
-from ..console import console
+from ..console import WideTable, console
 from ..data.sources import is_prepared
 from ..files import append_json_line, read_json_lines, write_json_lines
 from ..plan.config import PretrainConfig
@@ -176,7 +176,7 @@ def data_wait_hints(
     return lines
 
 
-def ledger_table(ledger: Ledger, curriculum: Curriculum, vanilla_flops_per_image: float) -> Table:
+def ledger_table(ledger: Ledger, curriculum: Curriculum, vanilla_flops_per_image: float) -> WideTable:
     """What a run has cost, stage by stage, next to vanilla MAE's FLOPs for the same number of images."""
     heads = (
         "size",
@@ -191,9 +191,6 @@ def ledger_table(ledger: Ledger, curriculum: Curriculum, vanilla_flops_per_image
         "vanilla FLOPs",
         "ratio",
     )
-    table = Table(title="Cost, and vanilla MAE's for the same images", title_justify="left")
-    for head in heads:
-        table.add_column(head, justify="right")
     total = ledger.total
 
     def row(name: str, cost: StageCost) -> tuple[str, ...]:
@@ -212,11 +209,8 @@ def ledger_table(ledger: Ledger, curriculum: Curriculum, vanilla_flops_per_image
             f"{vanilla / cost.flops if cost.flops else 0:.2f}×",
         )
 
-    for stage, cost in zip(curriculum.stages, ledger.stages, strict=True):
-        table.add_row(*row(show_size(stage.size_px), cost))
-    table.add_section()
-    table.add_row(*row("total", total))
-    if total.probe_flops:
-        table.caption = f"Online quality apart from that: {total.probe_seconds:,.1f} s, {total.probe_flops:.2e} FLOPs"
-        table.caption_justify = "left"
-    return table
+    stages = zip(curriculum.stages, ledger.stages, strict=True)
+    rows = [row(show_size(stage.size_px), cost) for stage, cost in stages]
+    caption = f"Online quality apart from that: {total.probe_seconds:,.1f} s, {total.probe_flops:.2e} FLOPs"
+    title = "Cost, and vanilla MAE's for the same images"
+    return WideTable(title, heads, rows, row("total", total), caption if total.probe_flops else "")

@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-from rich.table import Table
-
+from ..console import WideTable
 from .build import as_vanilla, build_curriculum, shape_of
 from .config import PretrainConfig
 from .cost import encoder_flops_per_image
@@ -131,14 +130,11 @@ def _totals(plan: Curriculum) -> dict[str, float]:
     }
 
 
-def plan_table(report: dict[str, Any]) -> Table:
+def plan_table(report: dict[str, Any]) -> WideTable:
     """The stages of a :func:`plan_report` as a table."""
     heads = ("size", "patches", "visible", "predicted", "batch", "passes", "steps", "images", "GFLOPs", "compute")
-    table = Table(title=f"Plan of {report['recipe']}", title_justify="left")
-    for head in (*heads, "per device", "TFLOPs/step", "peak GiB"):
-        table.add_column(head, justify="right")
-    for row in report["stages"]:
-        table.add_row(
+    rows = [
+        (
             show_size(row["size_px"]),
             *(f"{row[key]:,}" for key in ("patches", "num_visible", "num_predicted", "batch_size")),
             f"{row['passes']:.1f}",
@@ -150,18 +146,12 @@ def plan_table(report: dict[str, Any]) -> Table:
             f"{row['gflops_per_device_step'] / 1e3:.3g}",
             f"{row['peak_memory_bytes'] / 2**30:.1f}" if row["peak_memory_bytes"] else "",
         )
+        for row in report["stages"]
+    ]
     total = report["totals"]
-    table.add_section()
-    table.add_row(
-        *("total", "", "", "", ""),
-        f"{total['passes']:.1f}",
-        f"{total['steps']:,}",
-        f"{total['images']:,}",
-        "",
-        "100%",
-        *("", "", ""),
-    )
-    return table
+    sums = f"{total['passes']:.1f}", f"{total['steps']:,}", f"{total['images']:,}"
+    last = ("total", "", "", "", "", *sums, "", "100%", "", "", "")
+    return WideTable(f"Plan of {report['recipe']}", (*heads, "per device", "TFLOPs/step", "peak GiB"), rows, last)
 
 
 def plan_summary(report: dict[str, Any]) -> list[str]:
@@ -273,17 +263,15 @@ def scaling_report(
     }
 
 
-def scaling_table(report: dict[str, Any]) -> Table:
+def scaling_table(report: dict[str, Any]) -> WideTable:
     """A :func:`scaling_report` as a table."""
     title = f"On {report['devices']} device(s) of {report['device_flops']:.3g} FLOP/s, {report['mfu']:.0%} used"
-    table = Table(title=title, title_justify="left")
     names = "compute", "host", "link", "data"
-    for head in ("size", *(f"{name} s/step" for name in names), "bound by", "MFU", "images/s per device", "hours"):
-        table.add_column(head, justify="right")
+    heads = "size", *(f"{name} s/step" for name in names), "bound by", "MFU", "images/s per device", "hours"
+    rows: list[tuple[str, ...]] = []
     for row in report["stages"]:
         seconds = (f"{row[f'{name}_seconds']:.4f}" for name in names)
         found = row["bound"], f"{row['mfu']:.0%}", f"{row['images_per_second_needed']:,.0f}", f"{row['hours']:,.2f}"
-        table.add_row(show_size(row["size_px"]), *seconds, *found)
-    table.add_section()
-    table.add_row("total", *[""] * 5, f"{report['mfu']:.0%}", "", f"{report['hours']:,.2f}")
-    return table
+        rows.append((show_size(row["size_px"]), *seconds, *found))
+    total = "total", *[""] * 5, f"{report['mfu']:.0%}", "", f"{report['hours']:,.2f}"
+    return WideTable(title, heads, rows, total)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
-from rich.table import Table
 
 from ..compare.figures import COLOURS
+from ..console import WideTable
 from ..files import write_text
 from ..plan.flags import to_yaml
 from .search import PICTURE, RECIPE, SearchResult
@@ -66,18 +66,16 @@ def score_lines(result: SearchResult) -> list[str]:
     ]
 
 
-def candidate_table(result: SearchResult) -> Table:
+def candidate_table(result: SearchResult) -> WideTable:
     """All candidates that were evaluated, round by round."""
-    table = Table(title="Candidates", title_justify="left")
-    for head in ("round", "schedule", "score", "seeds", "vanilla runs", "selected"):
-        table.add_column(head, justify="left" if head == "schedule" else "right")
+    heads = ("round", "schedule", "score", "seeds", "vanilla runs", "selected")
+    rows = []
     for i, (scores, selected) in enumerate(zip(result.rounds, result.selected, strict=True)):
         for schedule, values in scores.items():
             cost = len(values) * result.space.cost(schedule)
             mark = "*" if schedule in selected else ""
-            table.add_row(str(i + 1), label(schedule), show(values), str(len(values)), f"{cost:.2f}", mark)
-        table.add_section()
-    return table
+            rows.append((str(i + 1), label(schedule), show(values), str(len(values)), f"{cost:.2f}", mark))
+    return WideTable("Candidates", heads, rows, left=heads[1:2])
 
 
 def label(schedule: Schedule) -> str:
