@@ -328,3 +328,10 @@ def test_one_process_is_wrapped_as_several_are(monkeypatch) -> None:
         assert isinstance(sharded[0].weight, DTensor)
         assert torch.equal(sharded[0].weight.grad.full_tensor(), expected)
     assert not torch.distributed.is_initialized()
+
+
+def test_a_cpu_is_as_many_cores_as_the_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cores, said in (({3}, "1 core"), ({0, 5}, "2 cores")):
+        monkeypatch.setattr("os.sched_getaffinity", lambda process, cores=cores: cores, raising=False)
+        with runtime.start("cpu", "fp32") as rt:
+            assert rt.describe() == f"cpu ({said}), fp32"

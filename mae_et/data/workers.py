@@ -56,9 +56,13 @@ def spare_cores(num_workers: int) -> int:
     return _cores() - 1 - num_workers
 
 
+def available_cores() -> int:
+    """Cores that this process may use, where a container or taskset leaves it fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _cores() -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return cores // _local_ranks()
+    return available_cores() // _local_ranks()
 
 
 def _local_ranks() -> int:

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from ..data.workers import available_cores
+
 log = logging.getLogger(__name__)
 
 #: glibc's names in malloc.h: how many blocks may be mapped, and how many free bytes the heap may keep.
@@ -120,9 +122,10 @@ def pins(device: torch.device) -> bool:
 
 
 def name_of(device: torch.device) -> str:
-    """What the device calls itself; of a CPU, how many cores."""
+    """What the device calls itself; of a CPU, how many cores this process may use."""
     if device.type == "cpu":
-        return f"{os.cpu_count()} cores"
+        cores = available_cores()
+        return f"{cores} core{'s' * (cores != 1)}"
     get_name = getattr(torch.get_device_module(device), "get_device_name", None)
     return get_name(device) if get_name else device.type
 

@@ -26,6 +26,7 @@ import torch
 from ..data.labelled import EvalCrops, eval_batches
 from ..data.sources import open_source
 from ..data.stream import mask_noise_of_batch
+from ..data.workers import available_cores
 from ..engine import run_folder, runtime, storage
 from ..engine.pretrain import PretrainRun, pretrain, warm_up
 from ..engine.step import take_step
@@ -188,7 +189,7 @@ class Workers(contextlib.AbstractContextManager):
         for _, device in zip(range(jobs), itertools.cycle(devices)):
             self.idle_devices.put(device)
         if jobs > 1:
-            self.threads_per_job = max(1, (os.cpu_count() or 1) // jobs)
+            self.threads_per_job = max(1, available_cores() // jobs)
             spawn = multiprocessing.get_context("spawn")  # a fork would inherit CUDA's and OpenMP's state
             self.processes = ProcessPoolExecutor(jobs, spawn, _die_with_parent)
             self.dispatchers = ThreadPoolExecutor(jobs)
