@@ -5,8 +5,11 @@
 
 Per stage: how many times faster an image is than at full size, by the clock and by FLOPs, and the first over the
 second (1: the stage wastes nothing). In all: seconds of the recipe's curriculum over those of vanilla MAE for the same
-FLOPs. Real stages, micro-batches, masks, spectral crop, target, model and optimiser; images are noise in memory: no
-loader is timed. A round takes one step of each kind, so that a machine that slows down slows all of them.
+FLOPs. Real stages, micro-batches, masks, spectral crop, target, model and optimiser. A round takes one step of each
+kind, so that a machine that slows down slows all of them.
+
+Images are noise in memory and no loader is timed; with --loader each stage reads and decodes its own within the step,
+in the same process, which needs --num_workers 0.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from synthetic import Spread, Stopwatch, synthetic_run
 
-from mae_et.data.sources import count_images
+from mae_et.data.sources import count_images, open_source
 from mae_et.engine import runtime
 from mae_et.plan.build import as_vanilla, build_curriculum
 from mae_et.plan.config import PretrainConfig
@@ -49,6 +52,8 @@ class SecondsConfig:
     """Further flags of main_pretrain.py; they overrule those that make a known recipe small."""
     rounds: int = 15
     """Steps of each kind."""
+    loader: bool = False
+    """Read, crop and resize real images within the step."""
     json: bool = False
     """Machine-readable output."""
 
@@ -61,7 +66,7 @@ def main() -> None:
         config = parse(PretrainConfig, ["--recipe", recipe, *flags])
         with runtime.start(config.device, config.precision) as rt:
             report = {"recipe": recipe, "device": rt.describe(), "threads": torch.get_num_threads()}
-            reports.append(report | measure(config, rt, options.rounds))
+            reports.append(report | measure(config, rt, options.rounds, options.loader))
     if options.json:
         print(json.dumps(reports, indent=1))
         return
@@ -69,13 +74,14 @@ def main() -> None:
         show(report)
 
 
-def measure(config: PretrainConfig, rt: runtime.Runtime, rounds: int) -> dict[str, Any]:
+def measure(config: PretrainConfig, rt: runtime.Runtime, rounds: int, loader: bool = False) -> dict[str, Any]:
     """Seconds per step of each stage and of vanilla MAE, and what follows for the whole curriculum."""
     images = count_images(config)
     run = synthetic_run(config, rt, images)
     vanilla_plan = build_curriculum(as_vanilla(config), images, rt.world_size)
-    vanilla = Stopwatch.of(run, vanilla_plan.stages[0])
-    stages = [Stopwatch.of(run, stage) for stage in run.curriculum.stages]
+    source = open_source(config.data_path, "train") if loader else None
+    vanilla = Stopwatch.of(run, vanilla_plan.stages[0], source)
+    stages = [Stopwatch.of(run, stage, source) for stage in run.curriculum.stages]
     for _ in range(rounds):
         for watch in (vanilla, *stages):
             watch.step()
@@ -94,7 +100,7 @@ def measure(config: PretrainConfig, rt: runtime.Runtime, rounds: int) -> dict[st
             {
                 "size_px": watch.stage.size_px,
                 "batch_size": watch.stage.batch_size,
-                "micro_batch": len(watch.batches[0]),
+                "micro_batch": max(map(len, run.micro_batches(watch.stage))),
                 "seconds_per_step": vars(Spread.of(watch.seconds)),
                 "images_per_second": 1 / per_image(watch),
                 "speedup_seconds": faster,

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import statistics
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
-from mae_et.engine.pretrain import PretrainRun
+from mae_et.data.sources import Source
+from mae_et.engine import attention
+from mae_et.engine.pretrain import PretrainRun, open_loader
 from mae_et.engine.runtime import Runtime
 from mae_et.engine.step import take_step
 from mae_et.plan.config import PretrainConfig
-from mae_et.plan.curriculum import Stage
+from mae_et.plan.curriculum import Curriculum, Stage
 from mae_et.plan.shapes import height_width
 
 LEARNING_RATE = 1e-5
@@ -36,18 +41,37 @@ def loader_output(run: PretrainRun, stage: Stage) -> list[Tensor]:
     return [images[: len(rows)] for rows in micro_batches]
 
 
+def stage_loader(run: PretrainRun, stage: Stage, source: Source) -> Iterator[Tensor]:
+    """The loader of a run that has this stage alone, in this process: workers would work ahead while others step."""
+    if run.config.num_workers != 0:
+        raise ValueError("timing the loader needs --num_workers 0")
+    curriculum = Curriculum((replace(stage, steps=10**6),), len(source))
+    alone = SimpleNamespace(config=run.config, rt=run.rt, curriculum=curriculum, step=0, value_range=run.value_range)
+    return open_loader(alone, source)
+
+
 @dataclass
 class Stopwatch:
     """Times one kind of step: forward, backward and update, from uint8 images to new weights."""
 
     run: PretrainRun
     stage: Stage
-    batches: list[Tensor]
+    batches: Callable[[], Iterable[Tensor]]
+    """Micro-batches of the next step; getting them is timed, too."""
     seconds: list[float]
 
     @classmethod
-    def of(cls, run: PretrainRun, stage: Stage) -> Stopwatch:
-        watch = cls(run, stage, loader_output(run, stage), [])
+    def of(cls, run: PretrainRun, stage: Stage, source: Source | None = None) -> Stopwatch:
+        """source: images that a loader of the stage's own reads within the step; default: one batch of noise."""
+        if stage not in run.attention:  # vanilla MAE's is none of the run's
+            images = max(map(len, run.micro_batches(stage)))
+            run.attention[stage] = attention.choose(run.config.attention, run.model.shape, stage, images, run.rt)
+        if source is None:
+            noise = loader_output(run, stage)
+            watch = cls(run, stage, lambda: noise, [])
+        else:
+            loader, count = stage_loader(run, stage, source), len(run.micro_batches(stage))
+            watch = cls(run, stage, lambda: itertools.islice(loader, count), [])
         watch.step()  # warms its shapes
         watch.seconds.clear()
         return watch
@@ -55,7 +79,7 @@ class Stopwatch:
     def step(self) -> None:
         self.run.rt.synchronize()
         began = time.perf_counter()
-        take_step(self.run, iter(self.batches), self.stage, LEARNING_RATE)
+        take_step(self.run, iter(self.batches()), self.stage, LEARNING_RATE)
         self.run.rt.synchronize()
         self.seconds.append(time.perf_counter() - began)
 
