@@ -187,10 +187,17 @@ def run_job(job: Job, config: StudyConfig, data_path: str | None, cores: list[in
             return problem
     kept.mkdir(parents=True, exist_ok=True)
     for name in job.kept_files:
-        shutil.copy(folder / name, kept / name)
+        (kept / name).write_text(without_places((folder / name).read_text(), config))
     if config.discard:
         shutil.rmtree(folder)
     return ""
+
+
+def without_places(text: str, config: StudyConfig) -> str:
+    """Paths below this checkout and --out relative to them: where those lie is nobody's business."""
+    for folder in (config.out.resolve(), ROOT):
+        text = text.replace(f"{folder}/", "").replace(str(folder), ".")
+    return text
 
 
 def protocol(flags: dict[str, Any]) -> str:

@@ -165,6 +165,9 @@ def test_a_study_runs_keeps_its_results_and_goes_on(harness, monkeypatch, tmp_pa
     with zipfile.ZipFile(kept / "runs.zip") as archive:
         of_a_run = ("config.yaml", "environment.json", "eval-knn-34-of-34.json", "ledger.json", "metrics.jsonl")
         assert [name for name in archive.namelist() if "grown" in name] == [f"grown-seed0/{name}" for name in of_a_run]
+        texts = [archive.read(name).decode() for name in archive.namelist()]
+        assert any("grown-seed0.yaml" in text for text in texts)
+        assert [t for t in texts for place in (ROOT, tmp_path / "out") if str(place) in t] == []
     assert not (tmp_path / "out" / "grown-seed0").exists()  # discarded
     report = json.loads((kept / "report.json").read_text())
     costs = {arm["name"]: arm["flops"] for arm in report["arms"]}
