@@ -18,7 +18,7 @@ console = Console(soft_wrap=False) if Console().is_terminal else Console(width=1
 
 @dataclass
 class WideTable:
-    """A table of figures that loses none in a narrow terminal: columns that don't fit go on below, after the first."""
+    """A table of figures that loses none in a narrow terminal: columns that don't fit go on below, after the keys."""
 
     title: str
     heads: Sequence[str]
@@ -28,26 +28,28 @@ class WideTable:
     caption: str = ""
     left: Sequence[str] = ()
     """Heads of columns that are words; figures are aligned at the right."""
+    keys: int = 1
+    """Columns from the left that say what a row is of: each part begins with them."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
-        begin, last = 1, len(self.heads)
+        begin, last = self.keys, len(self.heads)
         while begin < last:
             end = begin + 1
             while end < last and self._width(begin, end + 1, console, options) <= options.max_width:
                 end += 1
-            title, caption = self.title if begin == 1 else "", self.caption if end == last else ""
+            title, caption = self.title if begin == self.keys else "", self.caption if end == last else ""
             yield self._part(begin, end, title, caption)
             begin = end
 
     def _part(self, begin: int, end: int, title: str = "", caption: str = "") -> Table:
         table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
-        for head in (self.heads[0], *self.heads[begin:end]):
+        for head in (*self.heads[: self.keys], *self.heads[begin:end]):
             table.add_column(head, justify="left" if head in self.left else "right", overflow="fold")
         for row in self.rows:
-            table.add_row(row[0], *row[begin:end])
+            table.add_row(*row[: self.keys], *row[begin:end])
         if self.total:
             table.add_section()
-            table.add_row(self.total[0], *self.total[begin:end])
+            table.add_row(*self.total[: self.keys], *self.total[begin:end])
         return table
 
     def _width(self, begin: int, end: int, console: Console, options: ConsoleOptions) -> int:

@@ -143,11 +143,15 @@ def notes(report: Mapping[str, Any]) -> list[str]:
 def terminal_tables(report: Mapping[str, Any]) -> list[WideTable]:
     """The report as rich tables."""
     tables = []
-    for title, build in (("Cost and quality", arm_table), ("Two answers", answer_table), ("Stages", stage_table)):
+    for title, build, keys in (
+        ("Cost and quality", arm_table, 1),
+        ("Two answers", answer_table, 2),
+        ("Stages", stage_table, 2),
+    ):
         heads, rows = build(report)
         shown = [i for i, head in enumerate(heads) if head not in ("visible", "predicted", "patches")]  # for the width
         names = [heads[i] for i in shown]
-        tables.append(WideTable(title, names, [[row[i] for i in shown] for row in rows], left=names[:1]))
+        tables.append(WideTable(title, names, [[row[i] for i in shown] for row in rows], left=names[:1], keys=keys))
     return tables
 
 

@@ -75,7 +75,7 @@ def candidate_table(result: SearchResult) -> WideTable:
             cost = len(values) * result.space.cost(schedule)
             mark = "*" if schedule in selected else ""
             rows.append((str(i + 1), label(schedule), show(values), str(len(values)), f"{cost:.2f}", mark))
-    return WideTable("Candidates", heads, rows, left=heads[1:2])
+    return WideTable("Candidates", heads, rows, left=heads[1:2], keys=2)
 
 
 def label(schedule: Schedule) -> str:
