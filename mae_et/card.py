@@ -69,7 +69,7 @@ def _what(title: str, shape: ModelShape, outputs: int, config: PretrainConfig | 
     kind = f"classifier of {outputs} classes" if outputs else "encoder, without a classifier"
     how = ""
     if config is not None:
-        target = {"pixel": "pixels", "hog": "HOG"}[config.target]
+        target = "HOG" if config.target == "hog" else "normalised pixels" if config.norm_pix_loss else "pixels"
         curriculum = "vanilla MAE" if config.curriculum == "vanilla" else f"curriculum {config.curriculum}"
         how = f" It was pretrained as a masked autoencoder that predicts {target} ({curriculum})."
     return f"# {title}\n\nA plain ViT ({size}): {kind}.{how} Made with mae_et.\n"
@@ -125,7 +125,7 @@ def _training(run: Path, config: PretrainConfig) -> str:
     count = f", {environment['num_images']:,} images" if environment.get("num_images") else ""
     text = f"## Pretraining\n\n- Data: {_data(config)}{count}\n"
     if environment:
-        text += f"- On {environment['devices']} × {environment['device']}, in {environment['precision']}\n"
+        text += f"- On {environment['device']}\n"
         versions = {"mae_et": environment.get("mae_et"), "revision": environment.get("git")} | environment["packages"]
         text += "- " + ", ".join(f"{name} {version}" for name, version in versions.items() if version) + "\n"
     if (run / run_folder.LEDGER).is_file():

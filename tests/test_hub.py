@@ -25,11 +25,15 @@ from mae_et.evaluate.encoder import load_encoder
 from mae_et.files import CheckpointError
 from mae_et.model import MaskedAutoencoder
 
+TASK = {"norm_pix_loss": True}
+
 
 @pytest.fixture
 def trained(run: Path, tmp_path: Path) -> Path:
     """A run folder with weights, and with what a run says of itself."""
-    told = write_run(tmp_path / "told", top1=12.345, data_path=str(tmp_path / "secret" / "my images"), mask_ratio=0.6)
+    told = write_run(
+        tmp_path / "told", top1=12.345, data_path=str(tmp_path / "secret" / "my images"), mask_ratio=0.6, **TASK
+    )
     evaluated = json.loads((told / "eval-knn.json").read_text())
     flags = evaluated["flags"] | {"global_pool": True, "train_images": 100}
     changed = {"protocol": "knn-mean-100", "flags": flags, "top1": 23.456, "corrupted_top1": 7.0}
@@ -109,8 +113,10 @@ def test_the_card_says_what_the_run_says_and_no_path_of_the_machine(trained, tmp
     assert "| kNN of the mean patch token, 100 labels, corrupted images | 7.00 % | 500 |" in text
     assert "- Data: my images, 1,000 images" in text and "mean | 0.4 0.5 0.6 |" in text
     assert str(tmp_path / "secret") not in text and str(trained) not in text
+    environment = json.loads((trained / "environment.json").read_text())
+    assert f"\n- On {environment['device']}\n" in text and "that predicts normalised pixels (" in text
     listed = yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1])
-    assert listed == {"input_size": 32, "patch_size": 8, "mask_ratio": 0.6, "epochs": 4.0}
+    assert listed == {"input_size": 32, "patch_size": 8, "epochs": 4.0, "mask_ratio": 0.6, **TASK}
 
     Image.fromarray(np.zeros((40, 50, 3), np.uint8)).save(tmp_path / "image.jpg")
     monkeypatch.chdir(tmp_path)
