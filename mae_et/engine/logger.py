@@ -162,7 +162,7 @@ def data_wait_hints(
         pretraining = isinstance(config, PretrainConfig)
         small = pretraining and stage.size_px != config.input_size
         choices = {
-            f"more --num_workers (cores left: {spare_cores})": spare_cores > 0,
+            f"more --num_workers ({spare_cores} core{'s' * (spare_cores != 1)} left)": spare_cores > 0,
             "--lowfreq scaled (decodes JPEGs smaller)": small and is_jpeg and config.lowfreq != "scaled",
             "--replay": small and stage.replay == 1,
             "--views_per_image 2": pretraining and stage.views_per_image == 1,
