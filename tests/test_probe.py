@@ -187,14 +187,18 @@ def test_mistakes_are_explained_in_one_line(run: Path, changes: dict, message: s
         probe(FinetuneConfig(**QUICK | {"finetune": str(run), "knn": True} | changes))
 
 
-def test_what_is_like_a_run_is_judged_untrained(run: Path, tmp_path: Path) -> None:
+def test_what_is_like_a_run_is_judged_untrained(run: Path, tmp_path: Path, monkeypatch) -> None:
     """As a checkpoint of the weights that a run begins with; its folder is one that `compare` reads."""
+    extracted, real = [], probe_module.extract
+    monkeypatch.setattr(probe_module, "extract", lambda *given: extracted.append(real(*given)) or extracted[-1])
     (untrained,) = probe(FinetuneConfig(like=str(run), output_dir=str(tmp_path / "0"), knn=True, **QUICK)).values()
     state = torch.load(run / "checkpoint.pt", weights_only=True)  # now as before the run's first step
     torch.manual_seed(derive_seed(0, "weights"))
     storage.save(state | {"model": MaskedAutoencoder(**state["shape"]).state_dict()}, run / "checkpoint.pt")
     (begun,) = probe(FinetuneConfig(finetune=str(run), knn=True, **QUICK)).values()
     assert untrained == begun
+    features = [next(iter(features.values())) for features, _ in extracted]  # held out, training; the same again
+    assert len(features) == 4 and features[0].equal(features[2]) and features[1].equal(features[3])
     record = read_run(tmp_path / "0")
     assert record.ledger is None and record.evaluations["knn"]["top1"] == untrained["top1"]
     assert record.evaluations["knn"]["origin"] == "scratch"
