@@ -103,7 +103,8 @@ def regular_members(file: Path) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFi
             raise ValueError(f"--data_path: {file} is compressed, and images are read at offsets; unpack it to a .tar")
         try:
             with tarfile.open(file, "r:") as tar:
-                while (member := tar.next()) is not None:
+                # At 0 the archive has no member, and next() of Python 3.10 fails.
+                while tar.offset and (member := tar.next()) is not None:
                     tar.members.clear()  # or tarfile keeps every header in memory
                     if tar.offset <= member.offset or member.issparse():
                         raise tarfile.ReadError(f"{member.name} is sparse or has a negative size")

@@ -301,4 +301,5 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
 
 
 def _name(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+    plain = isinstance(hint, type) and not typing.get_args(hint)  # Python 3.10 calls tuple[float] a type, too
+    return hint.__name__ if plain else str(hint).replace("typing.", "")
