@@ -178,11 +178,16 @@ def test_accuracy_counts_every_image_once() -> None:
         ({"k": 99}, "--k 99 neighbours, but there are 24 training images"),
         ({"layers": (4,)}, "--layers 4: this encoder has blocks 1 to 3"),
         ({"finetune": ""}, "--knn needs --finetune"),
+        (
+            {"like": "RUN", "finetune": "", "output_dir": "RUN"},
+            "is the run of a trained encoder; choose another",
+        ),
         ({"resume": "auto"}, "--knn takes minutes and can't --resume"),
         ({"knn": False, "corruptions": True}, "--corruptions is for --linear_probe, --knn and --eval; fine-tune first"),
     ],
 )
 def test_mistakes_are_explained_in_one_line(run: Path, changes: dict, message: str) -> None:
+    changes = {name: str(run) if value == "RUN" else value for name, value in changes.items()}
     with pytest.raises(ValueError, match=message):
         probe(FinetuneConfig(**QUICK | {"finetune": str(run), "knn": True} | changes))
 
