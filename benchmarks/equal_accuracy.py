@@ -135,8 +135,8 @@ def matched(flags: dict[str, dict], name: str, changes: dict[str, Any]) -> dict[
     if other := changes.get("match_flops"):
         config, curriculum = planned(flags[name])
         scale = planned(flags[other])[1].total_flops / curriculum.total_flops
-        matching["epochs"] = round(config.epochs * scale, 4)
-        matching["warmup_epochs"] = round(config.warmup_epochs * scale, 4)  # the same share
+        for share in ("epochs", "warmup_epochs", "hold_epochs"):  # the last two are shares of the first
+            matching[share] = round(getattr(config, share) * scale, 4)
     if other := changes.get("match_steps"):
         images = planned(flags[name] | matching)[1].total_images
         matching["batch_size"] = round(images / planned(flags[other])[1].total_steps)

@@ -61,7 +61,7 @@ _PILLOW_ERRORS = (
     Image.DecompressionBombError,
 )
 # tifffile checks little: broken tags end in divisions by zero or failed assertions.
-_TIFFFILE_ERRORS = (*_PILLOW_ERRORS, ArithmeticError, AssertionError)
+_TIFFFILE_ERRORS = (*_PILLOW_ERRORS, tifffile.TiffFileError, ArithmeticError, AssertionError)
 
 
 class CorruptImage(ValueError):
