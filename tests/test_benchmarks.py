@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import io
+import json
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from tiny import ROOT, tiny
 
 from mae_et.data.loader import TrainImages
@@ -14,18 +20,23 @@ from mae_et.engine import runtime
 
 
 @pytest.fixture
-def seconds(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    spec = importlib.util.spec_from_file_location("seconds", ROOT / "benchmarks" / "seconds.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "seconds", module)
-    spec.loader.exec_module(module)
-    return module
+def benchmark(monkeypatch: pytest.MonkeyPatch):
+    """Imports a benchmark by its name."""
+
+    def load(name: str):
+        monkeypatch.syspath_prepend(ROOT / "benchmarks")
+        spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, module)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
 @pytest.mark.parametrize("loader", [False, True])
-def test_stages_and_vanilla_take_turns(seconds, photos: Path, tmp_path: Path, monkeypatch, loader: bool):
-    read, steps = [], []
+def test_stages_and_vanilla_take_turns(benchmark, photos: Path, tmp_path: Path, monkeypatch, loader: bool):
+    seconds, read, steps = benchmark("seconds"), [], []
     take_step, load = seconds.Stopwatch.step, TrainImages.__getitems__
 
     def step(watch):
@@ -47,3 +58,55 @@ def test_stages_and_vanilla_take_turns(seconds, photos: Path, tmp_path: Path, mo
     for row in report["stages"]:
         seconds_per_image = row["seconds_per_step"]["median"] / row["batch_size"]
         assert 1 / row["images_per_second"] == pytest.approx(seconds_per_image)
+
+
+def encoded(image: np.ndarray, kind: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, kind)
+    return file.getvalue()
+
+
+def test_cifar10_is_unpacked_image_by_image(benchmark, tmp_path: Path, monkeypatch):
+    """Two images a batch, rows of a picture; the last ones to train on are held out to tune on."""
+    cifar10 = benchmark("cifar10")
+    monkeypatch.setattr(cifar10, "HELD_OUT", 3)
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 2, 32, 32, 3), dtype=np.uint8)
+    names = [*cifar10.BATCHES["train"], *cifar10.BATCHES["val"]]
+    members = {f"{name}.png": encoded(batch.reshape(2, 1024, 3)) for name, batch in zip(names, pixels, strict=True)}
+    members |= {"train_lables.json": json.dumps(list(range(10))).encode(), "test_lables.json": b"[9, 0]"}
+    with tarfile.open(tmp_path / "package.tgz", "w:gz") as package:
+        for name, content in members.items():
+            member = tarfile.TarInfo(f"package/{name}")
+            member.size = len(content)
+            package.addfile(member, io.BytesIO(content))
+
+    cifar10.build(cifar10.Cifar10Config(tmp_path / "package.tgz", tmp_path / "out"))
+    found = {str(p.relative_to(tmp_path / "out")): np.asarray(Image.open(p)) for p in tmp_path.glob("out/**/*.ppm")}
+    train = {f"{kind}/{i:05d}.ppm": pixels[i // 2, i % 2] for i, kind in enumerate(cifar10.KINDS)}
+    expected = {f"images/train/{name}": image for name, image in train.items()}
+    expected |= {"images/val/truck/00000.ppm": pixels[5, 0], "images/val/airplane/00001.ppm": pixels[5, 1]}
+    tuning = [("train", name) if i < 7 else ("val", name) for i, name in enumerate(train)]
+    expected |= {f"tuning/{part}/{name}": train[name] for part, name in tuning}
+    assert found.keys() == expected.keys()
+    assert all((found[name] == expected[name]).all() for name in expected)
+    with pytest.raises(ValueError, match="exists; choose another folder"):
+        cifar10.build(cifar10.Cifar10Config(tmp_path / "package.tgz", tmp_path / "out"))
+
+
+def test_every_kind_of_solar_cell_is_held_out(benchmark, tmp_path: Path):
+    """A quarter of each probability and material; defective above one half."""
+    kinds = [(chance, material) for chance in ("0.0", "0.3333", "0.6666", "1.0") for material in ("mono", "poly")] * 4
+    with zipfile.ZipFile(tmp_path / "elpv.whl", "w") as wheel:
+        rows = [f"images/cell{i:04d}.png  {chance}  {material}" for i, (chance, material) in enumerate(kinds)]
+        wheel.writestr("elpv_dataset/data/labels.csv", "\n".join(rows) + "\n")
+        for i in range(len(kinds)):
+            wheel.writestr(f"elpv_dataset/data/images/cell{i:04d}.png", encoded(np.full((4, 4), i, np.uint8)))
+
+    solar_cells = benchmark("solar_cells")
+    solar_cells.build(solar_cells.SolarCellsConfig(tmp_path / "elpv.whl", tmp_path / "out"))
+    found = {p.stem: (p.parent.parent.name, p.parent.name) for p in tmp_path.glob("out/**/*.pgm")}
+    assert found == {
+        f"cell{i:04d}": ("val" if i >= 24 else "train", "defective" if float(chance) > 0.5 else "sound")
+        for i, (chance, _) in enumerate(kinds)
+    }
+    assert np.asarray(Image.open(tmp_path / "out" / "val" / "defective" / "cell0031.pgm")).tolist() == [[31] * 4] * 4

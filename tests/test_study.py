@@ -24,7 +24,8 @@ ROOT = Path(__file__).parent.parent
 STUDIES = sorted((ROOT / "benchmarks" / "studies").glob("*.yaml"))
 STUDY_OF = {path.stem: path for path in STUDIES}
 IMAGES = {"photos": 3264, "/usr/share/datasets/fashion-mnist": 60_000}
-IMAGES |= {"/data/natural/tiles": 18_161, "/data/natural/tuning": 13_761}
+IMAGES |= {"/data/natural/tiles": 18_161, "/data/natural/tuning": 13_761, "/data/solar_cells": 1_970}
+IMAGES |= {"/data/cifar10/images": 50_000, "/data/cifar10/tuning": 40_000}
 RESULTS = sorted(path.parent for path in (ROOT / "docs" / "results").glob("*/report.md"))
 
 
@@ -49,6 +50,12 @@ def test_shipped_studies_match_what_they_say(harness, monkeypatch, path):
     for name, arm in study["arms"].items():
         if other := (arm or {}).get("match_flops"):
             assert plans[name].total_flops == pytest.approx(plans[other].total_flops, rel=0.002)
+            (mine, theirs) = (next(job.flags for job in jobs if job.arm == n) for n in (name, other))
+            if arm.keys().isdisjoint({"warmup_epochs", "hold_epochs"}):
+                for part in ("warmup_epochs", "hold_epochs"):  # the same share of the run
+                    assert mine[part] / mine["epochs"] == pytest.approx(
+                        theirs.get(part, 0) / theirs["epochs"], abs=1e-4
+                    )
         if other := (arm or {}).get("match_steps"):
             assert plans[name].total_steps == pytest.approx(plans[other].total_steps, rel=0.01)
 
