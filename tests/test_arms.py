@@ -16,7 +16,7 @@ from run_folders import SMALL, write_run
 
 from mae_et.compare.compare import CompareConfig, compare
 from mae_et.compare.report import markdown
-from mae_et.compare.runs import read_run
+from mae_et.compare.runs import incomparable, read_run
 from mae_et.evaluate.config import FinetuneConfig
 from mae_et.plan.config import PretrainConfig
 from mae_et.plan.curriculum import StageRow
@@ -248,3 +248,17 @@ def test_other_blocks_and_poolings_and_corrupted_images_are_protocols_of_their_o
     assert named == {"knn": 50.0, "knn-corrupted": 30.0} | others  # block 6, cls is knn itself
     path.write_text(json.dumps(result | {"places": places[2:3]}))  # without --layers
     assert list(read_run(folder).evaluations) == ["knn"]
+
+
+def test_a_result_of_half_trained_weights_does_not_count_as_the_finished_runs(tmp_path):
+    """A run may go on after it was evaluated; then its result is of other weights."""
+    folder = write_run(tmp_path / "run")
+    path = folder / "eval-knn.json"
+    result = json.loads(path.read_text())
+    for step, sentences in (
+        (None, []),
+        (10, []),
+        (6, [f"evaluation knn of {folder} is of step 6 of 10: evaluate it again"]),
+    ):
+        path.write_text(json.dumps(result | {"step": step}))
+        assert incomparable([read_run(folder)]) == sentences

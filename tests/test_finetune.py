@@ -144,6 +144,8 @@ def test_a_killed_run_resumes_bit_for_bit(
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     with pytest.raises(ValueError, match=r"of another configuration: smoothing was 0.1, is 0.2"):
         finetune(replace(cut, resume="auto", smoothing=0.2))
+    with pytest.raises(FileExistsError, match=r"whole already holds a run \(checkpoint.pt\)"):
+        finetune(replace(whole, resume=str(newest)))
     others = shutil.copytree(pictures, tmp_path / "others")
     for path in others.glob("train/*/*.png"):
         Image.open(path).transpose(Image.Transpose.ROTATE_180).save(path)

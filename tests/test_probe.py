@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -180,7 +181,7 @@ def test_accuracy_counts_every_image_once() -> None:
         ({"finetune": ""}, "--knn needs --finetune"),
         (
             {"like": "RUN", "finetune": "", "output_dir": "RUN"},
-            "is the run of a trained encoder; choose another",
+            "is the run of other weights; choose another",
         ),
         ({"resume": "auto"}, "--knn takes minutes and can't --resume"),
         ({"knn": False, "corruptions": True}, "--corruptions is for --linear_probe, --knn and --eval; fine-tune first"),
@@ -190,6 +191,40 @@ def test_mistakes_are_explained_in_one_line(run: Path, changes: dict, message: s
     changes = {name: str(run) if value == "RUN" else value for name, value in changes.items()}
     with pytest.raises(ValueError, match=message):
         probe(FinetuneConfig(**QUICK | {"finetune": str(run), "knn": True} | changes))
+
+
+def test_results_never_lie_in_the_run_of_other_weights(run: Path, tmp_path: Path, monkeypatch) -> None:
+    """`compare` would take them for that run's: foreign weights, another run, another seed of an untrained encoder."""
+    (tmp_path / "plain").mkdir()
+    shutil.copy(run / "checkpoint.pt", tmp_path / "plain")
+    shutil.copytree(run, tmp_path / "output_dir")
+    monkeypatch.chdir(tmp_path)  # ./output_dir is the default of pretraining too
+    plain = {"finetune": "plain/checkpoint.pt"}
+    untrained = {"like": str(run), "output_dir": str(tmp_path / "floor")}
+    for changes in (
+        plain,
+        plain | {"output_dir": str(run)},
+        {"finetune": str(run), "output_dir": "output_dir"},
+        untrained | {"seed": 1},
+        untrained | {"like": "output_dir"},
+    ):
+        probe(FinetuneConfig(**QUICK, knn=True, **untrained))
+        with pytest.raises(ValueError, match=r"--output_dir .* is the run of other weights; choose another folder"):
+            probe(FinetuneConfig(**QUICK | {"knn": True} | changes))
+    assert not [*run.glob("eval-*"), *(tmp_path / "output_dir").glob("eval-*")]
+    probe(FinetuneConfig(**QUICK | plain, knn=True, output_dir="elsewhere"))
+    probe(FinetuneConfig(**QUICK, knn=True, finetune=str(run), output_dir=str(run)))
+
+
+def test_a_result_says_its_step_and_what_it_replaces(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for k in (3, 3, 5):
+        assert not caplog.messages or "is replaced" not in caplog.text
+        probe(FinetuneConfig(**QUICK, knn=True, finetune=str(run), k=k))
+    assert f"{run / 'eval-knn.json'} is replaced; it was of --k 3" in caplog.messages
+    assert json.loads((run / "eval-knn.json").read_text())["step"] is None
+    storage.save(torch.load(run / "checkpoint.pt", weights_only=True) | {"step": 7}, run / "checkpoint.pt")
+    probe(FinetuneConfig(**QUICK, knn=True, finetune=str(run), k=5))
+    assert json.loads((run / "eval-knn.json").read_text())["step"] == 7
 
 
 def test_what_is_like_a_run_is_judged_untrained(run: Path, tmp_path: Path, monkeypatch) -> None:

@@ -180,6 +180,13 @@ def incomparable(runs: Sequence[RunRecord]) -> list[str]:
         judged = [run for run in runs if protocol in run.evaluations]
         sentences += [line for run in judged[1:] for line in _other_evaluation(judged[0], run, protocol)]
     sentences += [
+        f"evaluation {protocol} of {run.folder} is of step {result['step']} of {run.metrics[-1]['step'] + 1}: evaluate "
+        "it again"
+        for run in runs
+        for protocol, result in run.evaluations.items()
+        if run.finished and run.metrics and result.get("step") not in (None, run.metrics[-1]["step"] + 1)
+    ]
+    sentences += [
         f"{run.folder} has stopped at {run.metrics[-1]['p'] if run.metrics else 0:.0%} of its compute; finish it with "
         "--resume auto"
         for run in runs

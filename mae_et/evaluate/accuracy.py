@@ -6,6 +6,7 @@ B batch · C channels · K classes.
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from ..data.corruptions import CORRUPTIONS, STRENGTHS, CommonCorruption
@@ -21,7 +23,7 @@ from ..data.sources import Source
 from ..engine import run_folder
 from ..engine.runtime import Normalize, Runtime
 from ..files import write_json, write_text
-from ..plan.flags import to_dict, to_yaml
+from ..plan.flags import names, to_dict, to_yaml
 from ..plan.shapes import height_width
 from ..record import INTERPOLATION
 from .classes import classes_of, with_classes
@@ -36,6 +38,7 @@ def evaluate_only(config: FinetuneConfig, rt: Runtime, began: float) -> Path:
     source = _judged(config)
     config = dataclasses.replace(config, finetune=source, resume="")
     encoder = load_encoder(config)
+    check_result_folders(config, encoder)
     if "head.weight" not in encoder.head:
         raise ValueError(
             f"{source} has no classifier to --eval: fine-tune it, or judge its features with --linear_probe"
@@ -192,6 +195,7 @@ def write_result(
         "protocol": config.protocol,
         **result,
         "checkpoint": config.finetune or config.resume or config.like,
+        "step": encoder.step,
         "origin": encoder.origin,
         "input_size": encoder.input_size,
         "record": encoder.record.to_dict(),
@@ -199,17 +203,46 @@ def write_result(
         "flags": to_dict(config),
         "environment": run_folder.environment(device=rt.describe(), precision=rt.precision, devices=rt.world_size),
     }
-    folders = [encoder.folder] if encoder.folder else []
-    if config.output_dir or not folders or not (config.is_probe or config.eval):
-        folders.append(output_folder(config, encoder.folder))
-    paths = [folder / f"eval-{config.protocol}.json" for folder in dict.fromkeys(folders)]
+    paths = [folder / f"eval-{config.protocol}.json" for folder in result_folders(config, encoder)]
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            _warn_of_other_flags(path, record["flags"])
         write_json(path, record)
         if config.is_probe and config.like and not (path.parent / run_folder.CONFIG).exists():
             write_text(path.parent / run_folder.CONFIG, to_yaml(config))
             write_json(path.parent / run_folder.ENVIRONMENT, record["environment"])
     return paths
+
+
+def _warn_of_other_flags(path: Path, flags: Mapping[str, Any]) -> None:
+    """Warn that a result is replaced by one of the same protocol that other flags gave."""
+    try:
+        before = json.loads(path.read_text())["flags"]
+    except (ValueError, KeyError):
+        return  # damaged, or of another program: nothing to tell
+    judged = (*names(FinetuneConfig, lambda role: role.judged), "data_path", "seed")
+    if changed := [f"--{name} {before[name]}" for name in judged if name in before and before[name] != flags[name]]:
+        log.warning("%s is replaced; it was of %s", path, ", ".join(changed))
+
+
+def result_folders(config: FinetuneConfig, encoder: PretrainedEncoder) -> list[Path]:
+    """The run folder of the checkpoint, and --output_dir if given, if there is no such, and for fine-tuning."""
+    folders = [encoder.folder] if encoder.folder else []
+    if config.output_dir or not folders or not (config.is_probe or config.eval):
+        folders.append(output_folder(config, encoder.folder))
+    return list(dict.fromkeys(folders))
+
+
+def check_result_folders(config: FinetuneConfig, encoder: PretrainedEncoder) -> None:
+    """ValueError if results would lie in the run of other weights and be taken for theirs."""
+    for folder in result_folders(config, encoder):
+        path = folder / run_folder.CONFIG
+        if not path.exists() or (encoder.folder and folder.resolve() == encoder.folder.resolve()):
+            continue
+        held = yaml.safe_load(path.read_text())
+        if not (config.like and held.get("like") == config.like and held.get("seed") == config.seed):
+            raise ValueError(f"--output_dir {folder} is the run of other weights; choose another folder for these")
 
 
 def output_folder(config: FinetuneConfig, pretraining: Path | None) -> Path:

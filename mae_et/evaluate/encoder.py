@@ -57,6 +57,8 @@ class PretrainedEncoder:
     """Where each fact of the record comes from."""
     ours: bool = False
     """Whether a run of this package trained it, or what it is like: what the record lacks, that run did without."""
+    step: int | None = None
+    """Steps that it was trained for, where the checkpoint says so."""
 
     def with_value_range(self, train: Source, rt: Runtime) -> PretrainedEncoder:
         """The range of the images' values, measured on training images where nobody states one."""
@@ -95,7 +97,7 @@ def load_encoder(config: FinetuneConfig) -> PretrainedEncoder:
 
     Raises FileNotFoundError, CheckpointError, or ValueError if flags contradict the checkpoint or don't fit together.
     """
-    source, facts, trained_on, head = config.finetune or config.like, WeightsRecord(), {}, {}
+    source, facts, trained_on, head, step = config.finetune or config.like, WeightsRecord(), {}, {}, None
     if source:
         pretrained = checkpoint.read_pretrained(source, encoder_only=True, num_heads=config.num_heads)
         shape, facts, head = pretrained.shape, pretrained.record, pretrained.head
@@ -108,7 +110,7 @@ def load_encoder(config: FinetuneConfig) -> PretrainedEncoder:
     else:
         raise ValueError("from scratch (without --finetune), --model or --like must say what to train")
     if config.finetune:
-        state, origin = pretrained.state, pretrained.origin
+        state, origin, step = pretrained.state, pretrained.origin, pretrained.training.get("step")
     else:  # as an encoder is before pretraining, so that only pretraining makes the difference
         torch.manual_seed(derive_seed(config.seed, "weights"))
         state, origin = interop.encoder_only(MaskedAutoencoder(**shape).state_dict()), "scratch"
@@ -125,7 +127,8 @@ def load_encoder(config: FinetuneConfig) -> PretrainedEncoder:
         )
     folder = run_of(config.finetune) if config.finetune else None
     head = head if config.finetune else {}
-    return PretrainedEncoder(shape, state, origin, size, facts, data_path, folder, head, sources, bool(trained_on))
+    ours = bool(trained_on)
+    return PretrainedEncoder(shape, state, origin, size, facts, data_path, folder, head, sources, ours, step)
 
 
 def complete_record(

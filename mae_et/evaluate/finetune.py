@@ -239,12 +239,12 @@ def build(config: FinetuneConfig, rt: runtime.Runtime, encoder: PretrainedEncode
 
 def open_folder(run: FinetuneRun, resume: Path | None, read_from: Path | None) -> None:
     """Make or take over the run folder, and write what is known before a step is run."""
-    config, folder = run.config, run.folder
-    run_folder.prepare(folder, keep=bool(config.resume), overwrite=config.overwrite)
-    if resume and read_from != resume and resume.parent.resolve() == folder.resolve():
+    goes_on = resume.parent.resolve() == run.folder.resolve() if resume else run.config.resume == "auto"
+    run_folder.prepare(run.folder, keep=goes_on, overwrite=run.config.overwrite)
+    if resume and goes_on and read_from != resume:
         files.promote(read_from, resume)  # otherwise the next save would keep the corrupt file and drop this one
-    files.write_text(folder / run_folder.CONFIG, to_yaml(config))
-    files.write_json(folder / run_folder.ENVIRONMENT, run_folder.environment(**run.rt.facts()))
+    files.write_text(run.folder / run_folder.CONFIG, to_yaml(run.config))
+    files.write_json(run.folder / run_folder.ENVIRONMENT, run_folder.environment(**run.rt.facts()))
 
 
 def open_loader(run: FinetuneRun, source: Source) -> Iterator[tuple[Tensor, Tensor]]:

@@ -9,12 +9,10 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import yaml
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import Lars
 from torch import Tensor, nn
@@ -25,13 +23,13 @@ from ..data.labelled import Augmentation, EvalCrops, TrainCrops, labelled_batche
 from ..data.loader import CorruptLog
 from ..data.sources import Source
 from ..data.stream import SampleStream, derive_seed, micro_batches
-from ..engine import run_folder, runtime
+from ..engine import runtime
 from ..engine.features import gather_features, knn_scores
 from ..engine.optim import learning_rate, set_learning_rate
 from ..engine.runtime import Normalize, Runtime
 from ..plan.curriculum import Curriculum, Stage
 from ..plan.shapes import height_width
-from .accuracy import Accuracy, eval_crops, output_folder, under_corruptions, write_result
+from .accuracy import Accuracy, check_result_folders, eval_crops, under_corruptions, write_result
 from .classes import classes_of, with_classes
 from .config import FinetuneConfig
 from .encoder import PretrainedEncoder, build_classifier, load_encoder
@@ -62,8 +60,7 @@ def probe(config: FinetuneConfig) -> dict[str, dict[str, Any]]:
         if rt.device.type == "mps" and any(p.linear_probe and p.features == "cached" for p in config.probes):
             raise ValueError("--linear_probe is solved in float64, which mps hasn't; use --device cpu")
         encoder = load_encoder(config)
-        if config.like:
-            _check_folder(output_folder(config, None))
+        check_result_folders(config, encoder)
         train, val = (open_labelled(encoder.data_path, s, n, config.seed, config.holdout) for s, n in _splits(config))
         encoder = encoder.with_value_range(train, rt)
         classes = classes_of(config, train, encoder.data_path)
@@ -107,13 +104,6 @@ def probe(config: FinetuneConfig) -> dict[str, dict[str, Any]]:
             began, images = time.perf_counter(), 0
         rt.barrier()
         return results
-
-
-def _check_folder(folder: Path) -> None:
-    """ValueError if results of an untrained encoder would be taken for those of a trained one."""
-    path = folder / run_folder.CONFIG
-    if path.exists() and not yaml.safe_load(path.read_text()).get("like"):
-        raise ValueError(f"--output_dir {folder} is the run of a trained encoder; choose another folder for --like")
 
 
 def _result(
