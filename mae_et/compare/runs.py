@@ -28,6 +28,8 @@ MAX_UNPACKED_BYTES = 2**30
 RunFolder = Path | zipfile.Path
 MODEL_FLAGS = names(FinetuneConfig, lambda role: role is MODEL)
 """Of evaluations; pretraining has the same ones."""
+NEEDED = ("step", "p", "loss")
+"""Numbers in every line of metrics.jsonl."""
 
 
 @dataclass(frozen=True)
@@ -177,8 +179,8 @@ def _ledger(text: str) -> Ledger:
 
 def _metrics(text: str) -> list[dict[str, Any]]:
     records = [_mapping(record) for record in parse_json_lines(text)]
-    if not all(isinstance(record.get(name), (int, float)) for record in records for name in ("p", "loss")):
-        raise ValueError("a line has no p or no loss")
+    if not all(isinstance(record.get(name), (int, float)) for record in records for name in NEEDED):
+        raise ValueError(f"a line lacks one of {', '.join(NEEDED)}")
     return records
 
 
