@@ -78,12 +78,17 @@ def append_json_line(path: Path, record: Any) -> None:
 
 
 def read_json_lines(path: Path) -> list[Any]:
-    """The records of a file of JSON lines, in order; none if there is no such file.
+    """The records of a file of JSON lines, in order; none if there is no such file."""
+    return parse_json_lines(path.read_text()) if path.exists() else []
+
+
+def parse_json_lines(text: str) -> list[Any]:
+    """The records of a text of JSON lines, in order.
 
     A killed process may leave half a last line: reading stops there.
     """
     records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in text.splitlines():
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:

@@ -9,7 +9,7 @@ import yaml
 
 from mae_et.evaluate.config import FinetuneConfig
 from mae_et.plan.config import PretrainConfig
-from mae_et.plan.flags import to_dict
+from mae_et.plan.flags import to_dict, to_yaml
 
 SMALL = {"input_size": 32, "patch_size": 8, "epochs": 4}
 
@@ -45,3 +45,20 @@ def write_run(folder: Path, seed=0, flops=1e12, top1=80.0, seconds=100.0, protoc
     result = {"protocol": protocol, "top1": top1, "num_images": eval_images, "flags": flags}
     (folder / f"eval-{protocol}.json").write_text(json.dumps(result))
     return folder
+
+
+def write_untrained(folder: Path, top1=20.0, **flags) -> Path:
+    """A run folder as an evaluation from random weights leaves it."""
+    config = FinetuneConfig(**flags)
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(to_yaml(config))
+    (folder / "environment.json").write_text("{}")
+    result = {"protocol": config.protocol, "top1": top1, "num_images": 500, "flags": to_dict(config)}
+    (folder / f"eval-{config.protocol}.json").write_text(json.dumps(result))
+    return folder
+
+
+def evaluate_again(run: Path, protocol: str, top1: float) -> None:
+    """Another evaluation of a run, with the flags of its kNN."""
+    result = json.loads((run / "eval-knn.json").read_text())
+    (run / f"eval-{protocol}.json").write_text(json.dumps(result | {"protocol": protocol, "top1": top1}))

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_folders import SMALL, write_run
+from run_folders import SMALL, write_run, write_untrained
 
 from mae_et.compare.compare import CompareConfig, compare
-from mae_et.compare.report import markdown
+from mae_et.compare.report import answer_table, markdown
 from mae_et.compare.runs import incomparable, read_run
 from mae_et.evaluate.config import FinetuneConfig
 from mae_et.plan.config import PretrainConfig
@@ -110,6 +110,36 @@ def test_a_flag_makes_another_arm_where_its_role_or_the_total_batch_says_so(tmp_
         assert any(flag in arm["differs"] or "total_batch" in arm["differs"] for arm in arms)
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "named"),
+    [
+        ({"size_px": 16}, {"size_px": 24}, ["custom · stage size_px 16/32", "custom · stage size_px 24/32"]),
+        ({"share": 0.25}, {"share": 0.5}, ["custom · stage share 0.25/0.5", "custom · stage share 0.5/0.5"]),
+        ({"mask_ratio": 0.9}, {}, ["custom · stage mask_ratio 0.9/–", "custom · stage mask_ratio –/–"]),
+        ({"share": 0.5}, {"share": 0.5 + 1e-9}, ["custom", "custom (2)"]),
+    ],
+)
+def test_custom_curricula_are_named_by_what_differs_between_their_stages(tmp_path, first, second, named):
+    """Folders that end in seed0 name no arm. Where folders do, the families still are two."""
+    rows = [{"size_px": 16, "share": 0.5} | row for row in (first, second)]
+    for layout, names in (("{}/seed0", named), ("{}-seed0", ["early", "late"])):
+        folders = [tmp_path / layout.format(name) for name in ("plain", "early", "late")]
+        write_run(folders[0])
+        for folder, row in zip(folders[1:], rows, strict=True):
+            stages = (StageRow(**row), StageRow(32, 0.5))
+            write_run(folder, curriculum="custom", stages=stages, stage_sizes=[16, 32])
+        report = compare(CompareConfig(tuple(map(str, folders))))
+        assert [(arm["name"], arm["family"]) for arm in report["arms"][1:]] == list(zip(names, named, strict=True))
+        assert [row[0] for row in answer_table(report)[1]] == names
+
+
+def test_a_flag_that_is_zero_names_an_arm(tmp_path):
+    write_run(tmp_path / "plain" / "seed0", augment=0)
+    write_run(tmp_path / "strong" / "seed0", augment=9)
+    report = compare(CompareConfig((str(tmp_path / "plain"), str(tmp_path / "strong")), force=True))
+    assert [arm["name"] for arm in report["arms"]] == ["vanilla · augment 0", "vanilla · augment 9"]
+
+
 def test_lengths_are_one_family_and_one_curve(tmp_path):
     write_run(tmp_path / "a")
     write_run(tmp_path / "b", flops=2e12, top1=81.0, epochs=8, warmup_epochs=2, hold_epochs=1)
@@ -175,6 +205,54 @@ def test_runs_are_comparable_unless_a_flag_of_data_or_model_differs(tmp_path, fl
     assert all(sentence.startswith(f"{flag} is ") for sentence in report["forced"][:1])
 
 
+def scratch_arms(folder: Path) -> dict[str, list[int]]:
+    """Seeds by name of the arms without pretraining."""
+    return {arm["name"]: arm["seeds"] for arm in arms_of(folder) if not arm["stages"]}
+
+
+def test_untrained_models_are_arms_of_their_own(tmp_path):
+    write_run(tmp_path / "a")
+    for seed in (0, 1):
+        write_untrained(tmp_path / f"tiny{seed}", like=f"runs/tiny-seed{seed}", seed=seed, knn=True)
+    assert scratch_arms(tmp_path) == {"from scratch": [0, 1]}
+    write_untrained(tmp_path / "huge", 40.0, like="runs/huge/", seed=2, knn=True)
+    assert scratch_arms(tmp_path) == {"from scratch · like runs/huge": [2], "from scratch · like runs/tiny": [0, 1]}
+
+
+def test_evaluations_of_one_untrained_model_are_one_run(tmp_path):
+    """Unless both folders hold the same evaluation."""
+    write_run(tmp_path / "a")
+    write_untrained(tmp_path / "scratch", like="runs/a")
+    write_untrained(tmp_path / "untrained", like="runs/a", knn=True)
+    (scratch,) = [arm for arm in arms_of(tmp_path) if not arm["stages"]]
+    assert scratch["n"] == 1 and set(scratch["quality"]) == {"finetune", "knn"}
+    write_untrained(tmp_path / "untrained2", like="runs/a", knn=True)
+    with pytest.raises(ValueError, match=r"untrained2 are the same configuration with the same seed"):
+        arms_of(tmp_path)
+
+
+def test_a_model_trained_from_scratch_by_its_name_is_compared_with_pretrained_ones_of_its_shape(tmp_path):
+    for name, curriculum in (("a", "vanilla"), ("b", "et")):
+        run = write_run(tmp_path / name, curriculum=curriculum, model="mae_vit_tiny_patch16", protocol="finetune")
+        result = json.loads((run / "eval-finetune.json").read_text())
+        result["flags"] = to_dict(FinetuneConfig(finetune="run"))
+        (run / "eval-finetune.json").write_text(json.dumps(result))
+    flags = {"model": "vit_tiny_patch16", "patch_size": 8, "input_size": 32}
+    write_untrained(tmp_path / "scratch", **flags)
+    report = compare(CompareConfig((str(tmp_path),)))
+    assert (report["arms"][0]["name"], report["forced"]) == ("from scratch", [])
+    write_untrained(tmp_path / "deep", **flags, depth=24)
+    with pytest.raises(ValueError, match=r"evaluation finetune: --depth is 12 in .*a and 24 in .*deep"):
+        compare(CompareConfig((str(tmp_path),)))
+
+
+def test_a_fine_tuning_of_pretrained_weights_is_no_run_to_compare(tmp_path):
+    write_run(tmp_path / "a")
+    write_untrained(tmp_path / "finetune", finetune="runs/a")
+    with pytest.raises(ValueError, match="give the pretraining run it started from"):
+        arms_of(tmp_path)
+
+
 @pytest.mark.parametrize("flag", roles(FinetuneConfig))
 def test_evaluations_are_comparable_unless_a_judged_flag_or_the_data_differ(tmp_path, flag):
     for name, values in zip("ab", differing(FinetuneConfig, flag), strict=True):
@@ -232,6 +310,12 @@ def test_evaluations_on_other_data_are_refused(tmp_path):
     (tmp_path / "b" / "eval-knn.json").write_text(json.dumps(result))
     with pytest.raises(ValueError, match=r"--data_path is photos .* and elsewhere"):
         compare(CompareConfig((str(tmp_path),)))
+
+
+def test_a_slash_after_a_folder_makes_no_other_data(tmp_path):
+    write_run(tmp_path / "a", data_path="data/x")
+    write_run(tmp_path / "b", curriculum="et", stage_sizes=[16, 32], data_path="data/x/")
+    assert compare(CompareConfig((str(tmp_path),)))["forced"] == []
 
 
 def test_other_blocks_and_poolings_and_corrupted_images_are_protocols_of_their_own(tmp_path):

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from run_folders import write_run
+from run_folders import evaluate_again, write_run
 
 from mae_et.cli import main
 from mae_et.compare import runs
@@ -173,15 +173,29 @@ def test_the_baseline_may_be_named(study):
         (lambda run: (run / "ledger.json").unlink(), "has no ledger.json yet"),
         (lambda run: (run / "config.yaml").unlink(), "holds no config.yaml"),
         (lambda run: (run / "config.yaml").write_text("epochz: 4"), "unknown key 'epochz'"),
+        (lambda run: (run / "config.yaml").write_text(""), "config.yaml is damaged"),
+        (lambda run: (run / "config.yaml").write_text("- like"), "config.yaml is damaged"),
+        (lambda run: (run / "config.yaml").write_text("like: runs/a\nseed: x"), "config.yaml is damaged"),
+        (lambda run: (run / "config.yaml").write_text("data_path: ''"), "config.yaml is damaged"),
+        (lambda run: (run / "environment.json").write_text("null"), "environment.json is damaged"),
+        (lambda run: (run / "ledger.json").write_text('{"stages": [{"size_px": 32, "new": 1}]}'), "unknown key 'new'"),
+        (lambda run: (run / "ledger.json").write_text("{}"), "ledger.json is damaged"),
+        (lambda run: (run / "ledger.json").write_text('{"stages": []}'), "ledger.json is damaged"),
+        (lambda run: (run / "ledger.json").write_text('{"stages": [1]}'), "ledger.json is damaged"),
+        (lambda run: (run / "ledger.json").write_text('{"stages": [{"size_px": 32}]}'), "ledger.json books no"),
+        (lambda run: (run / "metrics.jsonl").write_text('{"step": 1}\n'), "metrics.jsonl is damaged"),
+        (lambda run: (run / "metrics.jsonl").write_text("1\n"), "metrics.jsonl is damaged"),
+        (lambda run: (run / "metrics.jsonl").write_bytes(b"\xff\xfe"), "metrics.jsonl is damaged"),
         (lambda run: (run / "eval-knn.json").write_text("[]"), "eval-knn.json is not a result"),
     ],
 )
 def test_damaged_folders_are_named_in_one_line(tmp_path, capsys, spoil, message):
     spoil(write_run(tmp_path / "a"))
     with pytest.raises(SystemExit) as end:
-        main(["compare", str(tmp_path / "a")])
+        main(["compare", str(tmp_path / "a"), "--force"])
     printed = capsys.readouterr()
     assert end.value.code == 1 and message in printed.err and len(printed.err.splitlines()) == 1
+    assert str(tmp_path / "a") in printed.err
 
 
 def test_online_quality_has_a_column_and_a_curve_where_runs_have_it(study):
@@ -271,6 +285,53 @@ def test_the_verdict_of_one_seed_one_length_or_nothing(tmp_path):
     report = compare(CompareConfig((str(tmp_path),)))
     assert "one seed, so nothing is sure, in knn (+10.50)" in said(report, "c (")
     assert "the baseline has one length only" in said(report, "All arms")
+
+
+def test_a_baseline_without_an_evaluation_is_said_and_nothing_else(study):
+    for run in study.glob("et_pp-*"):
+        evaluate_again(run, "linear_probe", 99.0)
+    report = compare(CompareConfig((str(study),)))
+    words = said(report, "et_pp")
+    assert "n = 3, of each baseline arm 3 in knn; n = 3, of the baseline none in linear_probe" in words
+    assert "ahead in knn (+12.00 [" in words and "the baseline is not evaluated in linear_probe." in words
+    assert "outside" not in words and "already in linear_probe" not in words
+    found = next(r for r in report["equal_compute"] if r["protocol"] == "linear_probe")
+    assert answer_compute(found) == "baseline not evaluated"
+    for result in study.glob("vanilla-*/eval-knn.json"):
+        result.unlink()
+    report = compare(CompareConfig((str(study),)))
+    assert said(report, "et_pp").count("the baseline is not evaluated in knn, linear_probe") == 2  # FLOPs and seconds
+    assert "equal quality" not in said(report, "") and "one length" not in said(report, "")
+
+
+def test_a_baseline_evaluated_at_one_of_its_lengths_has_more_than_one(study):
+    for result in study.glob("vanilla-[24]-*/eval-knn.json"):
+        result.unlink()
+    assert "the baseline is evaluated at one length only" in said(compare(CompareConfig((str(study),))), "All arms")
+
+
+def test_the_head_of_an_arm_counts_the_seeds_of_every_evaluation(study):
+    for run in study.glob("*-seed0"):
+        evaluate_again(run, "linear_probe", 50.0)
+    words = said(compare(CompareConfig((str(study),))), "et_pp")
+    assert "(n = 3, of each baseline arm 3 in knn; n = 1, of each baseline arm 1 in linear_probe)" in words
+
+
+def test_seconds_of_different_devices_are_not_ranked(study):
+    """Another precision is no other device."""
+    for device, precision, ranked in (("cpu", "fp32", True), ("cuda (H100)", "bf16", False)):
+        for run in study.glob("et_pp-*"):
+            environment = json.loads((run / "environment.json").read_text())
+            environment |= {"device": f"{device}, {precision}", "precision": precision}
+            (run / "environment.json").write_text(json.dumps(environment))
+        report = compare(CompareConfig((str(study),)))
+        assert ("At equal seconds" in said(report, "et_pp")) == ranked
+        assert any("different machines" in warning for warning in report["warnings"]) != ranked
+        assert (answer_compute(row(report, "equal_compute", "seconds")) == "not ranked: different devices") != ranked
+        assert (answer_quality(row(report, "equal_quality", "seconds")) == "not ranked: different devices") != ranked
+        assert "not ranked" not in answer_compute(row(report, "equal_compute", "flops"))
+    assert "No arm is ranked by seconds: its runs and the baseline's" in said(report, "All arms")
+    assert "spread" not in said(report, "All arms")
 
 
 # ── archives ──

@@ -87,11 +87,18 @@ def wide_seconds(arms: Sequence[Arm]) -> dict[str, float]:
     return {name: share for name, share in spreads.items() if share > MAX_SPREAD}
 
 
+def not_ranked(arms: Sequence[Arm]) -> str:
+    """Why the seconds of these arms don't rank them; empty if they do."""
+    if len({run.device for arm in arms for run in arm.runs} - {None}) > 1:
+        return "different devices"
+    return "wide spread" if wide_seconds(arms) else ""
+
+
 def _counted(arm: Arm, baseline: Sequence[Arm], protocol: str, axis: str) -> dict[str, Any]:
-    """Seeds of the arm and of the baseline's arm that has fewest, and whether the costs are firm enough to rank by."""
+    """Seeds of the arm and of the baseline's arm that has fewest, and why the costs are not firm enough to rank by."""
     n = [len(each.quality(protocol)) for each in (arm, *baseline)]
-    ranked = axis == "flops" or not wide_seconds([arm, *baseline])
-    return {"n": n[0], "baseline_n": min((count for count in n[1:] if count), default=0), "ranked": ranked}
+    why = "" if axis == "flops" else not_ranked([arm, *baseline])
+    return {"n": n[0], "baseline_n": min((count for count in n[1:] if count), default=0), "not_ranked": why}
 
 
 def _curve(baseline: Sequence[Arm], protocol: str, axis: str) -> list[Point]:

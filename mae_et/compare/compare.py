@@ -82,7 +82,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
 def warnings(runs: Sequence[RunRecord], arms: Sequence[Arm], protocols: Sequence[str]) -> list[str]:
     """Sentences to read before believing a figure: other machines, single seeds, missing evaluations."""
     sentences = []
-    machines = {(r.environment.get("device"), r.environment.get("platform")) for r in runs if r.ledger}
+    machines = {(r.device, r.environment.get("platform")) for r in runs if r.ledger}
     if len(machines) > 1:
         devices = "; ".join(sorted({str(device) for device, _ in machines}))
         sentences.append(f"the runs were made on different machines ({devices}): don't compare their seconds")

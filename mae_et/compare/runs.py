@@ -15,17 +15,21 @@ import yaml
 
 from ..engine import run_folder
 from ..evaluate.config import FinetuneConfig
-from ..files import read_json_lines
+from ..files import parse_json_lines
 from ..plan.config import PretrainConfig
 from ..plan.cost import Ledger, StageCost
-from ..plan.flags import from_dict, names
-from ..plan.shapes import model_shape
+from ..plan.flags import MODEL, from_dict, names
+from ..plan.shapes import as_size, model_shape
 
 ARCHIVE = "runs.zip"
 """Run folders of a study in one file, in the folder of its report."""
 MAX_UNPACKED_BYTES = 2**30
 """Limit of an archive's contents, far above any study: a few kilobytes of zip can unpack to more than the memory."""
 RunFolder = Path | zipfile.Path
+MODEL_FLAGS = names(FinetuneConfig, lambda role: role is MODEL)
+"""Of evaluations; pretraining has the same ones."""
+NEEDED = ("step", "p", "loss")
+"""Numbers in every line of metrics.jsonl."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,14 @@ class RunRecord:
     metrics: list[dict[str, Any]]
     evaluations: dict[str, dict[str, Any]]
     """By protocol."""
+    untrained: FinetuneConfig | None = None
+    """What a run that was not pretrained is an evaluation of: its flags say which model, or which run it is like."""
+
+    @property
+    def device(self) -> str | None:
+        """What it ran on, without the precision, which stands behind it."""
+        device = self.environment.get("device")
+        return device and device.removesuffix(f", {self.environment.get('precision')}")
 
     @property
     def finished(self) -> bool:
@@ -116,8 +128,8 @@ def _open_archive(path: Path) -> zipfile.Path:
 def read_run(folder: RunFolder) -> RunRecord:
     """A run folder of pretraining, or of fine-tuning from random weights. ValueError names the file that is wrong."""
     where = Path(str(folder))
-    values = _read(folder / run_folder.CONFIG, yaml.safe_load)
-    environment = _read(folder / run_folder.ENVIRONMENT, json.loads)
+    config = _read(folder / run_folder.CONFIG, _config)
+    environment = _read(folder / run_folder.ENVIRONMENT, lambda text: _mapping(json.loads(text)))
     evaluations = {}
     for path in sorted(folder.iterdir(), key=lambda path: path.name):
         if path.name.startswith("eval-") and path.name.endswith(".json"):
@@ -125,15 +137,18 @@ def read_run(folder: RunFolder) -> RunRecord:
             if not isinstance(result, dict) or not {"protocol", "top1", "num_images", "flags"} <= result.keys():
                 raise ValueError(f"{path} is not a result of main_finetune.py")
             evaluations |= _protocols(path.name.removeprefix("eval-").removesuffix(".json"), result)
-    if "like" in values:
-        if not values["like"]:
+    if isinstance(config, FinetuneConfig):
+        if config.finetune:
             raise ValueError(f"{where} is a fine-tuning run; give the pretraining run it started from")
-        return RunRecord(where, values["seed"], PretrainConfig(), None, environment, [], evaluations)
-    config = from_dict(PretrainConfig, values, f"{where / run_folder.CONFIG}")
+        model = {flag: value for flag in MODEL_FLAGS if (value := getattr(config, flag)) is not None}
+        return RunRecord(where, config.seed, PretrainConfig(**model), None, environment, [], evaluations, config)
     if not (folder / run_folder.LEDGER).exists():
         raise FileNotFoundError(f"{where} has no {run_folder.LEDGER} yet: the run has not saved anything")
-    ledger = Ledger.from_state_dict(_read(folder / run_folder.LEDGER, json.loads))
-    metrics = read_json_lines(folder / run_folder.METRICS)
+    ledger = _read(folder / run_folder.LEDGER, _ledger)
+    begun = [stage for stage in ledger.stages if stage.images]
+    if not begun or any(stage.flops <= 0 for stage in begun):
+        raise ValueError(f"{where / run_folder.LEDGER} books no images, or no FLOPs for them: nothing to compare")
+    metrics = _read(folder / run_folder.METRICS, _metrics) if (folder / run_folder.METRICS).exists() else []
     return RunRecord(where, config.seed, config, ledger, environment, metrics, evaluations)
 
 
@@ -150,13 +165,38 @@ def _protocols(name: str, result: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
+def _config(text: str) -> PretrainConfig | FinetuneConfig:
+    values = _mapping(yaml.safe_load(text))
+    return from_dict(FinetuneConfig if "like" in values else PretrainConfig, values, "flags")
+
+
+def _ledger(text: str) -> Ledger:
+    stages = _mapping(json.loads(text)).get("stages")
+    if not stages or not isinstance(stages, list):
+        raise ValueError("it has no stages")
+    return Ledger([from_dict(StageCost, _mapping(stage), "stages") for stage in stages])
+
+
+def _metrics(text: str) -> list[dict[str, Any]]:
+    records = [_mapping(record) for record in parse_json_lines(text)]
+    if not all(isinstance(record.get(name), (int, float)) for record in records for name in NEEDED):
+        raise ValueError(f"a line lacks one of {', '.join(NEEDED)}")
+    return records
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"names and values are expected, not {value!r:.40}")
+    return value
+
+
 def _read(path: RunFolder, parse: Callable[[str], Any]) -> Any:
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing")
     try:
         return parse(path.read_text())
     except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} is damaged: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path} is damaged or of another version: {' '.join(str(error).split())}") from error
 
 
 def flag_value(run: RunRecord, name: str) -> Any:
@@ -209,7 +249,7 @@ def _other_data_or_model(first: RunRecord, run: RunRecord) -> list[str]:
 
 def _other_evaluation(first: RunRecord, run: RunRecord, protocol: str) -> list[str]:
     results = first.evaluations[protocol], run.evaluations[protocol]
-    flags = [result["flags"] for result in results]
+    flags = [_evaluation_flags(r, protocol) for r in (first, run)]
     judged = [f for f in names(FinetuneConfig, lambda role: role.judged) if f in flags[0] and f in flags[1]]
     computed = [result.get("environment", {}).get("precision") for result in results]
     if None not in computed:  # what auto became
@@ -225,6 +265,23 @@ def _other_evaluation(first: RunRecord, run: RunRecord, protocol: str) -> list[s
     ]
 
 
+def _evaluation_flags(run: RunRecord, protocol: str) -> dict[str, Any]:
+    """Flags of an evaluation. What they leave to the model is filled in, and left out where that is unknown."""
+    result = run.evaluations[protocol]
+    flags = dict(result["flags"])
+    of_model = {flag: flags.pop(flag, None) for flag in MODEL_FLAGS}
+    for flag, value in of_model.items():
+        value = result.get(flag) if value is None else value
+        if value is None and not (run.untrained and run.untrained.like):
+            value = flag_value(run, flag)
+        if value is not None:
+            flags[flag] = as_size(value) if flag == "input_size" else value
+    if "model" in flags:
+        flags["model"] = flags["model"].removeprefix("mae_").removesuffix("_dec512d8b")
+    return flags
+
+
 def _evaluated_on(run: RunRecord, protocol: str) -> str | None:
     """Data of an evaluation: its own, else the pretraining's; None for a run from random weights that doesn't say."""
-    return run.evaluations[protocol]["flags"].get("data_path") or (run.config.data_path if run.ledger else None)
+    path = run.evaluations[protocol]["flags"].get("data_path") or (run.config.data_path if run.ledger else None)
+    return path and path.rstrip("/")

@@ -13,7 +13,11 @@ ONLINE = {
     "rankme_mean": "RankMe, mean of patches",
 }
 """Online quality in metrics.jsonl (--probe_every)."""
-NOT_RANKED = "not ranked: wide spread"
+NOT_RANKED = {
+    "wide spread": "they spread too widely over seeds, see below",
+    "different devices": "its runs and the baseline's were not made on the same device",
+}
+"""Why arms are not ranked by seconds: the words of a table, and of a sentence."""
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -39,8 +43,8 @@ def gibibytes(value: float) -> str:
 
 def answer_compute(row: Mapping[str, Any]) -> str:
     """+0.83 [0.41, 1.20], or why there is no answer."""
-    if not row["ranked"]:
-        return NOT_RANKED
+    if why := _no_answer(row):
+        return why
     if row["difference"] is None:
         return "outside the baseline's arms"
     return f"{row['difference']:+.2f}" + interval(row["interval"], "+.2f")
@@ -48,10 +52,8 @@ def answer_compute(row: Mapping[str, Any]) -> str:
 
 def answer_quality(row: Mapping[str, Any]) -> str:
     """1.93× [1.41, 2.60], or that the baseline has it already, or never."""
-    if not row["ranked"]:
-        return NOT_RANKED
-    if row["status"] == "no baseline":
-        return "not evaluated"
+    if why := _no_answer(row):
+        return why
     if row["status"] == "below":
         return f"less than {row['shortest'] / row['cost']:.2f}×: its shortest arm has it" + interval(
             row["interval"], ".2f"
@@ -59,6 +61,13 @@ def answer_quality(row: Mapping[str, Any]) -> str:
     if row["status"] == "not reached":
         return f"not reached within {row['longest'] / row['cost']:.2f}×" + interval(row["interval"], ".2f")
     return f"{row['ratio']:.2f}×" + interval(row["interval"], ".2f")
+
+
+def _no_answer(row: Mapping[str, Any]) -> str:
+    """Why neither answer is given, if so."""
+    if not row["baseline_n"]:
+        return "baseline not evaluated"
+    return f"not ranked: {row['not_ranked']}" if row["not_ranked"] else ""
 
 
 def interval(ends: Sequence[float | None] | None, form: str) -> str:
@@ -85,8 +94,8 @@ def verdict(report: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
         why = "There is no arm beside the baseline." if report["protocols"] else "No run has been evaluated."
         return [("No verdict", [why])]
     answers, general = [], []
-    unranked = [arm for arm in arms if any(r["arm"] == arm and not r["ranked"] for r in report["equal_compute"])]
-    one_length = all(row["shortest"] == row["longest"] for row in report["equal_quality"] if "shortest" in row)
+    curves = [row for row in report["equal_quality"] if row["baseline_n"]]
+    one_length = bool(curves) and all(row["shortest"] == row["longest"] for row in curves)
     for arm in arms:
         sentences = []
         for axis in AXIS_LABELS:
@@ -94,23 +103,40 @@ def verdict(report: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
                 [row for row in report[answer] if row["arm"] == arm and row["axis"] == axis]
                 for answer in ("equal_compute", "equal_quality")
             )
-            if costs[0]["ranked"]:
-                sentences += [_at_equal_cost(costs, axis), *([] if one_length else [_for_equal_quality(needs, axis)])]
-        n = f"n = {costs[0]['n']}, of each baseline arm {costs[0]['baseline_n']}"
-        answers.append((f"{arm} ({n})", sentences))
-    if unranked:
-        which = "No arm" if unranked == arms else f"Not every arm (left out: {', '.join(unranked)})"
-        general.append(f"{which} is ranked by seconds: they spread too widely over seeds, see below.")
+            if costs[0]["not_ranked"]:
+                continue
+            sentences.append(_at_equal_cost(costs, axis))
+            needs = [row for row in needs if row["baseline_n"]]
+            if needs and not one_length:
+                sentences.append(_for_equal_quality(needs, axis))
+        answers.append((f"{arm} ({_seeds(costs)})", sentences))
+    for why, because in NOT_RANKED.items():
+        rows = [row for row in report["equal_compute"] if row["not_ranked"] == why]
+        if unranked := list(dict.fromkeys(row["arm"] for row in rows)):
+            which = "No arm" if unranked == arms else f"Not every arm (left out: {', '.join(unranked)})"
+            general.append(f"{which} is ranked by seconds: {because}.")
     if one_length:
-        general.append("For equal quality there is no answer: the baseline has one length only.")
+        has = "has" if len(report["baseline"]) == 1 else "is evaluated at"
+        general.append(f"For equal quality there is no answer: the baseline {has} one length only.")
     return [*answers, *([("All arms", general)] if general else [])]
+
+
+def _seeds(rows: Sequence[Mapping[str, Any]]) -> str:
+    """n = 3, of each baseline arm 3; and in which evaluations, where they differ."""
+    told: dict[str, list[str]] = {}
+    for row in rows:
+        baseline = f"of each baseline arm {row['baseline_n']}" if row["baseline_n"] else "of the baseline none"
+        told.setdefault(f"n = {row['n']}, {baseline}", []).append(row["protocol"])
+    return next(iter(told)) if len(told) == 1 else _listed({f"{n} in": where for n, where in told.items()})
 
 
 def _at_equal_cost(rows: Sequence[Mapping[str, Any]], axis: str) -> str:
     """At equal FLOPs: ahead in knn by +0.83 [+0.41, +1.20]; no difference that 3 seeds can tell in …"""
     told: dict[str, list[str]] = {}
     for row in rows:
-        if row["difference"] is None:
+        if not row["baseline_n"]:
+            what = "the baseline is not evaluated in"
+        elif row["difference"] is None:
             what = "no answer, since its cost lies outside the baseline's arms, in"
         elif row["interval"] is None:
             what = "one seed, so nothing is sure, in"
