@@ -81,6 +81,7 @@ def _use(name: str, shape: ModelShape, outputs: int) -> str:
         if outputs
         else f"features = model(images)  # [1, {shape.embed_dim}]"
     )
+    convert = {1: '.convert("L")', 3: '.convert("RGB")'}.get(shape.in_chans, "")
     return f"""## Use
 
 ```python
@@ -90,7 +91,7 @@ from PIL import Image
 model = timm.create_model("{name}", pretrained=True).eval()
 config = timm.data.resolve_model_data_config(model)  # size, mean, std, interpolation and crop of this model
 transform = timm.data.create_transform(**config, is_training=False)
-images = transform(Image.open("image.jpg"))[None]
+images = transform(Image.open("image.jpg"){convert})[None]
 {result}
 tokens = model.forward_features(images)  # [1, 1 + {shape.num_patches}, {shape.embed_dim}]: class token, patches
 ```

@@ -9,9 +9,9 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import tyro
 
@@ -19,6 +19,9 @@ from .console import console, logging_to_console
 from .files import CheckpointError
 from .hub import check_repository
 from .plan.flags import POSITIVE, RUN, WEIGHTS, check, parse, to_yaml
+
+if TYPE_CHECKING:
+    from .plan.config import PretrainConfig
 
 #: Mistakes and mishaps that one line explains; anything else is a bug and shows its traceback.
 EXPLAINED = (ValueError, OSError, CheckpointError, FloatingPointError)
@@ -38,12 +41,18 @@ def _pretrain(argv: list[str]) -> None:
     from .plan.config import PretrainConfig
 
     config = parse(PretrainConfig, argv, default_recipe="demo", prog="main_pretrain.py")
-    if config.print_config:
-        print(to_yaml(config), end="")
+    if _printed(config):
         return
     from .engine.pretrain import pretrain
 
     pretrain(config)
+
+
+def _printed(config: PretrainConfig) -> bool:
+    """Print the configuration as a recipe, if --print_config asks for that alone."""
+    if config.print_config:
+        print(to_yaml(replace(config, print_config=False)), end="")
+    return config.print_config
 
 
 def _finetune(argv: list[str]) -> None:
@@ -64,6 +73,8 @@ def _plan(argv: list[str]) -> None:
     from .plan.report import PlanConfig, plan_report, plan_summary, plan_table, scaling_table
 
     config = parse(PlanConfig, argv, default_recipe="demo", prog="mae_et plan")
+    if _printed(config):
+        return
     from .data.sources import count_images
 
     report = plan_report(config, count_images)
@@ -194,6 +205,8 @@ def _search(argv: list[str]) -> None:
     from .search.config import SearchConfig
 
     config = parse(SearchConfig, argv, default_recipe="demo", prog="mae_et search")
+    if _printed(config):
+        return
     from .search.report import candidate_table, describe, write_search
     from .search.search import search
 
@@ -203,7 +216,7 @@ def _search(argv: list[str]) -> None:
         return
     paths = write_search(result)
     console.print(candidate_table(result))
-    for line in (f"found: {describe(result.schedule)}", *(f"written: {path}" for path in paths)):
+    for line in (f"found: {describe(result)}", *(f"written: {path}" for path in paths)):
         console.print(line, highlight=False, soft_wrap=True)
 
 

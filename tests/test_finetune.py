@@ -173,8 +173,12 @@ def test_sigterm_saves_and_the_run_goes_on(run: Path, tmp_path: Path, monkeypatc
     signal_in_step(3, monkeypatch)
     finetune(cut)
     monkeypatch.undo()
-    assert checkpoint.load(tmp_path / "cut/checkpoint.pt")["step"] in (3, 4)
-    finetune(replace(cut, resume="auto"))
+    state = checkpoint.load(tmp_path / "cut/checkpoint.pt")
+    assert state["step"] in (3, 4)
+    state["ledger"]["stages"][0]["train_seconds"] += 1000
+    checkpoint.save(state, tmp_path / "cut/checkpoint.pt")
+    result = json.loads(finetune(replace(cut, resume="auto")).read_text())
+    assert 1000 < result["cost"]["seconds"] < 1100, "of the whole run, as its FLOPs"
     ours, theirs = (checkpoint.load(tmp_path / name / "checkpoint.pt")["model"] for name in ("whole", "cut"))
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 

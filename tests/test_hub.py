@@ -17,9 +17,10 @@ import yaml
 from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 from run_folders import write_run
+from tiny import SHAPE
 
 from mae_et import cli, hub
-from mae_et.checkpoint import read_pretrained
+from mae_et.checkpoint import read_pretrained, write_export
 from mae_et.evaluate.config import FinetuneConfig
 from mae_et.evaluate.encoder import load_encoder
 from mae_et.files import CheckpointError
@@ -140,6 +141,18 @@ def test_weights_without_a_run_get_a_card_too(trained, tmp_path):
     cli.main(["export", str(lonely), "--out", str(tmp_path / "out")])
     text = (tmp_path / "out" / "README.md").read_text()
     assert "## Use" in text and "## Pretraining" not in text and "## Evaluation" not in text
+
+
+@pytest.mark.parametrize("in_chans", [1, 3])
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_the_code_of_the_card_takes_grey_and_colour_pictures(in_chans, mode, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = MaskedAutoencoder(**SHAPE | {"in_chans": in_chans})
+    write_export(model.state_dict(), model.shape, "timm", Path("out"))
+    Image.new(mode, (40, 20)).save("image.jpg")
+    found: dict = {}
+    exec(re.search(r"```python\n(.*?)```", Path("out/README.md").read_text(), re.DOTALL)[1], found)
+    assert found["images"].shape == (1, in_chans, 16, 16) and found["features"].shape == (1, 16)
 
 
 def test_what_is_pushed_is_fine_tuned_from_the_hub(trained, tmp_path, monkeypatch, capsys):

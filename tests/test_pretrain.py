@@ -552,14 +552,19 @@ def test_older_runs_go_on_with_their_masks(photos: Path, tmp_path: Path) -> None
     assert checkpoint.load(path)["mask_generator"] == "mt19937"  # and so does whoever resumes this one
 
 
-def test_print_config_is_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main_pretrain(["--recipe", "fashion_mnist_etpp", "--epochs", "7", "--print_config"])
+@pytest.mark.parametrize("command", ["pretrain", "plan", "search"])
+def test_print_config_is_a_recipe(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from mae_et.cli import main
+
+    flags = ["--epochs", "7", "--data_path", str(tmp_path / "nowhere"), "--print_config"]
+    main([command, "--recipe", "fashion_mnist_etpp", *flags])
     printed = tmp_path / "printed.yaml"
     printed.write_text(capsys.readouterr().out)
-    main_pretrain(["--recipe", str(printed), "--print_config"])
+    main([command, "--recipe", str(printed), "--print_config"])
     again = yaml.safe_load(capsys.readouterr().out)
     assert again | {"recipe": ""} == yaml.safe_load(printed.read_text()) | {"recipe": ""}
     assert again["epochs"] == 7 and again["curriculum"] == "et_pp"
+    assert not again["print_config"], "a run of the recipe would print it again, and stop"
 
 
 def test_commands(whole: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -40,16 +40,18 @@ def digits() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.tensor(data.data, dtype=torch.float32), torch.tensor(data.target)
 
 
-def test_knn_agrees_with_a_loop_over_the_neighbours_of_scikit_learn(digits) -> None:
+@pytest.mark.parametrize("temperature", [0.07, 0.005])
+def test_knn_agrees_with_a_loop_over_the_neighbours_of_scikit_learn(digits, temperature: float) -> None:
+    """In shares of the votes. In float32, exp(1 / 0.005) would be infinite."""
     features, labels = digits
-    train, queries, k, temperature = features[:900], features[900:1100], 20, 0.07
+    train, queries, k = features[:900], features[900:1100], 20
     scores = knn_scores(train, labels[:900], queries, 10, k, temperature)
-    finder = NearestNeighbors(n_neighbors=k, metric="cosine", algorithm="brute").fit(train.numpy())
-    for row, (distances, indices) in enumerate(zip(*finder.kneighbors(queries.numpy()), strict=True)):
+    finder = NearestNeighbors(n_neighbors=k, metric="cosine", algorithm="brute").fit(train.double().numpy())
+    for row, (distances, indices) in enumerate(zip(*finder.kneighbors(queries.double().numpy()), strict=True)):
         votes = np.zeros(10)
         for distance, index in zip(distances, indices, strict=True):
             votes[labels[index]] += np.exp((1 - distance) / temperature)
-        np.testing.assert_allclose(scores[row], votes, rtol=2e-3)
+        np.testing.assert_allclose(scores[row] / scores[row].sum(), votes / votes.sum(), rtol=2e-3, atol=1e-7)
         assert scores[row].argmax() == votes.argmax()
 
 
@@ -267,3 +269,17 @@ def test_knn_and_a_linear_probe_of_one_call_share_their_features(run: Path, monk
     assert [file["flags"] for file in files.values()] == flags  # as if each had been asked for alone
     for protocol, file in files.items():
         assert file["top1"] == both[protocol]["top1"] and file["flags"]["knn"] == (protocol == "knn")
+
+
+def test_each_probe_has_the_flags_that_it_uses() -> None:
+    """`compare` holds them against each other: what one of them doesn't use must not keep its results apart."""
+    common = {"finetune": "x", "layers": (1, 3), "holdout": 9}
+    training = {"epochs": 10, "batch_size": 32, "lr": 0.2}
+    unused = {"mixup": 0.1, "clip_grad": 1.0, "start_epoch": 2}
+    both = {"knn": True, "linear_probe": True, "k": 5, "temperature": 0.1, "l2": 0.1}
+    knn, augmented = FinetuneConfig(**common, **both, **training, **unused, features="augmented").probes
+    cached = FinetuneConfig(**common, **both, **training, **unused).probes[1]
+    assert knn == FinetuneConfig(**common, knn=True, k=5, temperature=0.1)
+    assert augmented == FinetuneConfig(**common, **training, linear_probe=True, features="augmented")
+    assert cached == FinetuneConfig(**common, linear_probe=True, l2=0.1)
+    assert FinetuneConfig(**common, **training, knn=True).probes == FinetuneConfig(**common, knn=True).probes

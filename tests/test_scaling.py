@@ -178,6 +178,11 @@ def test_estimated_utilisation_is_honest_about_small_work():
     [
         ("--link 1e9", "--link.*--device_flops"),
         ("--images_per_second 9", "--images_per_second.*--device_flops"),
+        ("--utilisation 0.5", "--utilisation.*--device_flops"),
+        ("--finetune_epochs -5", "--finetune_epochs must not be negative, got -5"),
+        ("--start_epoch -5", "--start_epoch must not be negative, got -5"),
+        ("--predict_ratio 2", r"--predict_ratio must be in \(0, 1\], got 2"),
+        ("--ngpus -1", "--ngpus must be positive"),
         ("--device_flops 1e12 --utilisation 40", "--utilisation"),
         ("--devices 0", "--devices must be positive"),
         ("--max_batch_size 9", "--max_batch_size.*--early_large_batch"),

@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -39,9 +40,10 @@ from mae_et.plan.cost import encoder_flops_per_image
 from mae_et.plan.curriculum import StageRow
 from mae_et.plan.flags import from_dict
 from mae_et.search.config import SearchConfig
-from mae_et.search.search import OutOfBudget, Results, greedy, identity, search, sequential
+from mae_et.search.report import describe, draw_candidates, score_lines
+from mae_et.search.search import OutOfBudget, Results, SearchResult, greedy, identity, search, sequential
 from mae_et.search.space import Option, Schedule, SearchSpace, fill, growing
-from mae_et.search.trials import Workers, held_out_loss, seconds_of_vanilla
+from mae_et.search.trials import Workers, evaluate, held_out_loss, seconds_of_vanilla
 from mae_et.targets import pixel_target
 
 ROOT = Path(__file__).parent.parent
@@ -356,6 +358,27 @@ def test_loss_needs_no_labels(pictures: Path, tmp_path: Path) -> None:
     assert all(-1000 < score < 0 for scores in result.rounds[0].values() for score in scores)
 
 
+def test_online_quality_and_a_folder_of_events_do_not_stop_a_search(pictures: Path, tmp_path: Path) -> None:
+    """It once ended in an error after its last trial, and the events of all trials lay in one folder."""
+    flags = {"judge": ["loss"], "num_stages": 2, "epochs": 1, "probe_every": 0.5, "log_dir": str(tmp_path / "events")}
+    result = search(config_of(pictures, tmp_path / "out", **flags))
+    assert (result.config.holdout, result.config.probe_every, result.config.log_dir) == (0, 0, flags["log_dir"])
+    assert not Path(flags["log_dir"]).exists()
+    for run in (tmp_path / "out" / "runs").iterdir():
+        assert list(run.glob("events.out.tfevents.*")) and "rankme_mean" in (run / "metrics.jsonl").read_text()
+
+
+def test_judges_leave_out_as_many_damaged_images_as_the_run_does(pictures: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(pictures, tmp_path / "data")
+    config = run_of(data, tmp_path / "run", holdout=12, epochs=1, damaged_limit=0.5)
+    pretrain(config)
+    damaged = open_source(str(data), "val", 12).name(0)
+    Path(damaged).write_bytes(b"")
+    scores, _ = evaluate(config, ["knn"], None)
+    assert 0 <= scores["knn"] <= 100
+    assert json.loads((tmp_path / "run" / "eval-knn-holdout-12.json").read_text())["num_images"] == 11
+
+
 # ── the command ──
 
 
@@ -476,11 +499,29 @@ def test_a_dry_run_costs_nothing(pictures: Path, tmp_path: Path, capsys) -> None
         ({"mask_ratios": [0.0]}, "--mask_ratios must be in"),
         ({"holdout": 48}, "--holdout 48 leaves nothing of 48 training images"),
         ({"branch": "x"}, "--branch and --start_epoch are for single runs"),
+        ({"world_size": 2}, "--world_size is for single runs"),
+        ({"device": "mps"}, "--judge linear_probe is solved in float64, which mps hasn't"),
+        ({"judge": ["loss"], "targets": ["hog"]}, "--judge loss can't compare --targets"),
+        ({"judge_images": 10}, "--judge knn takes 20 neighbours, but may use 10 labelled images"),
+        ({"mask_ratios": [0.5, 0.99]}, "would not run: mask_ratio: a stage of 16 px has 4 patches, of which 0 would"),
+        (
+            {"targets": ["pixel", "hog"], "patch_size": 5, "input_size": 30, "sizes": [15]},
+            "would not run: --target hog has 2 × 2 cells in a patch, so --patch_size must be even, got 5",
+        ),
     ],
 )
 def test_mistakes_are_explained(pictures: Path, tmp_path: Path, changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         search(config_of(pictures, tmp_path / "out", **changes))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_recipe_that_could_not_be_run_here_is_refused_before_the_search(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(pictures)
+    with pytest.raises(ValueError, match=r"would not run: --output_dir \./output_dir is inside --data_path"):
+        search(config_of(Path(), tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
@@ -514,6 +555,26 @@ def test_results_of_another_search_are_refused(searched: Path, pictures: Path, c
     (searched.parent / "other" / "search.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(ValueError, match="is not a results file of a search"):
         Results(searched.parent / "other" / "search.jsonl", {})
+
+
+def test_candidates_that_differ_in_target_or_operator_alone_are_told_apart(pictures: Path, tmp_path: Path) -> None:
+    def result_of(**changes) -> SearchResult:
+        space = SearchSpace(config_of(pictures, tmp_path, judge=["knn"], **changes), 48, labelled=True)
+        first = {((option, 1 / 3),): [1.0] for option in space.options}
+        schedule = fill(tuple(first)[-1], space.full)
+        run = space.run("", schedule, 0)
+        return SearchResult(space, schedule, run, [first], [[]], Results(tmp_path / "search.jsonl", {}))
+
+    result = result_of(targets=["pixel", "hog"], operators=["fourier", "dct"])
+    (line,) = score_lines(result)
+    names = [part.removesuffix(" 1.00") for part in line.removeprefix("1. ").split("; ")]
+    assert len(names) == len(set(names)) == 8 and names[0] == "16 pixel fourier"
+    assert describe(result) == "32 px 100% hog dct"
+    ticks = [text.get_text() for text in draw_candidates(result).axes[0].get_xticklabels()]
+    assert [tick.replace("\n", " ") for tick in ticks] == names
+    assert score_lines(result_of(operators=["lanczos", "dct"]))[0].startswith("1. 16 lanczos 1.00; 16 dct 1.00;")
+    assert score_lines(result_of()) == ["1. 16 1.00; 32 1.00"]  # nothing to tell apart
+    assert describe(result_of(target="hog")) == "32 px 100%"
 
 
 def test_options_of_mask_ratios_and_shapes_that_are_not_square(pictures: Path, tmp_path: Path) -> None:

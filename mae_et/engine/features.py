@@ -58,7 +58,7 @@ def gather_features(
 def knn_scores(
     train: Tensor, labels: Tensor, queries: Tensor | None, num_classes: int, k: int, temperature: float
 ) -> Tensor:
-    """Votes [Q, K]: of the k nearest by cosine, each weighs exp(cosine / temperature).
+    """Votes [Q, K]: of the k nearest by cosine, each weighs exp(cosine / temperature), relative to the nearest one.
 
     train: [N, D]. labels: [N]. queries: [Q, D]; None: the training images, each without its own vote (leave-one-out).
     """
@@ -70,7 +70,7 @@ def knn_scores(
             similarity.diagonal(first).fill_(-torch.inf)
             first += len(chunk)
         cosine, nearest = similarity.topk(k, dim=1)  # [q, k]
-        weights = (cosine / temperature).exp()
+        weights = ((cosine - cosine[:, :1]) / temperature).exp()  # at most 1: no temperature overflows
         votes.append(weights.new_zeros(len(chunk), num_classes).scatter_add_(1, labels[nearest], weights))
     return torch.cat(votes)
 

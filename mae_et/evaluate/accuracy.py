@@ -69,7 +69,8 @@ def evaluate_only(config: FinetuneConfig, rt: Runtime, began: float) -> Path:
         result |= under_corruptions(lambda c: evaluate(model, crops.corrupted(c), normalize, config, outputs))
         images += len(CORRUPTIONS) * len(val)
     log.info("%s: top-1 %.2f %% of %d images", source, result["top1"], result["num_images"])
-    paths = write_result(config, encoder, rt, result, began, encoder.flops_per_image * images) if rt.is_main else []
+    cost = time.perf_counter() - began, encoder.flops_per_image * images
+    paths = write_result(config, encoder, rt, result, *cost) if rt.is_main else []
     rt.barrier()
     return paths[0] if paths else Path(source)
 
@@ -184,7 +185,7 @@ def write_result(
     encoder: PretrainedEncoder,
     rt: Runtime,
     result: Mapping[str, Any],
-    began: float,
+    seconds: float,
     flops: float,
 ) -> list[Path]:
     """eval-<protocol>.json in the run folder of the checkpoint, and in --output_dir if given or if there is no such.
@@ -199,7 +200,7 @@ def write_result(
         "origin": encoder.origin,
         "input_size": encoder.input_size,
         "record": encoder.record.to_dict(),
-        "cost": {"seconds": time.perf_counter() - began, "flops": flops},
+        "cost": {"seconds": seconds, "flops": flops},
         "flags": to_dict(config),
         "environment": run_folder.environment(device=rt.describe(), precision=rt.precision, devices=rt.world_size),
     }

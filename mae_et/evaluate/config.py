@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -180,6 +180,12 @@ class AugmentationFlags:
     """Draw the mixing per batch, pair or elem."""
 
 
+OPTIMISATION = tuple(f.name for f in fields(FinetuneOptimisationFlags))
+FINETUNING = ("drop_path", "clip_grad", "model_ema", "model_ema_decay", "start_epoch")
+FINETUNING += tuple(f.name for f in fields(AugmentationFlags))
+"""Flags that no probe uses."""
+
+
 @dataclass(frozen=True)
 class LabelledDataFlags(DataFlags):
     group: ClassVar[str] = "data"
@@ -284,14 +290,19 @@ class FinetuneConfig(
 
     @property
     def probes(self) -> list[FinetuneConfig]:
-        """This configuration for each of the probes that are asked for: they share the features."""
-        asked = [name for name in ("knn", "linear_probe") if getattr(self, name)]
-        if len(asked) == 1:
-            return [self]
-        # As if each were asked for alone: what was left to the default of the linear probe is left open again.
-        defaults = self._defaults | {"warmup_epochs": min(self._defaults["warmup_epochs"], self.epochs / 5)}
-        opened = {name: None for name, value in defaults.items() if getattr(self, name) == value}
-        return [replace(self, linear_probe=False, **opened), replace(self, knn=False)]
+        """This configuration for each of the probes that are asked for, with the flags that it uses."""
+        found = []
+        if self.knn:
+            found.append(self._without("linear_probe", "features", "l2", *OPTIMISATION, *FINETUNING))
+        if self.linear_probe and self.features == "cached":
+            found.append(self._without("knn", "k", "temperature", *OPTIMISATION, *FINETUNING))
+        elif self.linear_probe:
+            found.append(self._without("knn", "k", "temperature", "l2", *FINETUNING))
+        return found
+
+    def _without(self, *unused: str) -> FinetuneConfig:
+        """Replace flags that are not used by their defaults."""
+        return replace(self, **{f.name: f.default for f in fields(self) if f.name in unused})
 
     @property
     def protocol(self) -> str:

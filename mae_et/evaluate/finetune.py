@@ -180,9 +180,8 @@ def finetune(config: FinetuneConfig) -> Path:
         logging_to_console(rt.is_main),
         stop_signals() as stop,
     ):
-        began = time.perf_counter()
         if config.eval:
-            return evaluate_only(config, rt, began)
+            return evaluate_only(config, rt, time.perf_counter())
         encoder = load_encoder(config)
         source = open_labelled(encoder.data_path, "train", config.train_images, config.seed, config.holdout)
         run = build(config, rt, encoder.with_value_range(source, rt), source)
@@ -201,7 +200,7 @@ def finetune(config: FinetuneConfig) -> Path:
         logger = RunLogger(run.folder, config, run.curriculum, first_step, run.ledger, on=rt.is_main)
         with files.disk_full_errors(run.folder), contextlib.closing(loader), logger:
             result = train(run, batches, logger, stop)
-        return finish(run, source, result, began)
+        return finish(run, source, result)
 
 
 def build(config: FinetuneConfig, rt: runtime.Runtime, encoder: PretrainedEncoder, source: Source) -> FinetuneRun:
@@ -364,7 +363,7 @@ def report(
     logger.report("finetune", record, line, total)
 
 
-def finish(run: FinetuneRun, source: Source, result: dict[str, Any] | None, began: float) -> Path:
+def finish(run: FinetuneRun, source: Source, result: dict[str, Any] | None) -> Path:
     """Save, and write the result if there is one; returns its path, else the run folder."""
     config, encoder, rt, steps = run.config, run.encoder, run.rt, run.curriculum.total_steps
     run.save()
@@ -377,10 +376,11 @@ def finish(run: FinetuneRun, source: Source, result: dict[str, Any] | None, bega
         for line in data_wait_hints(where, run.curriculum, run.ledger, is_jpeg_source(source), cores):
             log.warning(line)
     if rt.is_main and result is not None and run.finished:
-        flops = run.ledger.total.flops + encoder.flops_per_image * len(run.held_out)
+        spent = run.ledger.total  # by all processes of a run that was resumed
+        cost = spent.seconds + spent.eval_seconds, spent.flops + encoder.flops_per_image * len(run.held_out)
         facts = {"num_classes": len(run.classes), "train_images": len(source), "best_top1": run.best}
         facts |= {"training": run.ledger.state_dict()["total"]}
-        paths = write_result(config, encoder, rt, result | facts, began, flops)
+        paths = write_result(config, encoder, rt, result | facts, *cost)
         log.info("written: %s", ", ".join(map(str, paths)))
     rt.barrier()
     return paths[0]

@@ -99,7 +99,8 @@ def probe(config: FinetuneConfig) -> dict[str, dict[str, Any]]:
                 for row in result["places"]:
                     log.info("block %d, %s: top-1 %.2f %%", row["layer"], row["pooling"], row["top1"])
                 # Of several protocols each states what it added; the first one pays for the features.
-                for path in write_result(protocol, encoder, rt, result, began, encoder.flops_per_image * images):
+                cost = time.perf_counter() - began, encoder.flops_per_image * images
+                for path in write_result(protocol, encoder, rt, result, *cost):
                     log.info("written: %s", path)
             began, images = time.perf_counter(), 0
         rt.barrier()

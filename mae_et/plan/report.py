@@ -11,7 +11,7 @@ from .build import as_vanilla, build_curriculum, shape_of
 from .config import PretrainConfig
 from .cost import encoder_flops_per_image
 from .curriculum import Curriculum, Stage
-from .flags import POSITIVE, RUN, SHARE_ABOVE_0, from_recipe
+from .flags import NOT_NEGATIVE, POSITIVE, RUN, SHARE_ABOVE_0, from_recipe
 from .gpu import GpuStep
 from .shapes import show_size
 
@@ -22,7 +22,7 @@ class EstimateFlags:
 
     vs: Annotated[str, RUN] = ""
     """Recipe to compare with; default: the same configuration as vanilla MAE."""
-    finetune_epochs: Annotated[float, RUN] = 100
+    finetune_epochs: Annotated[float, RUN, NOT_NEGATIVE] = 100
     """Epochs of fine-tuning to estimate; MAE takes 100 for ViT-B, 50 for ViT-L and ViT-H."""
     json: Annotated[bool, RUN] = False
     """Machine-readable output."""
@@ -44,7 +44,7 @@ class PlanConfig(EstimateFlags, PretrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("link", "images_per_second"):
+        for name in ("utilisation", "link", "images_per_second"):
             if getattr(self, name) and not self.device_flops:
                 raise ValueError(f"--{name} predicts hours only together with --device_flops")
 

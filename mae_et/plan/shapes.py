@@ -119,6 +119,8 @@ def _near(size_px: SizePx, patch_px: int) -> str:
 
 def target_dim(target: str, patch_size: int, in_chans: int) -> int:
     """D: values per patch that the decoder predicts."""
+    if target == "hog" and patch_size % 2:
+        raise ValueError(f"--target hog has 2 × 2 cells in a patch, so --patch_size must be even, got {patch_size}")
     return {"pixel": patch_size**2 * in_chans, "hog": in_chans * HOG_BINS * 4}[target]
 
 

@@ -64,7 +64,7 @@ class RunFlags:
     """Go on from: auto (output_dir, if it holds a checkpoint), a run folder, or a checkpoint."""
     overwrite: Annotated[bool, RUN] = False
     """Replace the run that output_dir holds."""
-    start_epoch: Annotated[float, PLANNED] = 0
+    start_epoch: Annotated[float, PLANNED, NOT_NEGATIVE] = 0
     """Skip the first part of the schedule."""
     seed: Annotated[int, SEED] = 0
     """Data order, augmentation, masks and initial weights are functions of it."""
@@ -96,9 +96,9 @@ class LauncherFlags:
     """Where ranks meet."""
     job_dir: Annotated[str, RUN] = ""
     """As submitit_*.py: the run folder."""
-    nodes: Annotated[int | None, RUN] = None
+    nodes: Annotated[int | None, RUN, POSITIVE] = None
     """As submitit_*.py; launch with torchrun --nnodes instead."""
-    ngpus: Annotated[int | None, RUN] = None
+    ngpus: Annotated[int | None, RUN, POSITIVE] = None
     """As submitit_*.py; launch with torchrun --nproc_per_node instead."""
     use_volta32: Annotated[bool, RUN] = False
     """As submitit_*.py; your launcher decides."""

@@ -63,7 +63,13 @@ class SearchConfig(SearchFlags, PretrainConfig):
             raise ValueError(f"--num_stages {self.num_stages}: the last stage is at full size; give at least 2")
         if self.halving and self.algorithm == "greedy":
             raise ValueError("--halving is for --algorithm sequential: greedy stops at the first size that holds")
-        if "loss" in self.judge and len(set(self.targets)) > 1:
-            raise ValueError("--judge loss can't compare --targets, whose losses are of different things; use knn")
+        if "loss" in self.judge and len({self.target, *self.targets}) > 1:
+            raise ValueError(
+                "--judge loss can't compare --targets, whose losses are of different things; use knn, or --target alone"
+            )
+        if self.world_size > 1:
+            raise ValueError("--world_size is for single runs: a search gives each trial one of --devices, see --jobs")
+        if "linear_probe" in self.judge and any(d.startswith("mps") for d in self.devices or (self.device,)):
+            raise ValueError("--judge linear_probe is solved in float64, which mps hasn't; use --judge knn or loss")
         if self.branch or self.start_epoch:
             raise ValueError("--branch and --start_epoch are for single runs, not for a search")

@@ -37,7 +37,7 @@ def recipe(result: SearchResult) -> str:
     space, config = result.space, result.space.config
     command = f"python main_pretrain.py --recipe {RECIPE}"
     lines = [
-        f"Found by `python -m mae_et search --algorithm {config.algorithm}`: {describe(result.schedule)}.",
+        f"Found by `python -m mae_et search --algorithm {config.algorithm}`: {describe(result)}.",
         f"Data: {config.data_path}, {space.num_images:,} training images; judged by {' and '.join(config.judge)} on "
         f"{config.holdout:,} others.",
         f"Candidates: {space.sizes} px, {config.num_stages} stages; a vanilla run of {config.epochs:g} epochs is "
@@ -53,13 +53,15 @@ def recipe(result: SearchResult) -> str:
     return "".join(f"# {line}\n" for line in lines) + to_yaml(result.config)
 
 
-def describe(schedule: Schedule) -> str:
-    """16 px 20 % · 32 px 80 %."""
-    return " · ".join(f"{option} px {share:.0%}" for option, share in schedule)
+def describe(result: SearchResult) -> str:
+    """16 px 20 % · 32 px 80 %, with target and operator where a search chooses them."""
+    stages = " · ".join(f"{option} px {share:.0%}" for option, share in result.schedule)
+    return f"{stages} {result.space.kind(result.schedule[0][0])}".rstrip()
 
 
 def score_lines(result: SearchResult) -> list[str]:
     """A line for every round: its candidates with their scores."""
+    label = result.space.label
     return [
         f"{i + 1}. " + "; ".join(f"{label(s)} {show(v)}{'*' if s in selected else ''}" for s, v in scores.items())
         for i, (scores, selected) in enumerate(zip(result.rounds, result.selected, strict=True))
@@ -74,13 +76,8 @@ def candidate_table(result: SearchResult) -> WideTable:
         for schedule, values in scores.items():
             cost = len(values) * result.space.cost(schedule)
             mark = "*" if schedule in selected else ""
-            rows.append((str(i + 1), label(schedule), show(values), str(len(values)), f"{cost:.2f}", mark))
+            rows.append((str(i + 1), result.space.label(schedule), show(values), str(len(values)), f"{cost:.2f}", mark))
     return WideTable("Candidates", heads, rows, left=heads[1:2], keys=2)
-
-
-def label(schedule: Schedule) -> str:
-    """16→20→32, the sizes of a schedule, with the mask ratios where a search chooses them."""
-    return "→".join(str(option) for option, _ in schedule)
 
 
 def show(values: list[float]) -> str:
@@ -105,7 +102,8 @@ def draw_candidates(result: SearchResult) -> Figure:
             colour, selected = colours[tried_option(schedule)], schedule in result.selected[i]
             ax.plot([x] * len(values), values, "o", color=colour, mfc=colour if selected else "none", alpha=0.6, ms=5)
             ax.plot([x - 0.25, x + 0.25], [statistics.fmean(values)] * 2, "-", color=colour, lw=3 if selected else 1.5)
-        ax.set_xticks(range(len(scores)), [_tick(tried_option(s)) for s in scores], fontsize=8, rotation=45)
+        ticks = [f"{option}\n{result.space.kind(option)}".rstrip() for option in map(tried_option, scores)]
+        ax.set_xticks(range(len(scores)), ticks, fontsize=8, rotation=45)
         ax.set_xlim(-0.6, len(scores) - 0.4)
         ax.set_title(f"round {i + 1}", fontsize=9)
         ax.grid(axis="y", alpha=0.3)
@@ -119,8 +117,3 @@ def tried_option(schedule: Schedule) -> Option:
     """What a round tried: the last stage of a base run; of a whole run, which ends at full size, the one before."""
     is_whole = math.isclose(sum(share for _, share in schedule), 1.0)
     return schedule[-2 if is_whole and len(schedule) > 1 else -1][0]
-
-
-def _tick(option: Option) -> str:
-    is_default = (option.target, option.lowfreq) == ("pixel", "fourier")
-    return f"{option}" if is_default else f"{option}\n{option.target} {option.lowfreq}"

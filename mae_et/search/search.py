@@ -22,7 +22,9 @@ from typing import Any
 
 from ..data.sources import open_source
 from ..engine import run_folder
+from ..evaluate.config import FinetuneConfig
 from ..files import append_json_line, read_json_lines, write_json_lines
+from ..plan.build import build_curriculum
 from ..plan.config import PretrainConfig
 from ..plan.flags import RUN, names, to_dict
 from .config import SearchConfig
@@ -232,21 +234,21 @@ def search(config: SearchConfig) -> SearchResult | None:
     if not evaluate.exhausted:  # with a larger budget, the search would go on from its base runs
         for folder in (out / "runs").glob("*"):
             run_folder.delete_weights(folder)
-    run = replace(
-        space.run("", schedule, config.seed),
-        holdout=0,
-        output_dir="./output_dir",
-        num_workers=None,
-        device="auto",
-        keep_checkpoints=config.keep_checkpoints,
-    )
-    return SearchResult(space, schedule, run, evaluate.rounds, selected, results)
+    return SearchResult(space, schedule, space.recipe(schedule), evaluate.rounds, selected, results)
 
 
 def open_space(config: SearchConfig) -> SearchSpace:
     """The search space over the data at hand. ValueError for what can't be searched."""
     source = open_source(config.data_path, "train")
     space = SearchSpace(config, len(source), source.labels is not None)
+    for option in space.options:  # before the first trial, what would end the search after it
+        try:
+            build_curriculum(space.recipe(((option, 1.0),)), len(source))
+        except ValueError as error:
+            raise ValueError(f"a recipe that the search may find would not run: {error}") from error
+    labelled = min(config.judge_images, space.num_images)
+    if "knn" in config.judge and labelled < FinetuneConfig.k:
+        raise ValueError(f"--judge knn takes {FinetuneConfig.k} neighbours, but may use {labelled} labelled images")
     if config.budget is not None and config.budget < (least := space.least_cost()):
         raise ValueError(f"--budget {config.budget:g} is less than one candidate, {least:.2f} vanilla runs")
     return space

@@ -111,6 +111,16 @@ class SearchSpace:
         """The options, for people."""
         return ", ".join(dict.fromkeys(map(str, self.options)))
 
+    def kind(self, option: Option) -> str:
+        """Target and operator of an option, each only where candidates differ in it."""
+        options = (*self.options, self.full)
+        varied = [name for name in ("target", "lowfreq") if len({getattr(o, name) for o in options}) > 1]
+        return " ".join(getattr(option, name) for name in varied)
+
+    def label(self, schedule: Schedule) -> str:
+        """16→20→32, the sizes of a schedule, with mask ratios, target and operator where a search chooses them."""
+        return f"{'→'.join(str(option) for option, _ in schedule)} {self.kind(schedule[0][0])}".rstrip()
+
     # ── trials ──
 
     def run(self, name: str, schedule: Schedule, seed: int, **changes: Any) -> PretrainConfig:
@@ -129,6 +139,19 @@ class SearchSpace:
             recipe="",
             output_dir=str(Path(self.config.output_dir) / "runs" / f"{name}-seed{seed}"),
             **changes,
+        )
+
+    def recipe(self, schedule: Schedule) -> PretrainConfig:
+        """A run of a schedule on all training images, wherever it will run."""
+        return replace(
+            self.run("", schedule, self.config.seed),
+            holdout=0,
+            probe_every=0.0,  # looks at the images that were held out
+            output_dir="./output_dir",
+            log_dir=self.config.log_dir,
+            num_workers=None,
+            device="auto",
+            keep_checkpoints=self.config.keep_checkpoints,
         )
 
     def trial(self, schedule: Schedule, seed: int) -> Trial:
@@ -205,6 +228,7 @@ def _vanilla_run(config: SearchConfig) -> PretrainConfig:
         run,
         allocation="flops",  # the shares are of exact compute, so that stages of equal share cost the same
         num_workers=workers,
+        log_dir=None,  # each in its run folder
         resume="",
         overwrite=False,
         picture_steps=0,

@@ -121,6 +121,7 @@ def evaluate(config: PretrainConfig, judge: Sequence[str], judge_images: int | N
             num_workers=config.num_workers,
             device=config.device,
             precision=config.precision,
+            damaged_limit=config.damaged_limit,
         )
         probe(evaluation)
         for protocol in evaluation.probes:
