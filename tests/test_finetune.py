@@ -441,7 +441,7 @@ def test_a_damaged_held_out_picture_is_left_out_or_refused_before_training(
     assert result["num_images"] == 11
     assert capsys.readouterr().out.count("damaged image skipped (1 so far)") == 1
     for flags in ({"knn": True, "k": 3}, {"linear_probe": True}):
-        (judged,) = probe(replace(config, damaged_limit=0.1, **flags)).values()
+        (judged,) = probe(replace(config, damaged_limit=0.1, output_dir="", **flags)).values()
         assert judged["num_images"] == 11
 
 
