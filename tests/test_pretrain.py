@@ -126,7 +126,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     for file in (newest, older[0]):
         file.write_bytes(file.read_bytes()[:-50])
     pretrain(config)
-    assert "going on from the one before" in caplog.text and older[1].name in caplog.text
+    assert "going on from" in caplog.text and older[1].name in caplog.text
     assert_same(weights(folder), weights(whole))
     steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(set(steps)), "no step is reported twice"
