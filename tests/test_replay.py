@@ -129,6 +129,11 @@ def test_ranks_share_out_whole_images(photos, tmp_path):
     assert build_curriculum(config, 16, devices=4).decoded_images == build_curriculum(config, 16).decoded_images
     with pytest.raises(ValueError, match="total batch / devices"):
         build_curriculum(replace(config, total_batch_size=6), 16, devices=2)
+    rows = [{"size_px": 16, "share": 0.5, "batch_size": 6}, {"size_px": 32, "share": 0.5}]
+    config = tiny(photos, tmp_path, stages=rows)
+    assert [stage.batch_size for stage in build_curriculum(config, 16).stages] == [6, 8]
+    with pytest.raises(ValueError, match="devices of the stage of 16 px, 3 must be a multiple of 2"):
+        build_curriculum(replace(config, total_batch_size=8), 16, devices=2)
 
 
 def test_a_stage_that_waits_is_told_what_helps(caplog):
