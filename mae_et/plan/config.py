@@ -24,6 +24,7 @@ from .flags import (
     POSITIVE,
     RUN,
     SHARE,
+    SHARE_ABOVE_0,
     SHARE_BELOW_1,
     TASK,
     OneOf,
@@ -80,7 +81,7 @@ class TaskFlags:
 
     mask_ratio: Annotated[float, TASK, SHARE_BELOW_1] = 0.75
     """Share of the patches that is masked."""
-    predict_ratio: Annotated[float, TASK] = 1.0
+    predict_ratio: Annotated[float, TASK, SHARE_ABOVE_0] = 1.0
     """Share of the masked patches that is predicted."""
     target: Annotated[str, TASK, OneOf(TARGETS)] = "pixel"
     """What is predicted: pixel, or hog (MaskFeat)."""
