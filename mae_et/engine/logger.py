@@ -14,9 +14,11 @@ from rich.table import Column
 from ..console import WideTable, console
 from ..data.sources import is_prepared
 from ..files import append_json_line, read_json_lines, write_json_lines
+from ..plan.build import shape_of
 from ..plan.config import PretrainConfig
 from ..plan.cost import Ledger, StageCost
-from ..plan.curriculum import Curriculum
+from ..plan.curriculum import Curriculum, Stage
+from ..plan.schedules import published_replay
 from ..plan.shapes import show_size
 from ..plan.shared import DataFlags, LauncherFlags, RunFlags
 from .run_folder import METRICS
@@ -164,7 +166,7 @@ def data_wait_hints(
         choices = {
             f"more --num_workers ({spare_cores} core{'s' * (spare_cores != 1)} left)": spare_cores > 0,
             "--lowfreq scaled (decodes JPEGs smaller)": small and is_jpeg and config.lowfreq != "scaled",
-            "--replay": small and stage.replay == 1,
+            "--replay": small and stage.replay == 1 and _would_replay(stage, config),
             "--views_per_image 2": pretraining and stage.views_per_image == 1,
             "python -m mae_et prepare (smaller files)": is_jpeg and not is_prepared(config.data_path),
         }
@@ -174,6 +176,11 @@ def data_wait_hints(
             f"helps: {', '.join(fitting) or 'more cores'}"
         )
     return lines
+
+
+def _would_replay(stage: Stage, config: PretrainConfig) -> bool:
+    """Whether --replay replays a stage."""
+    return published_replay(stage.size_px, config.input_size, shape_of(config).patch_size) > 1
 
 
 def ledger_table(ledger: Ledger, curriculum: Curriculum, vanilla_flops_per_image: float) -> WideTable:

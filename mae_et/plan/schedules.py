@@ -173,9 +173,10 @@ def scale_size(size_at_224: int, full_size_px: SizePx, patch_px: int) -> SizePx:
 
 
 def published_replay(size_px: SizePx, full_size_px: SizePx, patch_px: int) -> int:
-    """How many steps ET++ uses a decoded sample in at a stage's size: REPLAY, scaled to `full_size_px`."""
+    """How many steps ET++ uses a decoded sample in at a stage's size: REPLAY, scaled to `full_size_px`; there 1."""
+    area = area_px(size_px)
     for size_at_224, replay in REPLAY:
-        if area_px(size_px) <= area_px(scale_size(size_at_224, full_size_px, patch_px)):
+        if area <= area_px(scale_size(size_at_224, full_size_px, patch_px)) and area < area_px(full_size_px):
             return replay
     return 1
 
