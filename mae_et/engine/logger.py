@@ -91,10 +91,11 @@ class RunLogger:
         numbers = {f"{prefix}/{k}": v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
         for sink in self.sinks:
             sink.log(numbers, record["step"])
-        left = timedelta(seconds=round((self.curriculum.total_flops / total.flops - 1) * total.seconds))
+        done = self.curriculum.flops_before(record["step"] + 1)  # with what --start_epoch skips, and no ledger holds
+        left = timedelta(seconds=round((self.curriculum.total_flops - done) / total.flops * total.seconds))
         if self.live:
             room = console.width - BAR_WIDTH - len(f" 100% · {left} left · ")
-            self.bar.update(self.task, completed=total.flops, description=fitting(line, room), left=left)
+            self.bar.update(self.task, completed=done, description=fitting(line, room), left=left)
         else:
             console.print(f"{line} · {left} left", highlight=False, soft_wrap=True)
 
