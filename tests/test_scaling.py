@@ -203,6 +203,7 @@ def test_estimated_utilisation_is_honest_about_small_work():
         ("--device_flops 1e12 --utilisation 40", "--utilisation"),
         ("--devices 0", "--devices must be positive"),
         ("--max_batch_size 9", "--max_batch_size.*--early_large_batch"),
+        ("--early_large_batch --max_batch_size 4000", "--max_batch_size 4000 is below .* 4096, so --early_large_batch"),
         ("--lr_scaling cubic", "--lr_scaling.*sqrt, linear, none"),
     ],
 )

@@ -137,9 +137,12 @@ def log_plan(run: Run, vanilla: Curriculum) -> None:
             )
     ratio = curriculum.total_images * vanilla.stages[0].flops_per_image / curriculum.total_flops
     log.info("%.2e training FLOPs; vanilla MAE needs %.2f× that for the same images", curriculum.total_flops, ratio)
-    if config.warmup_epochs >= config.epochs:
-        what = "rate never reaches its peak"
-        log.warning("--warmup_epochs %g of --epochs %g: the learning %s", config.warmup_epochs, config.epochs, what)
+    warmup, hold, epochs = config.warmup_epochs, config.hold_epochs, config.epochs
+    if warmup >= epochs:
+        log.warning("--warmup_epochs %g of --epochs %g: the learning rate never reaches its peak", warmup, epochs)
+    elif warmup + hold >= epochs:
+        words = "--warmup_epochs %g and --hold_epochs %g of --epochs %g: the learning rate never falls"
+        log.warning(words, warmup, hold, epochs)
     if abs(curriculum.remainder_images) > 0.1 * curriculum.total_images:
         log.warning("whole steps are %+.0f images off what was asked for", -curriculum.remainder_images)
     if run.step:

@@ -61,6 +61,12 @@ def as_vanilla(config: PretrainConfig) -> PretrainConfig:
 
 
 def _check_batches(config: PretrainConfig, curriculum: Curriculum, devices: int) -> None:
+    total = config.total_batch(devices)
+    if (most := config.max_batch_size) and most < total:
+        raise ValueError(
+            f"--max_batch_size {most} is below the total batch of {total}, so --early_large_batch would do nothing; "
+            "raise it, or drop both"
+        )
     smallest = min(stage.batch_size for stage in curriculum.stages)
     if smallest < devices:
         raise ValueError(
