@@ -25,7 +25,7 @@ from .engine import run_folder, sharded
 from .engine.resume import FORMAT
 from .engine.storage import local_file, read, save, save_safetensors
 from .export import DECODER, PREDICTS_KEY, Exported, write_facebook, write_huggingface, write_timm
-from .files import CheckpointError, kept
+from .files import CheckpointError, CorruptCheckpoint, kept, load_intact, load_newest
 from .interop import METADATA_KEY
 from .plan.shapes import ModelShape, choice, target_dim
 from .plan.shared import default_statistics
@@ -94,15 +94,8 @@ def read_pretrained(source: str | Path, encoder_only: bool = False, num_heads: i
     path = hub.local_folder(source) or local_file(source) or Path(source)
     if path.is_dir() and path.suffix != sharded.SUFFIX:
         return _read_folder(path, encoder_only, num_heads)
-    if path.exists():
-        pretrained = _read_file(path, encoder_only, num_heads)
-        beside = run_folder.run_of(path)
-        if path.suffix == ".safetensors" and beside and (newest := run_folder.checkpoint_in(beside)):
-            intact = next(file for file in (newest, *kept(newest)) if file.exists())  # the newest may be missing
-            of_the_run = _read_own(load(intact), intact, encoder_only=True)
-            facts = pretrained.record.completed_by(replace(of_the_run.record, classes=None, pooled=None))
-            return replace(pretrained, record=facts, training=of_the_run.training)
-        return pretrained
+    if path.exists() or kept(path):
+        return load_newest(path, lambda file: _read_file(file, encoder_only, num_heads))[0]
     if timm.is_model(str(source)):
         return _download(str(source))
     raise FileNotFoundError(f"{source}: no such file or timm model; accepted are {ACCEPTED}")
@@ -110,10 +103,12 @@ def read_pretrained(source: str | Path, encoder_only: bool = False, num_heads: i
 
 def _read_folder(folder: Path, encoder_only: bool, num_heads: int | None) -> Pretrained:
     """A run folder, or one of transformers or timm."""
-    checkpoint = run_folder.checkpoint_in(folder)
-    for file in (checkpoint, folder / run_folder.ENCODER):
-        if file is not None and file.exists():
-            return _read_file(file, encoder_only, num_heads)
+    checkpoint, encoder = run_folder.checkpoint_in(folder), folder / run_folder.ENCODER
+    candidates = [checkpoint, *kept(checkpoint)] if checkpoint else []
+    if encoder.exists():  # of the end of the run, which kept checkpoints are not, but without a decoder
+        candidates.insert(1 if encoder_only else len(candidates), encoder)
+    if candidates:
+        return load_intact(candidates, lambda file: _read_file(file, encoder_only, num_heads))[0]
     if (folder / "config.json").exists():
         if "pretrained_cfg" in _read_json(folder / "config.json"):
             weights = next((f for name in HUB_WEIGHTS if (f := folder / name).is_file()), folder / HUB_WEIGHTS[0])
@@ -175,7 +170,23 @@ def write_export(
 
 
 def _read_file(path: Path, encoder_only: bool, num_heads: int | None) -> Pretrained:
-    """A single file: who wrote it is told from its keys."""
+    """A single file, or a sharded checkpoint; an encoder of a run with what the run's checkpoint knows beside it."""
+    pretrained = _read_weights(path, encoder_only, num_heads)
+    beside = run_folder.run_of(path)
+    if path.suffix != ".safetensors" or not beside or not (newest := run_folder.checkpoint_in(beside)):
+        return pretrained
+    try:
+        content, intact = sharded.load_newest(newest)
+    except (CorruptCheckpoint, FileNotFoundError) as error:
+        log.warning("%s; only what %s says of itself is known", error, path)
+        return pretrained
+    of_the_run = _read_own(content, intact, encoder_only=True)
+    facts = pretrained.record.completed_by(replace(of_the_run.record, classes=None, pooled=None))
+    return replace(pretrained, record=facts, training=of_the_run.training)
+
+
+def _read_weights(path: Path, encoder_only: bool, num_heads: int | None) -> Pretrained:
+    """Weights of any layout: who wrote them is told from their keys."""
     content, metadata = (load(path), {}) if path.suffix == sharded.SUFFIX else read(path)
     if "format" in content:
         return _read_own(content, path, encoder_only)

@@ -121,15 +121,20 @@ def load_newest(path: Path, load: Callable[[Path], Any]) -> tuple[Any, Path]:
 
     Returns the content and the file it is from. Raises as `load` does of `path` where none is intact.
     """
+    return load_intact([path, *kept(path)], load)
+
+
+def load_intact(candidates: Iterable[Path], load: Callable[[Path], Any]) -> tuple[Any, Path]:
+    """As :func:`load_newest`, of the first candidate that is neither damaged nor missing."""
     first: CheckpointError | FileNotFoundError | None = None
-    for candidate in [path, *kept(path)]:
+    for candidate in candidates:
         try:
             content = load(candidate)
         except (CorruptCheckpoint, FileNotFoundError) as error:
             first = first or error
             continue
         if first is not None:
-            log.warning("%s; going on from the one before, %s", first, candidate)
+            log.warning("%s; going on from %s", first, candidate)
         return content, candidate
     assert first is not None
     raise first

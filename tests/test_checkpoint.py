@@ -230,6 +230,50 @@ def test_reads_our_checkpoints_and_run_folders(state, tmp_path):
     one_line(error, tmp_path / "newer.pt", "mae_et/2", "mae_et/1")
 
 
+@pytest.fixture
+def run(state, tmp_path) -> Path:
+    """A run folder with two checkpoints, the newest of which is cut short; the older one has other weights."""
+    (tmp_path / "config.yaml").touch()
+    older = {key: torch.zeros_like(tensor) for key, tensor in state.items()}
+    for number, weights in enumerate((older, state)):
+        save(own(weights, step=number, config={"data_path": "D"}), tmp_path / "checkpoint.pt", keep=2)
+    newest = tmp_path / "checkpoint.pt"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    return tmp_path
+
+
+@pytest.mark.parametrize("newest", ["damaged", "missing"])
+@pytest.mark.parametrize("by", ["folder", "file"])
+def test_weights_come_from_the_checkpoint_before_a_damaged_one(newest, by, run, caplog):
+    path, before = run / "checkpoint.pt", run / "checkpoint.prev1.pt"
+    if newest == "missing":
+        path.unlink()
+    found = read_pretrained(run if by == "folder" else path)
+    assert (found.origin, found.training["step"]) == (f"mae_et checkpoint {before}", 0)
+    (record,) = caplog.records
+    assert str(path) in record.getMessage() and str(before) in record.getMessage()
+
+
+def test_an_intact_encoder_is_read_whatever_its_checkpoints_are(state, run, caplog):
+    encoder, wanted = run / "encoder.safetensors", interop.encoder_only(state)
+    save_safetensors(interop.to_timm(state), encoder, {"mae_et": json.dumps(SHAPE), "mae_et_record": "{}"})
+    for source in (run, encoder):
+        found = read_pretrained(source, encoder_only=True)
+        assert_pretrained(found, wanted, SHAPE, has_decoder=False)
+        assert found.training["config"] == {"data_path": "D"}, "known from the older checkpoint"
+    assert read_pretrained(run).has_decoder, "only the older checkpoint has one"
+    (run / "checkpoint.prev1.pt").write_bytes(b"")
+    for source, encoder_only in ((run, True), (run, False), (encoder, False)):
+        caplog.clear()
+        found = read_pretrained(source, encoder_only)
+        assert_pretrained(found, wanted, SHAPE, has_decoder=False)
+        assert not found.training
+        assert f"its end is missing; only what {encoder} says of itself is known" in caplog.text
+    encoder.write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"checkpoint\.pt: .*cut short"):
+        read_pretrained(run)
+
+
 def test_stored_shape_wins_over_what_weights_tell(tmp_path):
     shape = SHAPE | {"embed_dim": 48, "img_size": (16, 40), "num_heads": 4}  # 4 heads can't be guessed
     state = MaskedAutoencoder(**shape).state_dict()

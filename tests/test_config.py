@@ -116,7 +116,7 @@ CONFIGS = st.builds(
             StageRow,
             size_px=st.one_of(st.integers(1, 500), st.tuples(st.integers(1, 500), st.integers(1, 500))),
             share=st.floats(1e-6, 1),
-            mask_ratio=st.none() | st.floats(0, 1),
+            mask_ratio=st.none() | st.floats(0, 0.99),
             num_visible=st.none() | st.integers(1, 50),
             crop_scale=st.none() | st.tuples(st.floats(0.1, 0.5), st.floats(0.5, 1)),
             lr_scale=st.floats(1e-3, 10),
@@ -198,6 +198,7 @@ def from_mapping(**values):
         (lambda: flags(*DATA, "--batch_size", "many"), "--batch_size.*'many'"),
         (lambda: flags(*DATA, "--batch_size"), "--batch_size"),
         (lambda: flags(*DATA, "--mask_ratio", "1"), r"--mask_ratio must be in \[0, 1\), got 1"),
+        (lambda: flags(*DATA, "--predict_ratio", "nan"), r"--predict_ratio must be in \(0, 1\], got nan"),
         (lambda: flags(*DATA, "--epochs", "0"), "--epochs must be positive"),
         (
             lambda: flags(*DATA, "--curriculum", "etpp"),

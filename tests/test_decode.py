@@ -329,6 +329,7 @@ def test_a_range_that_the_type_tells_is_not_measured(caplog):
     for name in ("rgb jpeg", "rgb png", "16-bit png", "array uint16", "npy rgb", "multi-page tiff"):
         assert measure_value_range(Items([FORMATS[name]] * 3)) is None
     assert measure_value_range(Items([b"broken"])) is measure_value_range(Items([])) is None
+    assert measure_value_range(Items([np.full((4, 4), np.nan, np.float32)])) is None
     assert measure_value_range(Items([np.full((4, 4), 900, np.uint16)])) is None  # of a constant nothing can be made
     assert not caplog.records
 

@@ -464,7 +464,7 @@ def test_a_damaged_folder_falls_back_to_the_one_before(
         (folder / sharded.STATE).unlink()
     state, found = sharded.load_newest(run_folder.checkpoint_in(copied))
     assert (state["step"], found.name) == (STOP - 1, "checkpoint.prev1.dcp")
-    assert "going on from the one before" in caplog.text
+    assert "going on from" in caplog.text
     shutil.rmtree(folder)  # as a kill between two renamings leaves it
     assert run_folder.checkpoint_in(copied).name == "checkpoint.dcp"
     assert sharded.load_newest(run_folder.checkpoint_in(copied))[0]["step"] == STOP - 1

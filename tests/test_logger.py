@@ -52,3 +52,16 @@ def test_progress_is_one_line_on_a_terminal_and_plain_lines_elsewhere(
         assert max(map(len, lines)) <= width and "…" not in out.getvalue()
     else:
         assert lines[0].startswith(LINE) and "\x1b" not in out.getvalue()
+
+
+def test_what_start_epoch_skips_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, out = tiny(tmp_path / "data", tmp_path), io.StringIO()
+    curriculum = build_curriculum(config, 20, 1)
+    last, ledger = curriculum.total_steps - 2, Ledger.of(curriculum)
+    monkeypatch.setattr(module, "console", Console(file=out, force_terminal=True, width=140))
+    with RunLogger(tmp_path, config, curriculum, last, ledger, on=True) as logger:
+        ledger.add(1, curriculum.at(last), train_seconds=3600.0, data_seconds=0.0)
+        logger.report("pretrain", {"step": last, "loss": 0.4321}, LINE, ledger.total)
+        logger.bar.refresh()
+    share = curriculum.position(last + 1)
+    assert f"{share:.0%} · 1:00:00 left" in out.getvalue(), "one more step like this one"

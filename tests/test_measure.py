@@ -115,6 +115,19 @@ def test_deep_arrays_get_their_channels_and_range(tmp_path):
     assert float(flags["damaged_limit"]) >= 2 / 7, "the run stops above it"
 
 
+def test_values_are_those_that_are_finite(tmp_path):
+    tiles = [np.linspace(low, 300, 100, dtype=np.float32).reshape(10, 10) for low in (100, 200)]
+    tiles[0][0, 0], tiles[1][0, 0] = np.inf, np.nan
+    for i, tile in enumerate([*tiles, np.full_like(tiles[0], np.nan)]):
+        np.save(tmp_path / f"{i}.npy", tile)
+    report = measure(str(tmp_path))
+    low, high = report["values"]
+    assert 100 < low < 103 and high == 300
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    assert f"float32 3; {low:g} to 300" in "\n".join(describe(report))
+    assert "float32 3; none of them finite" in "\n".join(describe(report | {"values": None}))
+
+
 def test_of_many_images_a_sample_is_measured_and_that_is_said(monkeypatch):
     monkeypatch.setattr(measuring, "MAX_MEASURED", 40)
     report = measure("photos")

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 from ranks import on_ranks
-from tiny import assert_same, tiny, weights
+from tiny import assert_same, tiny, weights, write_photos
 
 from mae_et import checkpoint
 from mae_et.cli import main_pretrain
+from mae_et.data.sources import open_held_out
 from mae_et.engine import runtime
 from mae_et.engine.features import knn_scores, rank_me
 from mae_et.engine.online import NEIGHBOURS, TEMPERATURE, OnlineProbe
@@ -157,6 +158,16 @@ def test_without_labels_it_is_the_rank_alone(photos: Path, tmp_path: Path, capsy
     (last,) = curve(folder)
     assert "knn_mean" not in last and 1 <= last["rankme_mean"] <= 8
     assert "RankMe" in capsys.readouterr().out
+
+
+def test_damaged_images_that_are_kept_out_end_the_run_before_it_trains(tmp_path: Path) -> None:
+    data, out = tmp_path / "data", tmp_path / "run"
+    data.mkdir()
+    config = tiny(write_photos(data, 12), out, holdout=8, probe_every=1.0)
+    Path(open_held_out(config.data_path, config.holdout).name(3)).write_bytes(b"broken")
+    with pytest.raises(ValueError, match=r"1 of 8 images are damaged, more than --damaged_limit 0\.01"):
+        pretrain(config)
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(

@@ -59,3 +59,11 @@ def test_pictures_of_older_versions_are_left_out(tmp_path: Path) -> None:
     Image.new("RGB", (40, 40)).save(tmp_path / "reconstruction-0000001.png")
     write_progress(tmp_path, "title", 2)
     assert not (tmp_path / "progress.png").exists()
+
+
+@pytest.mark.parametrize("name", ["reconstruction-mine", "reconstruction-mine-7"])
+def test_pictures_of_other_names_are_left_out(tmp_path: Path, name: str) -> None:
+    write_picture(tmp_path, 1, (200, 0, 0))
+    (tmp_path / "reconstruction-0000001.png").rename(tmp_path / f"{name}.png")
+    write_progress(tmp_path, "title", 2)
+    assert not (tmp_path / "progress.png").exists()

@@ -104,6 +104,8 @@ def test_the_flag_replays_as_published():
         config = PretrainConfig(curriculum="et_pp_192", replay=True, input_size=input_size, epochs=9)
         plan = build_curriculum(config, 10_000)
         assert [(stage.size_px, stage.replay) for stage in plan.stages] == list(zip(sizes, (4, 2, 1, 1), strict=True))
+    config = PretrainConfig(curriculum="et_pp", replay=True, input_size=48, epochs=9)  # 3 patches: 160 px become 48
+    assert [(s.size_px, s.replay) for s in build_curriculum(config, 10_000).stages] == [(32, 4), (48, 1), (48, 1)]
 
 
 @pytest.mark.parametrize(
@@ -129,6 +131,11 @@ def test_ranks_share_out_whole_images(photos, tmp_path):
     assert build_curriculum(config, 16, devices=4).decoded_images == build_curriculum(config, 16).decoded_images
     with pytest.raises(ValueError, match="total batch / devices"):
         build_curriculum(replace(config, total_batch_size=6), 16, devices=2)
+    rows = [{"size_px": 16, "share": 0.5, "batch_size": 6}, {"size_px": 32, "share": 0.5}]
+    config = tiny(photos, tmp_path, stages=rows)
+    assert [stage.batch_size for stage in build_curriculum(config, 16).stages] == [6, 8]
+    with pytest.raises(ValueError, match="devices of the stage of 16 px, 3 must be a multiple of 2"):
+        build_curriculum(replace(config, total_batch_size=8), 16, devices=2)
 
 
 def test_a_stage_that_waits_is_told_what_helps(caplog):
@@ -143,6 +150,9 @@ def test_a_stage_that_waits_is_told_what_helps(caplog):
     )
     (line,) = data_wait_hints(replace(config, lowfreq="scaled"), plan, ledger, is_jpeg=True, spare_cores=0)
     assert "--num_workers" not in line and "scaled" not in line and "--replay" in line
+    large = Curriculum((Stage(192, 36, 108, 8, 10, 1.0),), 100)  # which --replay doesn't replay
+    (line,) = data_wait_hints(config, large, Ledger([StageCost(192, **slow)]), is_jpeg=True, spare_cores=0)
+    assert "--replay" not in line and "scaled" in line
     (line,) = data_wait_hints(
         config, plan, Ledger([StageCost(96, **fast), StageCost(224, **slow)]), is_jpeg=False, spare_cores=0
     )

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mae_et.data.stream import SampleStream, micro_batches
+from mae_et.engine.resume import check_same_run, identity
+from mae_et.plan.build import build_curriculum
+from mae_et.plan.config import PretrainConfig
 from mae_et.plan.curriculum import Curriculum, Stage, StageRow
 from mae_et.plan.flags import from_recipe
 from mae_et.plan.report import Cluster, PlanConfig, plan_report, scaling_report
@@ -58,6 +62,24 @@ def test_any_number_of_devices_gets_whole_images_and_the_cap_holds(devices, per_
         assert stage.batch_size * stage.flops_per_image <= full.batch_size * full.flops_per_image * (1 + 1e-9)
         ratio = stage.batch_size / batch
         assert stage.lr_scale == pytest.approx({"sqrt": math.sqrt(ratio), "linear": ratio, "none": 1.0}[scaling])
+
+
+def test_usual_numbers_of_devices_get_the_same_batches():
+    """So that a run can go on on another number."""
+    for views in (1, 2):
+        grown = {"early_large_batch": True, "batch_size": 4096, "views_per_image": views}
+        plans = [planned(devices=devices, **grown).stages for devices in (1, 2, 4, 8, 16, 32, 64 // views)]
+        assert all(stages == plans[0] for stages in plans)
+    assert planned(devices=6, **grown).stages != plans[0]
+
+
+def test_who_resumes_on_an_unusual_number_is_told_what_helps():
+    config = PretrainConfig(curriculum="et_pp", total_batch_size=4096, early_large_batch=True)
+    before, now = (build_curriculum(config, 100_000, devices) for devices in (8, 6))
+    state = identity(config, before) | {"optimizer": {}}
+    check_same_run(state, config, before, {}, Path("c.pt"))
+    with pytest.raises(ValueError, match=r"batch_size 21120, now 21126; with --early_large_batch, go on on as many"):
+        check_same_run(state, config, now, {}, Path("c.pt"))
 
 
 def test_a_row_that_states_its_batch_keeps_it():
@@ -186,6 +208,7 @@ def test_estimated_utilisation_is_honest_about_small_work():
         ("--device_flops 1e12 --utilisation 40", "--utilisation"),
         ("--devices 0", "--devices must be positive"),
         ("--max_batch_size 9", "--max_batch_size.*--early_large_batch"),
+        ("--early_large_batch --max_batch_size 4000", "--max_batch_size 4000 is below .* 4096, so --early_large_batch"),
         ("--lr_scaling cubic", "--lr_scaling.*sqrt, linear, none"),
     ],
 )

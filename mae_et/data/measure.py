@@ -44,9 +44,8 @@ class Look(NamedTuple):
     pixel_type: str
     size_px: tuple[int, int]
     """(height, width), upright."""
-    low: float
-    high: float
-    """Smallest and largest stored value."""
+    values: tuple[float, float] | None
+    """Smallest and largest finite stored value."""
     file_bytes: int
     mean: np.ndarray
     """Mean of the pixels in [0, 1], [channels]."""
@@ -75,14 +74,14 @@ class Looks(Dataset):
         except (CorruptImage, OSError) as error:
             return Corruption(index, self.source.name(index), str(error))
         stored = pixels if stored is None else stored
+        finite = stored[np.isfinite(stored)]
         scaled = pixels.reshape(-1, channels) / np.float32(255)
         return Look(
             format=format_name,
             channels=channels,
             pixel_type=str(stored.dtype),
             size_px=pixels.shape[:2],
-            low=float(np.nanmin(stored)),
-            high=float(np.nanmax(stored)),
+            values=(float(finite.min()), float(finite.max())) if finite.size else None,
             file_bytes=len(item) if isinstance(item, bytes) else 0,
             mean=scaled.mean(axis=0, dtype=np.float64),
             square=np.square(scaled).mean(axis=0, dtype=np.float64),
@@ -115,6 +114,7 @@ def measure(data_path: str) -> dict[str, Any]:
     std = np.sqrt(np.maximum(square - mean**2, 0))
     heights, widths = np.array([look.size_px for look in looks]).T
     files = [look.file_bytes for look in looks if look.file_bytes]
+    values = [value for look in looks for value in look.values or ()]
     report = {
         "data_path": data_path,
         "images": len(source),
@@ -130,7 +130,7 @@ def measure(data_path: str) -> dict[str, Any]:
         "in_chans": in_chans,
         "other_channels": len(looks) - len(fitting),
         "pixel_types": dict(Counter(look.pixel_type for look in looks).most_common()),
-        "values": [min(look.low for look in looks), max(look.high for look in looks)],
+        "values": [min(values), max(values)] if values else None,
         "value_range": None if value_range is None else list(value_range),
         "mean": [round(float(value), 4) for value in mean],
         "std": [round(float(value), 4) for value in std],
@@ -238,7 +238,7 @@ def describe(report: dict[str, Any]) -> list[str]:
     classes = "no labels" if report["classes"] is None else f"{report['classes']:,} classes"
     size = f"; {report['file_bytes'] / 1e3:,.1f} kB a file" if report["file_bytes"] else ""
     side = report["short_side_px"]
-    low, high = report["values"]
+    values = "{:g} to {:g}".format(*report["values"]) if report["values"] else "none of them finite"
     lines = {
         "images": f"{report['images']:,} for training, {held_out}; {classes}",
         "measured": "all of them" if all_measured else f"{report['measured']:,} of them, spread evenly",
@@ -246,7 +246,7 @@ def describe(report: dict[str, Any]) -> list[str]:
         "sizes": f"height {_range(report['height_px'])}, width {_range(report['width_px'])}, shorter side "
         f"{_range(side)} px (smallest, median, largest)",
         "channels": ", ".join(f"{n:,} with {channels}" for channels, n in report["channels"].items()),
-        "values": f"{_counts(report['pixel_types'])}; {low:g} to {high:g}"
+        "values": f"{_counts(report['pixel_types'])}; {values}"
         + (f", of which {_numbers(report['value_range'])} become black and white" if report["value_range"] else ""),
         "mean": _numbers(report["mean"]),
         "std": _numbers(report["std"]),

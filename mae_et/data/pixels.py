@@ -113,7 +113,9 @@ def measure_value_range(source: Source, samples: int = 64) -> ValueRange | None:
             pixels = more_than_8_bits(source.read(index)[0])
             if pixels is not None:
                 flat = pixels.reshape(-1)[:: max(1, pixels.size // 4096)]
-                values.append(flat[np.isfinite(flat)])
+                finite = flat[np.isfinite(flat)]
+                if finite.size:
+                    values.append(finite)
     if not values:
         return None
     low, high = np.quantile(np.concatenate(values), (0.001, 0.999), method="nearest").tolist()

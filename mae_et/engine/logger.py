@@ -14,9 +14,11 @@ from rich.table import Column
 from ..console import WideTable, console
 from ..data.sources import is_prepared
 from ..files import append_json_line, read_json_lines, write_json_lines
+from ..plan.build import shape_of
 from ..plan.config import PretrainConfig
 from ..plan.cost import Ledger, StageCost
-from ..plan.curriculum import Curriculum
+from ..plan.curriculum import Curriculum, Stage
+from ..plan.schedules import published_replay
 from ..plan.shapes import show_size
 from ..plan.shared import DataFlags, LauncherFlags, RunFlags
 from .run_folder import METRICS
@@ -89,10 +91,11 @@ class RunLogger:
         numbers = {f"{prefix}/{k}": v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
         for sink in self.sinks:
             sink.log(numbers, record["step"])
-        left = timedelta(seconds=round((self.curriculum.total_flops / total.flops - 1) * total.seconds))
+        done = self.curriculum.flops_before(record["step"] + 1)  # with what --start_epoch skips, and no ledger holds
+        left = timedelta(seconds=round((self.curriculum.total_flops - done) / total.flops * total.seconds))
         if self.live:
             room = console.width - BAR_WIDTH - len(f" 100% · {left} left · ")
-            self.bar.update(self.task, completed=total.flops, description=fitting(line, room), left=left)
+            self.bar.update(self.task, completed=done, description=fitting(line, room), left=left)
         else:
             console.print(f"{line} · {left} left", highlight=False, soft_wrap=True)
 
@@ -134,9 +137,12 @@ def log_plan(run: Run, vanilla: Curriculum) -> None:
             )
     ratio = curriculum.total_images * vanilla.stages[0].flops_per_image / curriculum.total_flops
     log.info("%.2e training FLOPs; vanilla MAE needs %.2f× that for the same images", curriculum.total_flops, ratio)
-    if config.warmup_epochs >= config.epochs:
-        what = "rate never reaches its peak"
-        log.warning("--warmup_epochs %g of --epochs %g: the learning %s", config.warmup_epochs, config.epochs, what)
+    warmup, hold, epochs = config.warmup_epochs, config.hold_epochs, config.epochs
+    if warmup >= epochs:
+        log.warning("--warmup_epochs %g of --epochs %g: the learning rate never reaches its peak", warmup, epochs)
+    elif warmup + hold >= epochs:
+        words = "--warmup_epochs %g and --hold_epochs %g of --epochs %g: the learning rate never falls"
+        log.warning(words, warmup, hold, epochs)
     if abs(curriculum.remainder_images) > 0.1 * curriculum.total_images:
         log.warning("whole steps are %+.0f images off what was asked for", -curriculum.remainder_images)
     if run.step:
@@ -164,7 +170,7 @@ def data_wait_hints(
         choices = {
             f"more --num_workers ({spare_cores} core{'s' * (spare_cores != 1)} left)": spare_cores > 0,
             "--lowfreq scaled (decodes JPEGs smaller)": small and is_jpeg and config.lowfreq != "scaled",
-            "--replay": small and stage.replay == 1,
+            "--replay": small and stage.replay == 1 and _would_replay(stage, config),
             "--views_per_image 2": pretraining and stage.views_per_image == 1,
             "python -m mae_et prepare (smaller files)": is_jpeg and not is_prepared(config.data_path),
         }
@@ -174,6 +180,11 @@ def data_wait_hints(
             f"helps: {', '.join(fitting) or 'more cores'}"
         )
     return lines
+
+
+def _would_replay(stage: Stage, config: PretrainConfig) -> bool:
+    """Whether --replay replays a stage."""
+    return published_replay(stage.size_px, config.input_size, shape_of(config).patch_size) > 1
 
 
 def ledger_table(ledger: Ledger, curriculum: Curriculum, vanilla_flops_per_image: float) -> WideTable:

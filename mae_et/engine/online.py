@@ -42,7 +42,7 @@ class OnlineProbe:
     """Measures a run on always the same held-out training images, without an effect on its training."""
 
     def __init__(self, run: PretrainRun) -> None:
-        """ValueError where the run holds out too few images."""
+        """ValueError where the run holds out too few images, or too many of them can't be read."""
         config = run.config
         source = open_source(config.data_path, "val", config.holdout)
         if len(source) < max(2, run.rt.world_size):
@@ -51,6 +51,8 @@ class OnlineProbe:
         size_px = height_width(config.input_size)
         pixels = config.in_chans, default_crop_pct(size_px), run.value_range
         self.crops = EvalCrops(source, size_px, *pixels, damaged_limit=config.damaged_limit)
+        if run.rt.is_main:
+            self.crops.look()  # before training
         self.flops = len(source) * encoder_flops_per_image(run.model.shape, run.model.num_patches)
         """Of one measurement."""
 

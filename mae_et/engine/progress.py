@@ -24,9 +24,8 @@ def write_progress(folder: Path, title: str, steps: int) -> None:
 
     At most MAX_MOMENTS of them, evenly spread with the first and the last. Nothing is written without any.
     """
-    pictures = {
-        int(file.stem.rpartition("-")[2]): file for file in folder.glob("reconstruction-*.png") if _blocks(file)
-    }
+    numbered = ((file.stem.removeprefix("reconstruction-"), file) for file in folder.glob("reconstruction-*.png"))
+    pictures = {int(step): file for step, file in numbered if step.isdecimal() and _blocks(file)}
     if not pictures:
         return
     pictures[steps] = folder / run_folder.PICTURE

@@ -123,6 +123,8 @@ def _check_beginning(
         for name in now:
             if was[name] != now[name]:
                 remedy = "; set --total_batch_size to keep the batch on another number of devices"
+                if config.early_large_batch:  # whose rounding may depend on the devices
+                    remedy = "; with --early_large_batch, go on on as many devices as before, at the same total batch"
                 raise ValueError(
                     f"{what}: stage of {now['size_px']} px had {name} {was[name]}, now {now[name]}"
                     + (remedy if name == "batch_size" else "")

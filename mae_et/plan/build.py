@@ -51,7 +51,7 @@ def build_curriculum(config: PretrainConfig, num_images: int, devices: int = 1) 
         curriculum = plan_stages(config.stages, share_of=config.share_of, **arguments)
     else:
         curriculum = scheduled(config.curriculum, **arguments)
-    _check_batches(config, curriculum, batch_size, devices)
+    _check_batches(config, curriculum, devices)
     return replace(curriculum, stages=tuple(_with_buffer(stage, config) for stage in curriculum.stages))
 
 
@@ -60,14 +60,25 @@ def as_vanilla(config: PretrainConfig) -> PretrainConfig:
     return replace(config, curriculum="vanilla", stages=(), share_of="compute")
 
 
-def _check_batches(config: PretrainConfig, curriculum: Curriculum, batch_size: int, devices: int) -> None:
+def _check_batches(config: PretrainConfig, curriculum: Curriculum, devices: int) -> None:
+    total = config.total_batch(devices)
+    if (most := config.max_batch_size) and most < total:
+        raise ValueError(
+            f"--max_batch_size {most} is below the total batch of {total}, so --early_large_batch would do nothing; "
+            "raise it, or drop both"
+        )
     smallest = min(stage.batch_size for stage in curriculum.stages)
     if smallest < devices:
         raise ValueError(
             f"total_batch_size: a stage's batch of {smallest} is smaller than the number of devices, {devices}"
         )
     views = config.views_per_image * config.masks_per_image
-    for name, size in (("--batch_size", config.batch_size), ("total batch / devices", batch_size / devices)):
+    sizes: list[tuple[str, float]] = [("--batch_size", config.batch_size)]
+    sizes += [
+        (f"total batch / devices of the stage of {show_size(stage.size_px)} px,", stage.batch_size / devices)
+        for stage in curriculum.stages
+    ]
+    for name, size in sizes:
         if views > 1 and size % views:  # without views, ranks may have uneven shares
             raise ValueError(
                 f"{name} {size:g} must be a multiple of {views}, the --views_per_image × --masks_per_image of an image"

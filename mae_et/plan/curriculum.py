@@ -7,6 +7,7 @@ Standard library only.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -139,6 +140,15 @@ def check_views(prefix: str, crop_scale: tuple[float, float], augment: int) -> N
         raise ValueError(f"{prefix}augment must be a RandAugment magnitude from 0 (off) to 30, got {augment}")
 
 
+ROW_RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "mask_ratio": ("in [0, 1)", lambda value: 0 <= value < 1),
+    "predict_ratio": ("in (0, 1]", lambda value: 0 < value <= 1),
+    "batch_size": ("positive", lambda value: value > 0),
+    "lr_scale": ("finite and not negative", lambda value: 0 <= value < math.inf),
+    "replay": ("1 (off) or more", lambda value: value >= 1),
+}
+
+
 @dataclass(frozen=True)
 class StageRow:
     """One row of a schedule as a user writes it: ratios and shares. Counts, where given, win over ratios."""
@@ -178,10 +188,9 @@ class StageRow:
                     f"stages: cutoff_px {show_size(self.cutoff_px)} must be positive and smaller than size_px "
                     f"{show_size(self.size_px)}"
                 )
-        if self.replay is not None and self.replay < 1:
-            raise ValueError(f"stages: replay must be 1 (off) or more, got {self.replay}")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ValueError(f"stages: batch_size must be positive, got {self.batch_size}")
+        for name, (legal, holds) in ROW_RANGES.items():
+            if (value := getattr(self, name)) is not None and not holds(value):
+                raise ValueError(f"stages: {name} must be {legal}, got {value}")
         check_views("stages: ", self.crop_scale or (1.0, 1.0), self.augment or 0)
 
 

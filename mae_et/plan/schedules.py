@@ -23,6 +23,8 @@ SCHEDULES: dict[str, tuple[str, tuple[tuple[int, float], ...]]] = {
 }
 #: (size at a full size of 224 px, times a decoded sample is used) of ET++'s replay buffer; larger stages don't replay.
 REPLAY: tuple[tuple[int, int], ...] = ((96, 4), (160, 2))  # ET++ reference code
+#: A batch grows by whole parts of so many, which does not depend on the devices where they share a part out evenly.
+BATCH_PARTS = 64
 SHARES_OF = ("compute", "epochs")
 ALLOCATIONS = ("area", "flops")
 #: Factor on the learning rate for a batch that is so many times larger.
@@ -62,8 +64,8 @@ def plan_stages(
     lowfreq: operator, a key of OPERATORS; images of a SPECTRAL one leave the loader at full size.
     replay: replay as ET++ does (REPLAY) where a row doesn't say otherwise.
     early_large_batch: a stage of cheaper images takes more of them per step, so that a step's work stays that of full
-        size (ET++, Sec. 5.3): as many on each of `devices`, at most `max_batch_size` in all. Its learning rate grows by
-        `lr_scaling` (a key of LR_SCALINGS) of the ratio. Rows that state their batch keep it.
+        size (ET++, Sec. 5.3): as many on each of `devices` (see BATCH_PARTS), at most `max_batch_size` in all. Its
+        learning rate grows by `lr_scaling` (a key of LR_SCALINGS) of the ratio. Rows that state their batch keep it.
     flops_per_image: training FLOPs of one image at a stage; default: its number of patches, good enough for ratios.
 
     Raises ValueError if shares don't add to 1, a size is not divisible by the patch, or a stage sees none or all of its
@@ -115,7 +117,8 @@ def plan_stages(
         if not early_large_batch or row.batch_size:
             return stage
         largest = min(stage.batch_size * ratio, max_batch_size or math.inf)
-        multiple = devices * stage.rows_per_image
+        whole, part = devices * stage.rows_per_image, max(1, stage.batch_size // BATCH_PARTS)
+        multiple = whole if part % whole else part
         batch = max(stage.batch_size, int(largest) // multiple * multiple)
         factor = LR_SCALINGS[lr_scaling](batch / stage.batch_size)
         return replace(stage, batch_size=batch, lr_scale=stage.lr_scale * factor)
@@ -173,9 +176,10 @@ def scale_size(size_at_224: int, full_size_px: SizePx, patch_px: int) -> SizePx:
 
 
 def published_replay(size_px: SizePx, full_size_px: SizePx, patch_px: int) -> int:
-    """How many steps ET++ uses a decoded sample in at a stage's size: REPLAY, scaled to `full_size_px`."""
+    """How many steps ET++ uses a decoded sample in at a stage's size: REPLAY, scaled to `full_size_px`; there 1."""
+    area = area_px(size_px)
     for size_at_224, replay in REPLAY:
-        if area_px(size_px) <= area_px(scale_size(size_at_224, full_size_px, patch_px)):
+        if area <= area_px(scale_size(size_at_224, full_size_px, patch_px)) and area < area_px(full_size_px):
             return replay
     return 1
 
