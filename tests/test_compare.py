@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -65,6 +66,38 @@ def test_both_answers_by_hand(study):
     low, high = needs["interval"]
     assert low < needs["ratio"] < high
     assert row(report, "equal_quality", "seconds")["ratio"] == pytest.approx(2 * 2**0.5 * 100 / 125)
+
+
+def test_a_single_run_of_another_length_takes_no_interval_away(study):
+    """And at one cost the baseline's best arm is what has to be beaten."""
+    before = compare(CompareConfig((str(study),)))
+    write_run(study / "vanilla-8-seed0", 0, 8e12, 86.0, 800.0, epochs=32)
+    write_run(study / "vanilla-hold-seed0", 0, 1.001e12, 60.0, 100.0, epochs=4, hold_epochs=2)
+    after = compare(CompareConfig((str(study),)))
+    assert after["baseline"] == ["vanilla-1", "vanilla-hold", "vanilla-2", "vanilla-4", "vanilla-8"]
+    for answer in ("equal_compute", "equal_quality"):
+        assert row(after, answer, "flops") == row(before, answer, "flops")
+    write_run(study / "et_pp-2-seed0", 0, 1e12, 65.0, 125.0, curriculum="et_pp", stage_sizes=[16, 32], epochs=2)
+    below = [r for r in compare(CompareConfig((str(study),)))["equal_quality"] if r["arm"] == "et_pp-2"]
+    assert (below[0]["status"], below[0]["baseline_n"]) == ("below", 1), "vanilla-8 makes the curve longer"
+    (study / "vanilla-8-seed0/eval-knn.json").rename(study / "unread")
+    below = [r for r in compare(CompareConfig((str(study),)))["equal_quality"] if r["arm"] == "et_pp-2"]
+    assert (below[0]["status"], below[0]["baseline_n"]) == ("below", 3)
+    for name in ("vanilla-8-seed0", "et_pp-2-seed0"):
+        shutil.rmtree(study / name)
+    for seed in (1, 2):
+        write_run(study / f"vanilla-hold-seed{seed}", seed, 1.001e12, 60.0 + seed, 100.0, epochs=4, hold_epochs=2)
+    assert row(compare(CompareConfig((str(study),))), "equal_compute", "flops") == row(before, "equal_compute", "flops")
+    for seed in range(3):
+        result = study / f"vanilla-hold-seed{seed}" / "eval-knn.json"
+        result.write_text(json.dumps(json.loads(result.read_text()) | {"top1": 75.0 + seed}))
+    better = row(compare(CompareConfig((str(study),))), "equal_compute", "flops")
+    assert better["difference"] == pytest.approx(82.0 - 76.0, abs=0.01) and better["interval"]
+    write_run(study / "vanilla-8-seed0", 0, 8e12, 86.0, 800.0, epochs=32)
+    write_run(study / "et-seed0", 0, 8e12, 88.0, 800.0, curriculum="et", stage_sizes=[16, 32])
+    single = [r for r in compare(CompareConfig((str(study),)))["equal_compute"] if r["arm"] == "et"]
+    assert {(r["axis"], r["baseline_n"]) for r in single} == {("flops", 1), ("seconds", 1)}
+    assert single[0]["difference"] == pytest.approx(2.0)
 
 
 def test_arms_are_mean_and_sample_deviation(study):

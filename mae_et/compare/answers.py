@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,16 +43,15 @@ def needed(costs: Sequence[float], qualities: Sequence[float], quality: float) -
 
 def equal_compute(arm: Arm, baseline: Sequence[Arm], protocol: str, axis: str) -> dict[str, Any]:
     """Quality of an arm minus the baseline's at the same cost."""
-    curve = _curve(baseline, protocol, axis)
-    row = {"arm": arm.name, "protocol": protocol, "axis": axis, "cost": arm.cost(axis)}
-    row |= _counted(arm, baseline, protocol, axis)
-    quality = statistics.fmean(arm.quality(protocol))
-    at = interpolate(*_means(curve), row["cost"]) if curve else None
+    quality, cost = statistics.fmean(arm.quality(protocol)), arm.cost(axis)
+    curve, at = _answering(baseline, protocol, axis, lambda curve: interpolate(*_means(curve), cost))
+    row = {"arm": arm.name, "protocol": protocol, "axis": axis, "cost": cost}
+    row |= _counted(arm, baseline, protocol, axis, curve)
     row |= {"quality": quality, "baseline_quality": at, "difference": None, "interval": None}
     if at is None:
         return row
     samples = [
-        mean - interpolate([c for c, _ in curve], means, row["cost"])
+        mean - interpolate([c for c, _ in curve], means, cost)
         for mean, means in _resample(arm.quality(protocol), curve)
     ]
     return row | {"difference": quality - at, "interval": _interval(samples)}
@@ -61,21 +60,25 @@ def equal_compute(arm: Arm, baseline: Sequence[Arm], protocol: str, axis: str) -
 def equal_quality(arm: Arm, baseline: Sequence[Arm], protocol: str, axis: str) -> dict[str, Any]:
     """Cost that the baseline needs for an arm's quality; `status` is reached, below (its shortest arm has it) or not
     reached. An end of the interval that lies outside the baseline's arms is None; `told_apart`: it leaves out 1."""
-    curve = _curve(baseline, protocol, axis)
     quality, cost = statistics.fmean(arm.quality(protocol)), arm.cost(axis)
+
+    def reached(curve: Sequence[Point]) -> float | None:
+        at = needed(*_means(curve), quality)
+        return at if 0 < at < math.inf else None
+
+    curve, at = _answering(baseline, protocol, axis, reached)
     row = {"arm": arm.name, "protocol": protocol, "axis": axis, "cost": cost, "quality": quality}
-    row |= _counted(arm, baseline, protocol, axis)
+    row |= _counted(arm, baseline, protocol, axis, curve)
     row |= {"needed": None, "ratio": None, "interval": None, "told_apart": False, "status": "no baseline"}
     if not curve:
         return row
-    at = needed(*_means(curve), quality)
     costs = [c for c, _ in curve]
     ends = _interval([needed(costs, means, mean) / cost for mean, means in _resample(arm.quality(protocol), curve)])
     row["interval"] = [None if end in (0.0, math.inf) else end for end in ends] if ends else None
     row["told_apart"] = ends is not None and (ends[0] > 1 or ends[1] < 1)
     row |= {"shortest": costs[0], "longest": costs[-1]}
-    if at in (0.0, math.inf):
-        return row | {"status": "below" if at == 0 else "not reached"}
+    if at is None:
+        return row | {"status": "below" if quality <= _means(curve)[1][0] else "not reached"}
     return row | {"needed": at, "ratio": at / cost, "status": "reached"}
 
 
@@ -94,16 +97,38 @@ def not_ranked(arms: Sequence[Arm]) -> str:
     return "wide spread" if wide_seconds(arms) else ""
 
 
-def _counted(arm: Arm, baseline: Sequence[Arm], protocol: str, axis: str) -> dict[str, Any]:
+def _counted(arm: Arm, baseline: Sequence[Arm], protocol: str, axis: str, curve: Sequence[Point]) -> dict[str, Any]:
     """Seeds of the arm and of the baseline's arm that has fewest, and why the costs are not firm enough to rank by."""
-    n = [len(each.quality(protocol)) for each in (arm, *baseline)]
     why = "" if axis == "flops" else not_ranked([arm, *baseline])
-    return {"n": n[0], "baseline_n": min((count for count in n[1:] if count), default=0), "not_ranked": why}
+    seeds = min((len(values) for _, values in curve), default=0)
+    return {"n": len(arm.quality(protocol)), "baseline_n": seeds, "not_ranked": why}
 
 
-def _curve(baseline: Sequence[Arm], protocol: str, axis: str) -> list[Point]:
+def _answering(
+    baseline: Sequence[Arm], protocol: str, axis: str, answer: Callable[[Sequence[Point]], float | None]
+) -> tuple[list[Point], float | None]:
+    """The baseline's curve that gives an answer, and the answer: of arms with several seeds if that does, else of all.
+
+    So a single run, say of another length, takes no interval from the others.
+    """
     points = [(arm.cost(axis), arm.quality(protocol)) for arm in baseline if arm.quality(protocol)]
-    return sorted(points, key=lambda point: point[0])
+    firm, whole = _best([point for point in points if len(point[1]) > 1]), _best(points)
+    for curve in (firm, whole):
+        if curve and (at := answer(curve)) is not None:
+            return curve, at
+    as_long = firm and (firm[0][0], firm[-1][0]) == (whole[0][0], whole[-1][0])
+    return (firm if as_long else whole), None
+
+
+def _best(points: Sequence[Point]) -> list[Point]:
+    """In the order of cost; of several at one cost (1 % is rounding) the best, which is what an arm has to beat."""
+    curve: list[Point] = []
+    for cost, values in sorted(points, key=lambda point: point[0]):
+        if not curve or cost > curve[-1][0] * 1.01:
+            curve.append((cost, values))
+        elif statistics.fmean(values) > statistics.fmean(curve[-1][1]):
+            curve[-1] = cost, values
+    return curve
 
 
 def _means(curve: Sequence[Point]) -> tuple[list[float], list[float]]:

@@ -109,7 +109,8 @@ def verdict(report: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
             needs = [row for row in needs if row["baseline_n"]]
             if needs and not one_length:
                 sentences.append(_for_equal_quality(needs, axis))
-        answers.append((f"{arm} ({_seeds(costs)})", sentences))
+        at_flops = [row for row in report["equal_compute"] if row["arm"] == arm and row["axis"] == "flops"]
+        answers.append((f"{arm} ({_seeds(at_flops)})", sentences))
     for why, because in NOT_RANKED.items():
         rows = [row for row in report["equal_compute"] if row["not_ranked"] == why]
         if unranked := list(dict.fromkeys(row["arm"] for row in rows)):
