@@ -15,6 +15,7 @@ import pytest
 from run_folders import SMALL, write_run, write_untrained
 
 from mae_et.compare.compare import CompareConfig, compare
+from mae_et.compare.figures import draw_figures
 from mae_et.compare.report import answer_table, markdown
 from mae_et.compare.runs import incomparable, read_run
 from mae_et.evaluate.config import FinetuneConfig
@@ -131,6 +132,8 @@ def test_custom_curricula_are_named_by_what_differs_between_their_stages(tmp_pat
         report = compare(CompareConfig(tuple(map(str, folders))))
         assert [(arm["name"], arm["family"]) for arm in report["arms"][1:]] == list(zip(names, named, strict=True))
         assert [row[0] for row in answer_table(report)[1]] == names
+        legend = draw_figures(report)["knn-flops"].legends[0]
+        assert [text.get_text() for text in legend.get_texts()][1:] == names, "short, where a family is one arm"
 
 
 def test_a_flag_that_is_zero_names_an_arm(tmp_path):

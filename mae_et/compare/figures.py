@@ -45,14 +45,15 @@ def _draw_quality(report: Mapping, arms: Sequence[Mapping], protocol: str, axis:
     ticks = []
     for i, family in enumerate(families):
         colour, marker, points = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], []
-        for arm in arms:
-            if arm["family"] == family and protocol in arm["quality"]:
-                cost = arm["flops"] if axis == "flops" else arm["seconds"]["mean"]
-                summary = arm["quality"][protocol]
-                points.append((cost, summary["mean"]))
-                ticks += [cost] if arm["baseline"] else []
-                plot.plot([cost] * summary["n"], summary["values"], marker, color=colour, alpha=0.35, ms=4, mew=0)
-        plot.plot(*zip(*sorted(points), strict=True), "-", marker=marker, color=colour, ms=6, lw=1.5, label=family)
+        members = [arm for arm in arms if arm["family"] == family and protocol in arm["quality"]]
+        for arm in members:
+            cost = arm["flops"] if axis == "flops" else arm["seconds"]["mean"]
+            summary = arm["quality"][protocol]
+            points.append((cost, summary["mean"]))
+            ticks += [cost] if arm["baseline"] else []
+            plot.plot([cost] * summary["n"], summary["values"], marker, color=colour, alpha=0.35, ms=4, mew=0)
+        label = family if len(members) > 1 else members[0]["name"]
+        plot.plot(*zip(*sorted(points), strict=True), "-", marker=marker, color=colour, ms=6, lw=1.5, label=label)
     for arm in report["arms"]:
         if not arm["stages"] and protocol in arm["quality"]:
             level = arm["quality"][protocol]["mean"]
