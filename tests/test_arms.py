@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib import pyplot as plt
 from run_folders import SMALL, write_run, write_untrained
 
 from mae_et.compare.compare import CompareConfig, compare
@@ -134,6 +135,7 @@ def test_custom_curricula_are_named_by_what_differs_between_their_stages(tmp_pat
         assert [row[0] for row in answer_table(report)[1]] == names
         legend = draw_figures(report)["knn-flops"].legends[0]
         assert [text.get_text() for text in legend.get_texts()][1:] == names, "short, where a family is one arm"
+        plt.close("all")
 
 
 def test_a_flag_that_is_zero_names_an_arm(tmp_path):
