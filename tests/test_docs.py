@@ -102,6 +102,16 @@ def test_paths_exist(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_headings_that_are_linked_exist(page):
+    """As GitHub names them: small letters, hyphens for spaces, no punctuation."""
+    links = re.findall(r"\]\(([\w./-]*)#([^)]+)\)", page.read_text())
+    for path, anchor in links:
+        target = (page.parent / path) if path else page
+        headings = re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE)
+        assert anchor in {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}, f"{path}#{anchor}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_python_compiles(page):
     for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
         compile(block, str(page), "exec")
