@@ -3,20 +3,117 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from timm.optim import param_groups_weight_decay
-from torch import Tensor
+from timm.optim.muon import zeropower_via_newtonschulz
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..model import MaskedAutoencoder
+from ..plan.cost import NEWTON_SCHULZ_STEPS
 
 BETAS = (0.9, 0.95)  # MAE, arXiv 2111.06377, Table 8
+MOMENTUM = 0.95
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""Of the Newton–Schulz iteration (Jordan et al. 2024, "Muon", kellerjordan.github.io/posts/muon)."""
 
 
 def adamw(model: MaskedAutoencoder, weight_decay: float) -> torch.optim.AdamW:
     """Fused AdamW with weight decay on matrices only: not on biases, norms and tokens (MAE, Table 8)."""
-    groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=("encoder.cls_token", "mask_token"))
+    groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=NO_WEIGHT_DECAY)
     return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, fused=True)
+
+
+def muon(model: MaskedAutoencoder, weight_decay: float, precision: str) -> Muon:
+    """Muon for the matrices of the transformer blocks, AdamW as above for all else, at one learning rate."""
+    groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=NO_WEIGHT_DECAY)
+    stacked: dict[int, list[nn.Parameter]] = {}
+    for block in model.blocks:
+        for name, parameter in block.named_parameters():
+            if parameter.ndim == 2:
+                stacked.setdefault(STACKED.get(name, 1), []).append(parameter)
+    taken = {parameter for parameters in stacked.values() for parameter in parameters}
+    for group in groups:
+        group["params"] = [parameter for parameter in group["params"] if parameter not in taken]
+    groups += [
+        {"params": parameters, "weight_decay": weight_decay, "matrices": count}
+        for count, parameters in stacked.items()
+    ]
+    return Muon(groups, torch.bfloat16 if precision == "bf16" else torch.float32)
+
+
+NO_WEIGHT_DECAY = ("encoder.cls_token", "mask_token")
+STACKED = {"attn.qkv.weight": 3, "attn.kv.weight": 2}
+"""Weights of a block that hold several matrices, one above the other."""
+
+
+class Muon(torch.optim.AdamW):
+    """Steps along the nearest orthogonal matrix to the momentum, for groups with `matrices`; the others are AdamW's.
+
+    matrices, of a group: how many a weight holds, each of which is orthogonalised for itself.
+    dtype: of that iteration. Its input is Nesterov's momentum (Jordan et al. 2024); the update is scaled to AdamW's
+    typical size, 0.2·√max(m, n) for m × n (arXiv 2502.16982, Sec. 2.2), so learning rate and decay mean the same.
+
+    Heeds `found_inf` as fused AdamW does: a step with it changes neither weights nor momentum, and no host waits.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], dtype: torch.dtype) -> None:
+        super().__init__([{"matrices": 0} | group for group in groups], lr=0.0, betas=BETAS, fused=True)
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        alike: dict[tuple[int, ...], list[tuple[nn.Parameter, dict[str, Any]]]] = {}
+        gradients = {}
+        for group in self.param_groups:
+            for parameter in group["params"] if group["matrices"] else ():
+                if parameter.grad is not None:
+                    gradients[parameter] = parameter.grad
+                    rows, columns = parameter.shape
+                    shape = sorted((rows // group["matrices"], columns))
+                    alike.setdefault(tuple(shape), []).append((parameter, group))
+        for members in alike.values():
+            self._update(members)
+        for parameter in gradients:
+            parameter.grad = None  # AdamW passes over those without
+        super().step()
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+
+    def _update(self, members: list[tuple[nn.Parameter, dict[str, Any]]]) -> None:
+        """One iteration for all matrices that have one shape, or its transpose: it is many small products."""
+        found = getattr(self, "found_inf", None)
+        directions = []
+        for parameter, group in members:
+            state, gradient = self.state[parameter], parameter.grad
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            momentum = state["momentum_buffer"]
+            keep = 0.0
+            if found is not None:
+                gradient, keep = torch.where(found > 0, 0.0, gradient), found
+            momentum.mul_(MOMENTUM + (1 - MOMENTUM) * keep).add_(gradient)
+            direction = gradient.add(momentum, alpha=MOMENTUM)
+            direction = direction.full_tensor() if isinstance(direction, DTensor) else direction
+            directions.append(_flat(direction.to(self.dtype).unflatten(0, (group["matrices"], -1))))
+        orthogonal = zeropower_via_newtonschulz(torch.cat(directions), NEWTON_SCHULZ_STEPS, [COEFFICIENTS])
+        parts = orthogonal.split([group["matrices"] for _, group in members])
+        for (parameter, group), part in zip(members, parts, strict=True):
+            lr, (rows, columns) = group["lr"], part.shape[1:]
+            take = 1.0 if found is None else 1 - found
+            tall = parameter.shape[0] // group["matrices"] > parameter.shape[1]
+            update = (part.mT if tall else part).flatten(0, 1).to(parameter.dtype)
+            if isinstance(parameter, DTensor):
+                update = distribute_tensor(update, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            parameter.mul_(1 - lr * group["weight_decay"] * take)
+            parameter.sub_(update * (lr * 0.2 * max(rows, columns) ** 0.5 * take))
+
+
+def _flat(matrices: Tensor) -> Tensor:
+    """[k, m, n], transposed if they are taller than wide."""
+    return matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
 
 
 def learning_rate(p: float, *, peak: float, floor: float, warmup: float, hold: float = 0.0) -> float:

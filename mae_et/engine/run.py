@@ -27,7 +27,7 @@ from ..spectral import low_frequency_input
 from ..targets import hog_target, pixel_target, reconstruction_loss, take_patches
 from . import attention, run_folder, sharded, storage
 from .graphs import Graph, Inputs, wants_graphs
-from .optim import adamw
+from .optim import adamw, muon
 from .resume import check_branch, check_same_run, identity
 from .runtime import Normalize, Runtime
 from .step import Run
@@ -63,7 +63,10 @@ class PretrainRun(Run):
         torch.manual_seed(derive_seed(config.seed, "weights"))
         model = MaskedAutoencoder(**shape_of(config)).to(rt.device)
         network = trained_network(model, config, rt, curriculum)
-        optimizer = adamw(model, config.weight_decay)
+        if config.opt == "muon":
+            optimizer: torch.optim.Optimizer = muon(model, config.weight_decay, rt.precision)
+        else:
+            optimizer = adamw(model, config.weight_decay)
         run = cls(config, rt, curriculum, model, network, optimizer, Ledger.of(curriculum), 0)
         for stage in curriculum.stages:
             images = max(map(len, run.micro_batches(stage, rank=0)))

@@ -7,7 +7,7 @@ import math
 from dataclasses import replace
 
 from .config import PretrainConfig
-from .cost import flops_per_image, input_flops_per_image
+from .cost import flops_per_image, input_flops_per_image, muon_flops
 from .curriculum import Curriculum, Stage
 from .schedules import plan_stages, scheduled
 from .shapes import ModelShape, fits_in, height_width, model_shape, show_size, target_dim
@@ -43,6 +43,7 @@ def build_curriculum(config: PretrainConfig, num_images: int, devices: int = 1) 
         "patch_px": shape.patch_size,
         "devices": devices,
         "flops_per_image": flops,
+        "update_flops": devices * muon_flops(shape) if config.opt == "muon" else 0,
     }
     if config.curriculum == "custom":
         for row in config.stages:

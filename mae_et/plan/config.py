@@ -35,6 +35,7 @@ from .shared import DataFlags, LauncherFlags, RunFlags, check_shared, check_stat
 
 CURRICULA = (*SCHEDULES, "custom")
 CUDA_GRAPHS = ("auto", "on", "off")
+OPTIMIZERS = ("adamw", "muon")
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,8 @@ class OptimisationFlags:
     """Warm-up: warmup_epochs / epochs of the compute."""
     hold_epochs: Annotated[float, LENGTH, NOT_NEGATIVE] = 0
     """After the warm-up, the peak is held for hold_epochs / epochs of the compute before the half-cosine begins."""
+    opt: Annotated[str, TASK, OneOf(OPTIMIZERS)] = "adamw"
+    """adamw (MAE's), or muon: orthogonal updates of the matrices in blocks, in fewer, larger steps."""
     weight_decay: Annotated[float, TASK, NOT_NEGATIVE] = 0.05
     """Weight decay of matrices."""
     clip_grad: Annotated[float | None, TASK, POSITIVE] = None

@@ -62,6 +62,28 @@ def encoder_flops_per_image(model: ModelShape, num_patches: int) -> int:
     )
 
 
+NEWTON_SCHULZ_STEPS = 5
+"""Of Muon, to make a matrix orthogonal (Jordan et al. 2024)."""
+
+
+def muon_flops(model: ModelShape) -> int:
+    """FLOPs of a step of Muon on one device: three products of an m × n matrix, m ≤ n, in each Newton–Schulz step.
+
+    Of the matrices of the blocks; queries, keys and values are one each.
+    """
+    widths = (model.embed_dim, model.depth), (model.decoder_embed_dim, model.decoder_depth)
+    flops = 0
+    for width, depth in widths:
+        hidden = int(width * model.mlp_ratio)
+        flops += depth * (4 * _newton_schulz(width, width) + 2 * _newton_schulz(width, hidden))
+    return NEWTON_SCHULZ_STEPS * flops
+
+
+def _newton_schulz(rows: int, columns: int) -> int:
+    m, n = sorted((rows, columns))
+    return _linear(m, n, m) + _linear(m, m, m) + _linear(m, m, n)
+
+
 def _linear(tokens: int, inputs: int, outputs: int) -> int:
     return 2 * tokens * inputs * outputs
 
@@ -139,7 +161,7 @@ class Ledger:
         account.images += stage.batch_size
         account.visible_patches += stage.batch_size * stage.num_visible
         account.predicted_patches += stage.batch_size * stage.num_predicted
-        account.flops += stage.batch_size * stage.flops_per_image
+        account.flops += stage.flops_per_step
         account.train_seconds += train_seconds
         account.data_seconds += data_seconds
 

@@ -32,6 +32,8 @@ class Stage:
     """Optimiser steps."""
     flops_per_image: float = 0.0
     """Training FLOPs (forward and backward, input operators) of one image."""
+    update_flops: float = 0.0
+    """FLOPs of a step that don't depend on its images: of an optimiser that multiplies matrices, on all devices."""
     cutoff_px: SizePx | None = None
     """Only frequencies that an image of this side holds are kept; None: all that the size holds."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
@@ -95,7 +97,12 @@ class Stage:
     @property
     def flops(self) -> float:
         """Training FLOPs of this stage."""
-        return self.images * self.flops_per_image
+        return self.steps * self.flops_per_step
+
+    @property
+    def flops_per_step(self) -> float:
+        """Training FLOPs of one step."""
+        return self.batch_size * self.flops_per_image + self.update_flops
 
     @property
     def groups(self) -> int:
@@ -250,7 +257,7 @@ class Curriculum:
 
     def flops_before(self, step: int) -> float:
         """Training FLOPs spent before `step`."""
-        return self._before(step, lambda stage: stage.batch_size * stage.flops_per_image)
+        return self._before(step, lambda stage: stage.flops_per_step)
 
     def position(self, step: int) -> float:
         """p in [0, 1]: the share of the total compute spent before `step`."""

@@ -54,6 +54,7 @@ def plan_stages(
     lr_scaling: str = "sqrt",
     devices: int = 1,
     flops_per_image: Callable[[Stage], float] | None = None,
+    update_flops: float = 0.0,
 ) -> Curriculum:
     """Turn rows into a :class:`Curriculum` of whole steps.
 
@@ -67,6 +68,7 @@ def plan_stages(
         size (ET++, Sec. 5.3): as many on each of `devices` (see BATCH_PARTS), at most `max_batch_size` in all. Its
         learning rate grows by `lr_scaling` (a key of LR_SCALINGS) of the ratio. Rows that state their batch keep it.
     flops_per_image: training FLOPs of one image at a stage; default: its number of patches, good enough for ratios.
+    update_flops: of a step's update, on all devices.
 
     Raises ValueError if shares don't add to 1, a size is not divisible by the patch, or a stage sees none or all of its
     patches.
@@ -102,6 +104,7 @@ def plan_stages(
             replay=row.replay or (published_replay(row.size_px, full_size_px, patch_px) if replay else 1),
             views_per_image=views_per_image,
             masks_per_image=masks_per_image,
+            update_flops=update_flops,
             patches=num_patches(row.size_px, patch_px),
             loader_px=full_size_px if lowfreq in SPECTRAL else row.size_px,
         )
