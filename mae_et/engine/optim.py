@@ -38,8 +38,7 @@ def muon(model: MaskedAutoencoder, weight_decay: float, precision: str) -> Muon:
     for group in groups:
         group["params"] = [parameter for parameter in group["params"] if parameter not in taken]
     groups += [
-        {"params": parameters, "weight_decay": weight_decay, "matrices": count}
-        for count, parameters in stacked.items()
+        {"params": parameters, "weight_decay": weight_decay, "matrices": count} for count, parameters in stacked.items()
     ]
     return Muon(groups, torch.bfloat16 if precision == "bf16" else torch.float32)
 
@@ -62,6 +61,9 @@ class Muon(torch.optim.AdamW):
     def __init__(self, groups: list[dict[str, Any]], dtype: torch.dtype) -> None:
         super().__init__([{"matrices": 0} | group for group in groups], lr=0.0, betas=BETAS, fused=True)
         self.dtype = dtype
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        torch.optim.Optimizer.__setstate__(self, state)  # Adam's looks for its own state of every weight
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -97,8 +99,10 @@ class Muon(torch.optim.AdamW):
             momentum.mul_(MOMENTUM + (1 - MOMENTUM) * keep).add_(gradient)
             direction = gradient.add(momentum, alpha=MOMENTUM)
             direction = direction.full_tensor() if isinstance(direction, DTensor) else direction
-            directions.append(_flat(direction.to(self.dtype).unflatten(0, (group["matrices"], -1))))
-        orthogonal = zeropower_via_newtonschulz(torch.cat(directions), NEWTON_SCHULZ_STEPS, [COEFFICIENTS])
+            directions.append(_flat(direction.unflatten(0, (group["matrices"], -1))))
+        orthogonal = zeropower_via_newtonschulz(
+            torch.cat(directions), NEWTON_SCHULZ_STEPS, [COEFFICIENTS], dtype=self.dtype
+        )
         parts = orthogonal.split([group["matrices"] for _, group in members])
         for (parameter, group), part in zip(members, parts, strict=True):
             lr, (rows, columns) = group["lr"], part.shape[1:]

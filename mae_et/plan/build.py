@@ -43,7 +43,7 @@ def build_curriculum(config: PretrainConfig, num_images: int, devices: int = 1) 
         "patch_px": shape.patch_size,
         "devices": devices,
         "flops_per_image": flops,
-        "update_flops": devices * muon_flops(shape) if config.opt == "muon" else 0,
+        "update_flops": muon_flops(shape) if config.opt == "muon" else 0,
     }
     if config.curriculum == "custom":
         for row in config.stages:

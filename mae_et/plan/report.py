@@ -80,7 +80,8 @@ def plan_report(config: PlanConfig, count_images: Callable[[PretrainConfig], int
                 "compute_share": stage.flops / plan.total_flops,
                 "lr_scale": stage.lr_scale,
                 "images_per_device": stage.batch_size / devices,
-                "gflops_per_device_step": stage.flops_per_step / devices / 1e9,
+                "gflops_per_device_step": (stage.batch_size / devices * stage.flops_per_image + stage.update_flops)
+                / 1e9,
                 "micro_batches": step.micro_batches,
                 "launches": step.micro_batches * step.launches,
                 "peak_memory_bytes": step.peak_memory_bytes,
@@ -220,7 +221,7 @@ class Cluster:
             assert step is not None  # whose estimate it is
             share = step.utilisation(self.device_flops)
         return {
-            "compute": stage.flops_per_step / self.devices / (self.device_flops * share),
+            "compute": (images * stage.flops_per_image + stage.update_flops) / (self.device_flops * share),
             "host": step.host_seconds if step else 0.0,
             "link": self.all_reduce_seconds(GRADIENT_BYTES * parameters),
             "data": images / self.images_per_second if self.images_per_second else 0.0,
@@ -237,7 +238,7 @@ def scaling_report(
         seconds = cluster.seconds_per_step(stage, parameters, step)
         bound = max(seconds, key=seconds.__getitem__)
         without_data = max(value for name, value in seconds.items() if name != "data")
-        flops = stage.flops_per_step / cluster.devices
+        flops = stage.batch_size / cluster.devices * stage.flops_per_image + stage.update_flops
         rows.append(
             {
                 "size_px": stage.size_px,

@@ -68,7 +68,7 @@ def plan_stages(
         size (ET++, Sec. 5.3): as many on each of `devices` (see BATCH_PARTS), at most `max_batch_size` in all. Its
         learning rate grows by `lr_scaling` (a key of LR_SCALINGS) of the ratio. Rows that state their batch keep it.
     flops_per_image: training FLOPs of one image at a stage; default: its number of patches, good enough for ratios.
-    update_flops: of a step's update, on all devices.
+    update_flops: of a step's update.
 
     Raises ValueError if shares don't add to 1, a size is not divisible by the patch, or a stage sees none or all of its
     patches.
