@@ -86,18 +86,16 @@ class Muon(torch.optim.AdamW):
 
     def _update(self, members: list[tuple[nn.Parameter, dict[str, Any]]]) -> None:
         """One iteration for all matrices that have one shape, or its transpose: it is many small products."""
-        found = getattr(self, "found_inf", None)
+        skip = getattr(self, "found_inf", torch.zeros((), device=members[0][0].device))
+        keep, take, skipped = MOMENTUM + (1 - MOMENTUM) * skip, 1 - skip, skip > 0
         directions = []
         for parameter, group in members:
-            state, gradient = self.state[parameter], parameter.grad
+            state = self.state[parameter]
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            momentum = state["momentum_buffer"]
-            keep = 0.0
-            if found is not None:
-                gradient, keep = torch.where(found > 0, 0.0, gradient), found
-            momentum.mul_(MOMENTUM + (1 - MOMENTUM) * keep).add_(gradient)
-            direction = gradient.add(momentum, alpha=MOMENTUM)
+            momentum, gradient = state["momentum_buffer"], torch.where(skipped, 0.0, parameter.grad)
+            momentum.mul_(keep).add_(gradient)
+            direction = gradient.add_(momentum, alpha=MOMENTUM)
             direction = direction.full_tensor() if isinstance(direction, DTensor) else direction
             directions.append(_flat(direction.unflatten(0, (group["matrices"], -1))))
         orthogonal = zeropower_via_newtonschulz(
@@ -105,14 +103,13 @@ class Muon(torch.optim.AdamW):
         )
         parts = orthogonal.split([group["matrices"] for _, group in members])
         for (parameter, group), part in zip(members, parts, strict=True):
-            lr, (rows, columns) = group["lr"], part.shape[1:]
-            take = 1.0 if found is None else 1 - found
             tall = parameter.shape[0] // group["matrices"] > parameter.shape[1]
             update = (part.mT if tall else part).flatten(0, 1).to(parameter.dtype)
             if isinstance(parameter, DTensor):
                 update = distribute_tensor(update, parameter.device_mesh, parameter.placements, src_data_rank=None)
-            parameter.mul_(1 - lr * group["weight_decay"] * take)
-            parameter.sub_(update * (lr * 0.2 * max(rows, columns) ** 0.5 * take))
+            size = 0.2 * max(part.shape[1:]) ** 0.5
+            parameter.mul_(1 - group["lr"] * group["weight_decay"] * take)
+            parameter.sub_(update.mul_(group["lr"] * size * take))
 
 
 def _flat(matrices: Tensor) -> Tensor:

@@ -33,8 +33,10 @@ class Stage:
     flops_per_image: float = 0.0
     """Training FLOPs (forward and backward, input operators) of one image."""
     update_flops: float = 0.0
-    """FLOPs of a step that don't depend on its images: of an optimiser that multiplies matrices. Counted once, though every device repeats it:
-    what is planned must not depend on their number."""
+    """FLOPs of a step that don't depend on its images: of an optimiser that multiplies matrices.
+
+    Counted once, though every device repeats them, since a plan must not depend on how many there are.
+    """
     cutoff_px: SizePx | None = None
     """Only frequencies that an image of this side holds are kept; None: all that the size holds."""
     crop_scale: tuple[float, float] = (0.2, 1.0)

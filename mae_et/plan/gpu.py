@@ -30,6 +30,8 @@ class GpuStep:
     micro_batches: int
     launches: int
     """Of a micro-batch."""
+    update_launches: int
+    """Of a step, beside those: what Muon takes more than AdamW."""
     host_seconds: float
     peak_memory_bytes: int | None
     """None where no formula holds: in float32, with --bf16_residual, and where the model is sharded."""
@@ -38,6 +40,7 @@ class GpuStep:
     def of(cls, config: PretrainConfig, plan: Curriculum, stage: Stage, devices: int) -> GpuStep:
         """A step of one of the stages of `plan`, which is the configuration's."""
         shape, hog, recompute = shape_of(config), config.target == "hog", config.activation_checkpointing
+        muon = config.opt == "muon"
         sharded = config.fsdp and devices > 1
         graphs = config.cuda_graphs != "off" and not sharded
         rows, count = math.ceil(stage.batch_size / devices), stage.micro_batches(config.batch_size, devices)
@@ -46,10 +49,11 @@ class GpuStep:
         if config.precision != "fp32" and not config.bf16_residual and not sharded:
             copies = 1 if graphs else (count > 1) + (devices > 1)  # graphs add to gradients that stay where they are
             size = math.ceil(rows / count)
-            peak = peak_memory_bytes(shape, stage, size, hog=hog, gradients=copies, recompute=recompute)
+            peak = peak_memory_bytes(shape, stage, size, hog=hog, gradients=copies, recompute=recompute, muon=muon)
             peak += max(_arriving(config, s, devices) for s in plan.stages)
-        host = count * host_seconds(work, graphs)
-        return cls(shape, stage, rows / count, count, work, host, peak)
+        update = muon_launches(shape) if muon else 0
+        host = count * host_seconds(work, graphs) + host_seconds(update, graphs=False)
+        return cls(shape, stage, rows / count, count, work, update, host, peak)
 
     def utilisation(self, device_flops: float) -> float:
         """Estimated MFU while the device is not waited for."""
@@ -75,7 +79,14 @@ RECOMPUTED_BLOCK = 0.94
 
 
 def peak_memory_bytes(
-    model: ModelShape, stage: Stage, images: int, *, hog: bool, gradients: int = 0, recompute: bool = False
+    model: ModelShape,
+    stage: Stage,
+    images: int,
+    *,
+    hog: bool,
+    gradients: int = 0,
+    recompute: bool = False,
+    muon: bool = False,
 ) -> int:
     """Peak of a step with micro-batches of `images` in a stage, on each device, its optimiser's state included.
 
@@ -85,7 +96,8 @@ def peak_memory_bytes(
     recompute: only the input of each block is kept (--activation_checkpointing), and no weights in bf16.
     """
     parameters = model.num_parameters
-    state = FLOAT * parameters * (3 + gradients)  # weights, two moments
+    # Weights and two moments, of which Muon keeps one for the matrices of blocks.
+    state = FLOAT * (parameters * (3 + gradients) - muon * sum(numbers for numbers, _ in _matrices(model)))
     encoder, decoder, rest = _kept(model, stage)
     blocks = encoder * model.depth + decoder * model.decoder_depth
     pixels = FLOAT * model.in_chans * math.prod(height_width(stage.size_px))
@@ -105,8 +117,20 @@ def peak_memory_bytes(
     end = encoder * images + (0 if gradients else FLOAT * parameters)
     # The device crops images of full size, two at a time of them in float32, while nothing else is there.
     crop = 2 * FLOAT * model.in_chans * math.prod(height_width(stage.loader_px or stage.size_px)) * images
-    step = max(casts + images * max(forward, backward), casts + end, crop)
+    # Momenta that are made orthogonal, all of one shape together: in float32 one by one and as one, in bf16 twice.
+    iteration = max((2 * FLOAT + 2 * BF16) * numbers + 2 * BF16 * squares for numbers, squares in _matrices(model))
+    update = (0 if gradients else FLOAT * parameters) + muon * iteration
+    step = max(casts + images * max(forward, backward), casts + end, crop, update)
     return int(state + WORKSPACE_BYTES + step)
+
+
+def _matrices(model: ModelShape) -> list[tuple[int, int]]:
+    """Numbers in all matrices of blocks that have one shape, and in their products with their transposes."""
+    found = []
+    for width, depth in ((model.embed_dim, model.depth), (model.decoder_embed_dim, model.decoder_depth)):
+        hidden = int(width * model.mlp_ratio)
+        found += [(depth * 4 * width**2,) * 2, (depth * 2 * width * hidden, depth * 2 * min(width, hidden) ** 2)]
+    return found
 
 
 def _kept(model: ModelShape, stage: Stage) -> tuple[float, float, float]:
@@ -146,6 +170,7 @@ def _residuals(model: ModelShape, stage: Stage) -> int:
 
 LAUNCHES_PER_BLOCK, LAUNCHES_PER_CROSS_BLOCK, LAUNCHES_PER_RECOMPUTED_BLOCK = 58, 74, 18
 OTHER_LAUNCHES, HOG_LAUNCHES, DDP_LAUNCHES = 130, 55, 252
+MUON_LAUNCHES_PER_WEIGHT, MUON_LAUNCHES_PER_SHAPE = 10, 22
 """Kernels, matrix products and memory sets of a micro-batch, counted; of DDP a copy for each parameter, for ViT-B."""
 HOST_SECONDS_PER_LAUNCH = 12.5e-6
 """Estimate: half of the 21 µs of Python and torch measured on an AMD Zen 3, for hosts of H100s, and 2 µs of driver."""
@@ -172,6 +197,12 @@ def launches(model: ModelShape, *, hog: bool, recompute: bool = False, ranks: in
         + HOG_LAUNCHES * hog
         + DDP_LAUNCHES * blocks // 20 * (ranks > 1)
     )
+
+
+def muon_launches(model: ModelShape) -> int:
+    """Kernels of Muon's update in a step: a few for each weight, and the iteration for the matrices of one shape."""
+    weights = 4 * model.depth + (5 if model.decoder == "cross" else 4) * model.decoder_depth
+    return MUON_LAUNCHES_PER_WEIGHT * weights + MUON_LAUNCHES_PER_SHAPE * 4
 
 
 def host_seconds(launches: int, graphs: bool) -> float:

@@ -83,7 +83,7 @@ def plan_report(config: PlanConfig, count_images: Callable[[PretrainConfig], int
                 "gflops_per_device_step": (stage.batch_size / devices * stage.flops_per_image + stage.update_flops)
                 / 1e9,
                 "micro_batches": step.micro_batches,
-                "launches": step.micro_batches * step.launches,
+                "launches": step.micro_batches * step.launches + step.update_launches,
                 "peak_memory_bytes": step.peak_memory_bytes,
             }
             for stage, step in zip(plan.stages, steps, strict=True)
