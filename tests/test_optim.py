@@ -20,7 +20,7 @@ from mae_et import checkpoint
 from mae_et.engine import pretrain as pretraining
 from mae_et.engine.optim import BETAS, MOMENTUM, Muon, adamw, allocate, guarded_step, muon, set_learning_rate
 from mae_et.model import MaskedAutoencoder, create_mae
-from mae_et.plan.build import build_curriculum, shape_of
+from mae_et.plan.build import as_vanilla, build_curriculum, shape_of
 from mae_et.plan.cost import flops_per_image, input_flops_per_image, muon_flops
 
 LR, WEIGHT_DECAY = 0.01, 0.3
@@ -161,6 +161,17 @@ def test_a_plan_counts_the_update_of_every_step_however_many_devices_repeat_it(p
         ]
         assert plan.total_flops == sum(images) + plan.total_steps * muon_flops(shape)
     assert [stage.update_flops for stage in build_curriculum(tiny(photos, tmp_path), 40).stages] == [0, 0]
+
+
+def test_an_exact_allocation_shares_out_the_updates_too(photos, tmp_path):
+    """Of equal compute, the two stages have their shares, and together what vanilla takes."""
+    for opt in ("adamw", "muon"):
+        config = tiny(photos, tmp_path / "run", opt=opt, allocation="flops", epochs=500)
+        plan, vanilla = (build_curriculum(c, 40) for c in (config, as_vanilla(config)))
+        assert plan.total_flops == pytest.approx(vanilla.total_flops, rel=1e-3)
+        assert [stage.flops / plan.total_flops for stage in plan.stages] == pytest.approx([0.5, 0.5], rel=1e-3)
+        updates = plan.total_steps * muon_flops(shape_of(config)) * (opt == "muon")
+        assert plan.update_share == pytest.approx(updates / plan.total_flops) and plan.update_share < 0.9
 
 
 @pytest.fixture(scope="module")

@@ -135,8 +135,10 @@ def log_plan(run: Run, vanilla: Curriculum) -> None:
                 "stage %d: each decoded sample in %d steps, from a replay buffer of %.2f GiB over all devices",
                 *(i + 1, stage.replay, stage.replay_bytes / 2**30),
             )
-    ratio = curriculum.total_images * vanilla.stages[0].flops_per_image / curriculum.total_flops
+    ratio = curriculum.total_images * vanilla.total_flops / vanilla.total_images / curriculum.total_flops
     log.info("%.2e training FLOPs; vanilla MAE needs %.2f× that for the same images", curriculum.total_flops, ratio)
+    if curriculum.update_share:
+        log.info("%.0f%% of them are updates by %s", 100 * curriculum.update_share, config.opt)
     warmup, hold, epochs = config.warmup_epochs, config.hold_epochs, config.epochs
     if warmup >= epochs:
         log.warning("--warmup_epochs %g of --epochs %g: the learning rate never reaches its peak", warmup, epochs)

@@ -96,7 +96,7 @@ def pretrain(config: PretrainConfig) -> Path:
         logger = RunLogger(run.folder, config, run.curriculum, run.step, run.ledger, on=rt.is_main)
         with run.writer:
             with files.disk_full_errors(run.folder), contextlib.closing(loader), logger:
-                train(run, batches, logger, stop, vanilla.stages[0].flops_per_image, probe)
+                train(run, batches, logger, stop, vanilla.total_flops / vanilla.total_images, probe)
             finish(run, source, vanilla)
         return run.folder
 
@@ -311,7 +311,7 @@ def finish(run: PretrainRun, source: Source, vanilla: Curriculum) -> None:
     run.save(full=run.finished)
     run.writer.wait()
     if run.rt.is_main:
-        console.print(ledger_table(run.ledger, run.curriculum, vanilla.stages[0].flops_per_image))
+        console.print(ledger_table(run.ledger, run.curriculum, vanilla.total_flops / vanilla.total_images))
         cores = spare_cores(run.rt.loading(run.config.num_workers, False).num_workers)
         for line in data_wait_hints(run.config, run.curriculum, run.ledger, is_jpeg_source(source), cores):
             log.warning(line)

@@ -231,6 +231,11 @@ class Curriculum:
         return sum(stage.flops for stage in self.stages)
 
     @cached_property
+    def update_share(self) -> float:
+        """Share of the training FLOPs that doesn't depend on images: of updates."""
+        return sum(stage.steps * stage.update_flops for stage in self.stages) / self.total_flops
+
+    @cached_property
     def decoded_images(self) -> int:
         """Images that are decoded; fewer than are seen where samples are replayed or give several views."""
         return self.decoded_before(self.total_steps)

@@ -125,6 +125,7 @@ def _totals(plan: Curriculum) -> dict[str, float]:
     return {
         "flops": plan.total_flops,
         "images": plan.total_images,
+        "update_share": plan.update_share,
         "decoded_images": plan.decoded_images,
         "passes": plan.total_images / plan.num_images,
         "steps": plan.total_steps,
@@ -168,6 +169,9 @@ def plan_summary(report: dict[str, Any]) -> list[str]:
                 f"{show_size(row['size_px'])} px shows each decoded sample in {row['replay']} steps; its replay buffer "
                 f"takes {row['replay_bytes'] / 2**30:.2f} GiB over all devices"
             )
+    updates = []
+    if total["update_share"]:
+        updates.append(f"{total['update_share']:.1%} of them are updates; the larger the batch, the fewer there are")
     scaling = []
     if "scaling" in report:
         slower = report["scaling"]["hours_over_vs_at_equal_flops"]
@@ -175,6 +179,7 @@ def plan_summary(report: dict[str, Any]) -> list[str]:
     return [
         *decoded,
         f"{total['flops']:.3e} training FLOPs; whole steps leave {total['remainder_images']:+.0f} images over",
+        *updates,
         f"{vs['recipe']}: {vs['totals']['flops']:.3e} FLOPs for {vs['totals']['passes']:.1f} passes, "
         f"{vs['speedup_flops']:.2f}× the cost of this plan",
         f"fine-tuning for {finetune['epochs']:g} epochs at full size: {finetune['flops']:.3e} FLOPs, "

@@ -68,7 +68,7 @@ def plan_stages(
         size (ET++, Sec. 5.3): as many on each of `devices` (see BATCH_PARTS), at most `max_batch_size` in all. Its
         learning rate grows by `lr_scaling` (a key of LR_SCALINGS) of the ratio. Rows that state their batch keep it.
     flops_per_image: training FLOPs of one image at a stage; default: its number of patches, good enough for ratios.
-    update_flops: of a step's update.
+    update_flops: of a step's update, whatever the stage.
 
     Raises ValueError if shares don't add to 1, a size is not divisible by the patch, or a stage sees none or all of its
     patches.
@@ -110,6 +110,10 @@ def plan_stages(
         )
         return replace(stage, flops_per_image=flops(stage))
 
+    def with_update(stage: Stage) -> float:
+        """FLOPs of an image and its part of the update."""
+        return stage.flops_per_image + stage.update_flops / stage.batch_size
+
     full = unsized(StageRow(full_size_px, 1.0))
 
     def sized(row: StageRow) -> Stage:
@@ -131,7 +135,7 @@ def plan_stages(
             return epochs * row.share
         if allocation == "area":
             return epochs * row.share * area_px(full.size_px) / area_px(stage.size_px)
-        return epochs * row.share * full.flops_per_image / stage.flops_per_image
+        return epochs * row.share * with_update(full) / with_update(stage)
 
     stages, asked_images, planned_images = [], 0.0, 0
     for row in rows:
