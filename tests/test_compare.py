@@ -199,6 +199,17 @@ def test_the_baseline_may_be_named(study):
     assert {r["arm"] for r in report["equal_compute"]} == {"vanilla-1", "vanilla-2", "vanilla-4"}
 
 
+def test_the_baseline_has_maes_optimiser_where_some_run_has(tmp_path):
+    for epochs in (1, 2):
+        write_run(tmp_path / f"muon{epochs}", curriculum="vanilla", opt="muon", epochs=epochs, flops=epochs * 1e12)
+    assert len(compare(CompareConfig((str(tmp_path),)))["baseline"]) == 2
+    write_run(tmp_path / "z", curriculum="vanilla", epochs=1)
+    report = compare(CompareConfig((str(tmp_path),)))
+    (name,) = report["baseline"]
+    arms = {arm["name"]: arm for arm in report["arms"]}
+    assert "adamw" in name and all("muon" in other for other in arms.keys() - {name})
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [

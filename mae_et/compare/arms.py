@@ -163,13 +163,14 @@ def _numbered(labels: Sequence[str], arms: Sequence[Mapping[str, Any]]) -> Itera
 
 
 def baseline_arms(arms: Sequence[Arm], named: Container[Path]) -> list[Arm]:
-    """Arms that hold a run at one of the `named` resolved paths; without any, the largest family of vanilla arms."""
+    """Arms that hold a run at one of the `named` resolved paths; without any, the largest family of vanilla arms, of
+    those that were trained with MAE's optimiser if there are such."""
     if named:
         chosen = [arm for arm in arms if any(run.folder.resolve() in named for run in arm.runs)]
     else:
         vanilla = [arm for arm in arms if arm.pretrained and arm.runs[0].config.curriculum == "vanilla"]
         families = [[a for a in vanilla if a.family == family] for family in dict.fromkeys(a.family for a in vanilla)]
-        chosen = max(families, key=len, default=[])
+        chosen = max(families, key=lambda each: (each[0].runs[0].config.opt == "adamw", len(each)), default=[])
     if not chosen:
         raise ValueError("no run with --curriculum vanilla among these: say what to compare with, --baseline RUN…")
     if not all(arm.pretrained for arm in chosen):
