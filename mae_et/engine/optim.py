@@ -18,6 +18,9 @@ BETAS = (0.9, 0.95)  # MAE, arXiv 2111.06377, Table 8
 MOMENTUM = 0.95
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the Newton–Schulz iteration (Jordan et al. 2024, "Muon", kellerjordan.github.io/posts/muon)."""
+NO_WEIGHT_DECAY = ("encoder.cls_token", "mask_token")
+STACKED = {"attn.qkv.weight": 3, "attn.kv.weight": 2}
+"""Weights of a block that hold several matrices, one above the other."""
 
 
 def adamw(model: MaskedAutoencoder, weight_decay: float) -> torch.optim.AdamW:
@@ -41,11 +44,6 @@ def muon(model: MaskedAutoencoder, weight_decay: float, precision: str) -> Muon:
         {"params": parameters, "weight_decay": weight_decay, "matrices": count} for count, parameters in stacked.items()
     ]
     return Muon(groups, torch.bfloat16 if precision == "bf16" else torch.float32)
-
-
-NO_WEIGHT_DECAY = ("encoder.cls_token", "mask_token")
-STACKED = {"attn.qkv.weight": 3, "attn.kv.weight": 2}
-"""Weights of a block that hold several matrices, one above the other."""
 
 
 class Muon(torch.optim.AdamW):
