@@ -129,7 +129,7 @@ def _attention_parity(report: Report, run: PretrainRun) -> None:
 
 def sync(report: Report, work: Path) -> None:
     """No steady step waits for the GPU."""
-    cases = "--target hog --clip_grad 1", "--decoder cross --norm_pix_loss --lowfreq scaled", "--compile"
+    cases = "--target hog --clip_grad 1", "--decoder cross --norm_pix_loss --lowfreq scaled --opt muon", "--compile"
     for flags in cases[:2] if report.dry_run else (*cases, "--cuda_graphs off"):
         with runtime.start("cuda") as rt:
             run = start_run(f"{SMALL} {flags}", rt)
