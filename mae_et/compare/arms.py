@@ -165,20 +165,14 @@ def _numbered(labels: Sequence[str], arms: Sequence[Mapping[str, Any]]) -> Itera
 def baseline_arms(arms: Sequence[Arm], named: Container[Path]) -> list[Arm]:
     """Arms that hold a run at one of the `named` resolved paths; without any, the largest family of vanilla arms.
 
-    A family with MAE's optimiser comes first, of families as large the one with the fewest flags that aren't MAE's.
+    A family with MAE's optimiser comes first.
     """
     if named:
         chosen = [arm for arm in arms if any(run.folder.resolve() in named for run in arm.runs)]
     else:
         vanilla = [arm for arm in arms if arm.pretrained and arm.runs[0].config.curriculum == "vanilla"]
         families = [[a for a in vanilla if a.family == family] for family in dict.fromkeys(a.family for a in vanilla)]
-
-        def rank(family: Sequence[Arm]) -> tuple[bool, int, int]:
-            config = family[0].runs[0].config
-            departures = sum(getattr(config, flag) != default for flag, default in vars(PretrainConfig()).items())
-            return config.opt == "adamw", len(family), -departures
-
-        chosen = max(families, key=rank, default=[])
+        chosen = max(families, key=lambda each: (each[0].runs[0].config.opt == "adamw", len(each)), default=[])
     if not chosen:
         raise ValueError("no run with --curriculum vanilla among these: say what to compare with, --baseline RUN…")
     if not all(arm.pretrained for arm in chosen):
