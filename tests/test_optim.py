@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from mae_et.engine.optim import BETAS, MOMENTUM, Muon, adamw, allocate, guarded_
 from mae_et.model import MaskedAutoencoder, create_mae
 from mae_et.plan.build import as_vanilla, build_curriculum, shape_of
 from mae_et.plan.cost import flops_per_image, input_flops_per_image, muon_flops
+from mae_et.plan.flags import from_recipe
+from mae_et.plan.report import PlanConfig, plan_report, plan_summary
 
 LR, WEIGHT_DECAY = 0.01, 0.3
 
@@ -172,6 +175,17 @@ def test_an_exact_allocation_shares_out_the_updates_too(photos, tmp_path):
         assert [stage.flops / plan.total_flops for stage in plan.stages] == pytest.approx([0.5, 0.5], rel=1e-3)
         updates = plan.total_steps * muon_flops(shape_of(config)) * (opt == "muon")
         assert plan.update_share == pytest.approx(updates / plan.total_flops) and plan.update_share < 0.9
+
+
+@pytest.mark.parametrize("opt", ["adamw", "muon"])
+def test_a_plan_says_what_share_the_updates_have(opt):
+    """At 32 images a step of `small` they are most of the work, and must not look free."""
+    config = replace(from_recipe(PlanConfig, "small"), opt=opt)
+    report = plan_report(config, lambda _: 1000)
+    share = report["totals"]["update_share"]
+    assert (share > 0.5) == (opt == "muon")
+    said = [line for line in plan_summary(report) if "are updates" in line]
+    assert [line.partition(" ")[0] for line in said] == ([f"{share:.1%}"] if opt == "muon" else [])
 
 
 @pytest.fixture(scope="module")

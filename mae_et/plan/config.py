@@ -139,7 +139,7 @@ class OptimisationFlags:
     hold_epochs: Annotated[float, LENGTH, NOT_NEGATIVE] = 0
     """After the warm-up, the peak is held for hold_epochs / epochs of the compute before the half-cosine begins."""
     opt: Annotated[str, TASK, OneOf(OPTIMIZERS)] = "adamw"
-    """adamw (MAE's), or muon: orthogonal updates of the matrices in blocks, in fewer, larger steps."""
+    """adamw (MAE's), or muon: orthogonal updates of the matrices in blocks, which cost FLOPs of their own."""
     weight_decay: Annotated[float, TASK, NOT_NEGATIVE] = 0.05
     """Weight decay of matrices."""
     clip_grad: Annotated[float | None, TASK, POSITIVE] = None
