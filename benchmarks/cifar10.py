@@ -21,6 +21,8 @@ import numpy as np
 import tyro
 from PIL import Image
 
+from mae_et.cli import explain
+
 KINDS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SIDE_PX = 32
 BATCHES = {"train": [f"data_batch_{number}" for number in range(1, 6)], "val": ["test_batch"]}
@@ -70,4 +72,4 @@ def save(image: np.ndarray, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    build(tyro.cli(Cifar10Config, use_underscores=True))
+    explain("cifar10.py", lambda: build(tyro.cli(Cifar10Config, use_underscores=True)))

@@ -35,6 +35,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mae_et import checkpoint
+from mae_et.cli import explain
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -259,4 +260,4 @@ def report(kills: list[Kill], total: int, problems: list[str], options: CrashCon
 
 
 if __name__ == "__main__":
-    main()
+    explain("crash.py", main)

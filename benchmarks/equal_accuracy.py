@@ -43,6 +43,7 @@ import tyro
 import yaml
 
 from mae_et import files
+from mae_et.cli import explain
 from mae_et.cli import main as mae_et
 from mae_et.compare.runs import ARCHIVE, runs_in
 from mae_et.data.sources import count_images, open_source
@@ -329,4 +330,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    explain("equal_accuracy.py", main)

@@ -28,6 +28,8 @@ from pathlib import Path
 import tyro
 from PIL import Image
 
+from mae_et.cli import explain
+
 TILE_PX = 96
 LONG_SIDE_PX = 1024
 """The larger photographs are reduced to it, so that a tile shows alike much of each."""
@@ -163,4 +165,4 @@ def save(image: Image.Image, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    build(tyro.cli(NaturalImagesConfig, use_underscores=True))
+    explain("natural_images.py", lambda: build(tyro.cli(NaturalImagesConfig, use_underscores=True)))

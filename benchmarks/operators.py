@@ -19,6 +19,7 @@ import tyro
 from PIL import Image
 from torch import Tensor
 
+from mae_et.cli import explain
 from mae_et.data.photos import CLASSES, photograph
 from mae_et.plan.shapes import SPECTRAL, spectral_operator
 from mae_et.spectral import low_frequency_crop
@@ -110,4 +111,4 @@ def main(config: OperatorsConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(OperatorsConfig, use_underscores=True))
+    explain("operators.py", lambda: main(tyro.cli(OperatorsConfig, use_underscores=True)))

@@ -20,6 +20,8 @@ from crash import RECIPE, Launch, draw_images, finish
 from rich.console import Console
 from rich.table import Table
 
+from mae_et.cli import explain
+
 TOLERANCE = 1e-4
 """Relative, of a loss."""
 ROWS = 12
@@ -67,4 +69,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    explain("ranks.py", main)

@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from synthetic import Spread, Stopwatch, synthetic_run
 
+from mae_et.cli import explain
 from mae_et.data.sources import count_images, open_source
 from mae_et.engine import runtime
 from mae_et.plan.build import as_vanilla, build_curriculum
@@ -155,4 +156,4 @@ def show(report: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    explain("seconds.py", main)

@@ -23,6 +23,8 @@ from pathlib import Path
 import tyro
 from PIL import Image
 
+from mae_et.cli import explain
+
 FOLDER = "elpv_dataset/data"
 VAL_EVERY = 4  # every fourth image of a kind is held out
 LICENCE = """\
@@ -61,4 +63,4 @@ def build(config: SolarCellsConfig) -> None:
 
 
 if __name__ == "__main__":
-    build(tyro.cli(SolarCellsConfig, use_underscores=True))
+    explain("solar_cells.py", lambda: build(tyro.cli(SolarCellsConfig, use_underscores=True)))

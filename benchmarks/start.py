@@ -17,6 +17,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from mae_et.cli import explain
+
 ROOT = Path(__file__).parent.parent
 COMMANDS = {
     "import torch": ("-c", "import torch"),
@@ -67,4 +69,4 @@ def median(values: list[float]) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    explain("start.py", main)

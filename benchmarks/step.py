@@ -39,6 +39,7 @@ from rich.table import Table
 from synthetic import LEARNING_RATE, Spread, loader_output, peak_memory, reset_peak_memory, synthetic_run
 from torch import Tensor, nn
 
+from mae_et.cli import explain
 from mae_et.engine import runtime
 from mae_et.engine.pretrain import PretrainRun
 from mae_et.engine.step import take_step
@@ -322,4 +323,4 @@ def scaling_lines(rows: list[dict[str, Any]]) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    explain("step.py", main)

@@ -29,12 +29,12 @@ EXPLAINED = (ValueError, OSError, CheckpointError, FloatingPointError)
 
 def main_pretrain(argv: list[str] | None = None) -> None:
     """`python main_pretrain.py`: without flags, the recipe `demo`."""
-    _explain("main_pretrain.py", lambda: _pretrain(sys.argv[1:] if argv is None else argv))
+    explain("main_pretrain.py", lambda: _pretrain(sys.argv[1:] if argv is None else argv))
 
 
 def main_finetune(argv: list[str] | None = None) -> None:
     """`python main_finetune.py`: fine-tuning, or the evaluation that a flag asks for."""
-    _explain("main_finetune.py", lambda: _finetune(sys.argv[1:] if argv is None else argv))
+    explain("main_finetune.py", lambda: _finetune(sys.argv[1:] if argv is None else argv))
 
 
 def _pretrain(argv: list[str]) -> None:
@@ -237,7 +237,7 @@ def main(argv: list[str] | None = None) -> None:
     """`python -m mae_et COMMAND …`, also installed as `mae-et`."""
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in COMMANDS:
-        return _explain(f"mae_et {argv[0]}", lambda: COMMANDS[argv[0]][0](argv[1:]))
+        return explain(f"mae_et {argv[0]}", lambda: COMMANDS[argv[0]][0](argv[1:]))
     usage = "usage: python -m mae_et COMMAND …\n" + "".join(f"  {n:12} {text}\n" for n, (_, text) in COMMANDS.items())
     if argv and argv[0] in ("-h", "--help"):
         print(usage + "COMMAND --help lists its flags.")
@@ -246,7 +246,7 @@ def main(argv: list[str] | None = None) -> None:
     fail(f"{problem}; choose from {', '.join(COMMANDS)}", "mae_et")
 
 
-def _explain(prog: str, run: Callable[[], None]) -> None:
+def explain(prog: str, run: Callable[[], None]) -> None:
     """Run; a mistake ends in one line on standard error and exit code 1."""
     try:
         run()

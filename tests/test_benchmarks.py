@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import re
+import subprocess
 import sys
 import tarfile
 import zipfile
@@ -110,3 +112,64 @@ def test_every_kind_of_solar_cell_is_held_out(benchmark, tmp_path: Path):
         for i, (chance, _) in enumerate(kinds)
     }
     assert np.asarray(Image.open(tmp_path / "out" / "val" / "defective" / "cell0031.pgm")).tolist() == [[31] * 4] * 4
+
+
+def arm_of(name: str, values: list[float], flops: float = 100.0) -> dict:
+    mean = sum(values) / len(values)
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return {"name": name, "flops": flops, "quality": {"knn": {"mean": mean, "std": std}}}
+
+
+def waterfall_of(benchmark, tmp_path: Path, chain: str, without: str = ""):
+    waterfall = benchmark("waterfall")
+    config = waterfall.WaterfallConfig(
+        tmp_path, "knn", tuple(chain.split("|")), tmp_path / "w.png", tuple(without.split("|")) if without else ()
+    )
+    arms = [arm_of("vanilla_T", [50, 52]), arm_of("et_pp", [54]), arm_of("fast", [58, 58.0]), arm_of("muon", [53], 102)]
+    report = {"arms": [*arms, arm_of("vanilla_2T", [55], 200)]}
+    return waterfall, waterfall.bars(report, config)
+
+
+def test_a_waterfall_is_of_differences(benchmark, tmp_path: Path):
+    """Each bar begins where the arm before ends; those that lack one thing begin at the whole stack."""
+    chain = "vanilla T=vanilla|et_pp=+ curriculum|fast=+ Muon"
+    waterfall, found = waterfall_of(benchmark, tmp_path, chain, "muon=without curriculum|et_pp")
+    assert [(bar.label, bar.mean, bar.start) for bar in found] == [
+        ("vanilla", 51, 0),
+        ("+ curriculum", 54, 51),
+        ("+ Muon", 58, 54),
+        ("without curriculum", 53, 58),
+        ("et_pp", 54, 58),
+    ]
+    assert [bar.std for bar in found] == pytest.approx([2**0.5, 0, 0, 0, 0])
+    (plot,) = waterfall.draw(found, 3, "knn").axes
+    assert [text.get_text() for text in plot.texts] == [
+        "51.0",
+        "54.0 (+3.0)",
+        "58.0 (+4.0)",
+        "53.0 (-5.0)",
+        "54.0 (-4.0)",
+    ]
+    right = [round(bar.get_x() + bar.get_width(), 6) for bar in plot.patches]
+    assert right == [51, 54, 58, 53, 54]
+
+
+@pytest.mark.parametrize(
+    ("chain", "message"),
+    [
+        ("vanilla T|vanilla 2T", "the arms' FLOPs differ, 100 to 200; compare at equal FLOPs"),
+        ("vanilla T|nope", "no arm 'nope' with knn in .*; choose from vanilla_T, et_pp, fast"),
+    ],
+)
+def test_a_waterfall_is_of_arms_with_equal_flops(benchmark, tmp_path: Path, chain: str, message: str):
+    with pytest.raises(ValueError, match=message):
+        waterfall_of(benchmark, tmp_path, chain)
+
+
+def test_mistakes_in_benchmarks_are_one_line(tmp_path: Path):
+    words = ["equal_accuracy.py", str(ROOT / "benchmarks" / "studies" / "cifar10.yaml"), "--arms", "nope"]
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / words[0], *words[1:], "--out", tmp_path], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert re.fullmatch(r"equal_accuracy.py: error: --arms: no arm 'nope' in .*; choose from .*\n", done.stderr)
