@@ -131,7 +131,7 @@ def _timed(report: Report, run: PretrainRun, index: int, mode: str) -> dict[str,
         "gpu_ms": gpu,
         "host_ms": host,
         "images_per_second": 1e3 * stage.batch_size / gpu,
-        "mfu": 1e3 * stage.batch_size * stage.flops_per_image / gpu / PEAK_FLOPS,
+        "mfu": 1e3 * stage.flops_per_step / gpu / PEAK_FLOPS,
         # What a graph needs shows only while it is captured, before the first step.
         "peak_GiB": max(torch.cuda.max_memory_allocated(), run.ledger.stages[index].peak_memory_bytes) / 2**30,
         "reserved_GiB": torch.cuda.max_memory_reserved() / 2**30,
@@ -144,7 +144,7 @@ def seconds_over_vanilla(curriculum: Curriculum, ms: list[float]) -> float:
     """Time of the curriculum over that of the same FLOPs all at full size, with steps that take `ms` in each stage."""
     stages, full = curriculum.stages, curriculum.stages[-1]
     ours = sum(stage.steps * taken for stage, taken in zip(stages, ms, strict=True))
-    return ours / (curriculum.total_flops / full.flops_per_image / full.batch_size * ms[-1])
+    return ours / (curriculum.total_flops / full.flops_per_step * ms[-1])
 
 
 def rival(report: Report, work: Path) -> None:

@@ -2,11 +2,15 @@
 
     python benchmarks/seconds.py                # fashion_mnist_etpp, and ViT-B/16 at 256 images a step (12 minutes)
     python benchmarks/seconds.py --recipes in1k_vitb_etpp400_hog --flags="--total_batch_size 1024 --device cuda"
+    python benchmarks/seconds.py --recipes fast --baseline MINE.yaml --loader --flags="--num_workers 0"
 
 Per stage: how many times faster an image is than at full size, by the clock and by FLOPs, and the first over the
 second (1: the stage wastes nothing). In all: seconds of the recipe's curriculum over those of vanilla MAE for the same
-FLOPs. Real stages, micro-batches, masks, spectral crop, target, model and optimiser. A round takes one step of each
-kind, so that a machine that slows down slows all of them.
+FLOPs. Real stages, micro-batches, masks, spectral crop, target, model and optimiser, whose updates' FLOPs count. A
+round takes one step of each kind, so that a machine that slows down slows all of them.
+
+Vanilla MAE is the recipe's own, of the same batch and optimiser; with --baseline it is another recipe, such as the
+baseline of a study.
 
 Images are noise in memory and no loader is timed; with --loader each stage reads and decodes its own within the step,
 in the same process, which needs --num_workers 0.
@@ -33,6 +37,7 @@ from mae_et.data.sources import count_images, open_source
 from mae_et.engine import runtime
 from mae_et.plan.build import as_vanilla, build_curriculum
 from mae_et.plan.config import PretrainConfig
+from mae_et.plan.curriculum import Stage
 from mae_et.plan.flags import parse
 from mae_et.plan.shapes import show_size
 
@@ -49,6 +54,8 @@ class SecondsConfig:
 
     recipes: tuple[str, ...] = tuple(RECIPES)
     """Recipes to time."""
+    baseline: str = ""
+    """Recipe of vanilla MAE to time them against; default: each recipe's own."""
     flags: str = ""
     """Further flags of main_pretrain.py; they overrule those that make a known recipe small."""
     rounds: int = 15
@@ -65,9 +72,10 @@ def main() -> None:
     for recipe in options.recipes:
         flags = shlex.split(options.flags or RECIPES.get(recipe, ""))
         config = parse(PretrainConfig, ["--recipe", recipe, *flags])
+        baseline = parse(PretrainConfig, ["--recipe", options.baseline, *flags]) if options.baseline else None
         with runtime.start(config.device, config.precision) as rt:
             report = {"recipe": recipe, "device": rt.describe(), "threads": torch.get_num_threads()}
-            reports.append(report | measure(config, rt, options.rounds, options.loader))
+            reports.append(report | measure(config, rt, options.rounds, options.loader, baseline))
     if options.json:
         print(json.dumps(reports, indent=1))
         return
@@ -75,13 +83,24 @@ def main() -> None:
         show(report)
 
 
-def measure(config: PretrainConfig, rt: runtime.Runtime, rounds: int, loader: bool = False) -> dict[str, Any]:
-    """Seconds per step of each stage and of vanilla MAE, and what follows for the whole curriculum."""
+def measure(
+    config: PretrainConfig,
+    rt: runtime.Runtime,
+    rounds: int,
+    loader: bool = False,
+    baseline: PretrainConfig | None = None,
+) -> dict[str, Any]:
+    """Seconds per step of each stage and of vanilla MAE, and what follows for the whole curriculum.
+
+    baseline: vanilla MAE; default: with all that `config` says but its curriculum. ValueError if it has several stages.
+    """
     images = count_images(config)
     run = synthetic_run(config, rt, images)
-    vanilla_plan = build_curriculum(as_vanilla(config), images, rt.world_size)
+    vanilla_plan = build_curriculum(baseline or as_vanilla(config), images, rt.world_size)
+    if len(vanilla_plan.stages) > 1:
+        raise ValueError(f"--baseline: vanilla MAE has one stage, this recipe {len(vanilla_plan.stages)}")
     source = open_source(config.data_path, "train") if loader else None
-    vanilla = Stopwatch.of(run, vanilla_plan.stages[0], source)
+    vanilla = Stopwatch.of(synthetic_run(baseline, rt, images) if baseline else run, vanilla_plan.stages[0], source)
     stages = [Stopwatch.of(run, stage, source) for stage in run.curriculum.stages]
     for _ in range(rounds):
         for watch in (vanilla, *stages):
@@ -90,10 +109,13 @@ def measure(config: PretrainConfig, rt: runtime.Runtime, rounds: int, loader: bo
     def per_image(watch: Stopwatch) -> float:
         return Spread.of(watch.seconds).median / watch.stage.batch_size
 
-    full_seconds, full_flops = per_image(vanilla), vanilla.stage.flops_per_image
+    def flops(stage: Stage) -> float:
+        return stage.flops_per_step / stage.batch_size
+
+    full_seconds, full_flops = per_image(vanilla), flops(vanilla.stage)
     rows = []
     for watch in stages:
-        faster, cheaper = full_seconds / per_image(watch), full_flops / watch.stage.flops_per_image
+        faster, cheaper = full_seconds / per_image(watch), full_flops / flops(watch.stage)
         # Of each round on its own: what slows the machine for a while slows both.
         pairs = zip(vanilla.seconds, watch.seconds, strict=True)
         scale = watch.stage.batch_size / vanilla.stage.batch_size / cheaper

@@ -62,6 +62,23 @@ def test_stages_and_vanilla_take_turns(benchmark, photos: Path, tmp_path: Path, 
         assert 1 / row["images_per_second"] == pytest.approx(seconds_per_image)
 
 
+def test_seconds_are_compared_at_equal_flops_updates_included(benchmark, photos: Path, tmp_path: Path, monkeypatch):
+    """On a machine that takes as long as its FLOPs say, any recipe and baseline come out level."""
+    seconds = benchmark("seconds")
+    monkeypatch.setattr(
+        seconds.Stopwatch, "step", lambda watch: watch.seconds.append(watch.stage.flops_per_step * 1e-9)
+    )
+    ours, theirs = tiny(photos, tmp_path, opt="muon"), tiny(photos, tmp_path, curriculum="vanilla", batch_size=2)
+    with runtime.start("cpu", "fp32") as rt:
+        for baseline in (None, theirs):
+            report = seconds.measure(ours, rt, 2, baseline=baseline)
+            assert report["vanilla"]["batch_size"] == (baseline or ours).batch_size
+            assert report["seconds_over_vanilla_at_equal_flops"] == pytest.approx(1)
+            assert [row["efficiency"]["median"] for row in report["stages"]] == pytest.approx([1, 1])
+        with pytest.raises(ValueError, match="--baseline: vanilla MAE has one stage, this recipe 2"):
+            seconds.measure(ours, rt, 2, baseline=ours)
+
+
 def encoded(image: np.ndarray, kind: str = "PNG") -> bytes:
     file = io.BytesIO()
     Image.fromarray(image).save(file, kind)
