@@ -155,7 +155,7 @@ def test_proposals_parse_and_last_as_long_as_is_said(short_side, images):
         if config.input_size == 224:
             assert plan.total_steps >= 0.95 * measuring.MIN_STEPS or images >= 100 * config.total_batch_size
         else:
-            own = measuring.PHOTOS * 20 if config.input_size == 64 else measuring.FASHION_MNIST * 4
+            own = measuring.PHOTOS * 4 if config.input_size == 64 else measuring.FASHION_MNIST * 4
             assert config.epochs * images == pytest.approx(own, rel=0.05)
 
 

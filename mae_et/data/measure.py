@@ -189,7 +189,7 @@ class Proposal:
 def proposals(report: dict[str, Any]) -> list[Proposal]:
     """One for any machine, and where the images are large enough, one for GPUs."""
     short_side, images = report["short_side_px"]["median"], report["images"]
-    recipe, meant_for = ("fashion_mnist_etpp", FASHION_MNIST) if short_side < SMALL_PX else ("small", PHOTOS)
+    recipe, meant_for = ("fashion_mnist_etpp", FASHION_MNIST) if short_side < SMALL_PX else ("fast", PHOTOS)
     config = from_recipe(PretrainConfig, recipe)
     # As many images as the recipe sees: with fewer it would end before it has begun.
     why = f"{config.input_size} px on any machine, about as long as the recipe takes on its own images"
