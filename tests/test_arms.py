@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from matplotlib import pyplot as plt
-from run_folders import SMALL, write_run, write_untrained
+from run_folders import SMALL, evaluate_again, write_run, write_untrained
 
 from mae_et.compare.compare import CompareConfig, compare
 from mae_et.compare.figures import draw_figures
@@ -317,10 +317,24 @@ def test_evaluations_on_other_data_are_refused(tmp_path):
         compare(CompareConfig((str(tmp_path),)))
 
 
+def test_the_report_says_which_evaluations_are_on_other_data(tmp_path):
+    for name, changes in (("a", {}), ("b", {"curriculum": "et", "stage_sizes": [16, 32]})):
+        run = write_run(tmp_path / name, **changes)
+        evaluate_again(run, "linear_probe", 30.0)
+        path = run / "eval-linear_probe.json"
+        result = json.loads(path.read_text())
+        result["flags"]["data_path"] = "elsewhere/"
+        path.write_text(json.dumps(result))
+    warnings = compare(CompareConfig((str(tmp_path),)))["warnings"]
+    assert "judged on elsewhere, not on the data of the pretraining: linear_probe" in warnings
+
+
 def test_a_slash_after_a_folder_makes_no_other_data(tmp_path):
     write_run(tmp_path / "a", data_path="data/x")
     write_run(tmp_path / "b", curriculum="et", stage_sizes=[16, 32], data_path="data/x/")
-    assert compare(CompareConfig((str(tmp_path),)))["forced"] == []
+    report = compare(CompareConfig((str(tmp_path),)))
+    assert report["forced"] == []
+    assert not any("judged on" in warning for warning in report["warnings"])
 
 
 def test_other_blocks_and_poolings_and_corrupted_images_are_protocols_of_their_own(tmp_path):

@@ -20,7 +20,7 @@ from ..plan.flags import RUN
 from ..plan.shapes import as_size, num_patches, show_size
 from .answers import AXES, equal_compute, equal_quality, wide_seconds
 from .arms import Arm, arm_fields, baseline_arms, group, varied_fields
-from .runs import RunRecord, expand, flag_value, incomparable, read_run
+from .runs import RunRecord, evaluated_on, expand, flag_value, incomparable, read_run
 from .words import ONLINE
 
 LOSS_POINTS = 100
@@ -93,7 +93,20 @@ def warnings(runs: Sequence[RunRecord], arms: Sequence[Arm], protocols: Sequence
         without = [arm.name for arm in arms if 0 < len(arm.quality(protocol)) < len(arm.runs)]
         if without:
             sentences.append(f"{protocol} is missing for some seeds of {', '.join(without)}")
+    for path, named in _elsewhere(runs, protocols).items():
+        sentences.append(f"judged on {path}, not on the data of the pretraining: {', '.join(named)}")
     return sentences
+
+
+def _elsewhere(runs: Sequence[RunRecord], protocols: Sequence[str]) -> dict[str, list[str]]:
+    """Evaluations on other data than the runs were pretrained on, by the data."""
+    found: dict[str, list[str]] = {}
+    for protocol in protocols:
+        judged = [run for run in runs if run.ledger and protocol in run.evaluations]
+        paths = {path for run in judged if (path := evaluated_on(run, protocol)) != run.config.data_path.rstrip("/")}
+        for path in paths:  # one, unless forced
+            found.setdefault(path, []).append(protocol)
+    return found
 
 
 # ── per arm and stage ──

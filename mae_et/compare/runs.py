@@ -256,7 +256,7 @@ def _other_evaluation(first: RunRecord, run: RunRecord, protocol: str) -> list[s
         flags = [given | {"precision": precision} for given, precision in zip(flags, computed, strict=True)]
     values = [(f"--{flag}", flags[0][flag], flags[1][flag]) for flag in judged]
     values.append(("num_images", *(result["num_images"] for result in results)))
-    data = [_evaluated_on(r, protocol) for r in (first, run)]
+    data = [evaluated_on(r, protocol) for r in (first, run)]
     values += [("--data_path", *data)] if None not in data else []
     return [
         f"evaluation {protocol}: {name} is {a} in {first.folder} and {b} in {run.folder}"
@@ -281,7 +281,7 @@ def _evaluation_flags(run: RunRecord, protocol: str) -> dict[str, Any]:
     return flags
 
 
-def _evaluated_on(run: RunRecord, protocol: str) -> str | None:
+def evaluated_on(run: RunRecord, protocol: str) -> str | None:
     """Data of an evaluation: its own, else the pretraining's; None for a run from random weights that doesn't say."""
     path = run.evaluations[protocol]["flags"].get("data_path") or (run.config.data_path if run.ledger else None)
     return path and path.rstrip("/")
