@@ -139,7 +139,9 @@ def test_of_many_images_a_sample_is_measured_and_that_is_said(monkeypatch):
 FOUND = {"in_chans": 3, "mean": [0.5] * 3, "std": [0.2] * 3, "value_range": None, "corrupt": [], "other_channels": 0}
 
 
-@pytest.mark.parametrize(("short_side", "images"), [(28, 5000), (90, 30), (375, 300), (375, 200_000), (375, 3_000_000)])
+@pytest.mark.parametrize(
+    ("short_side", "images"), [(28, 5000), (47, 50_000), (90, 30), (375, 300), (375, 200_000), (375, 3_000_000)]
+)
 def test_proposals_parse_and_last_as_long_as_is_said(short_side, images):
     from mae_et.plan.build import build_curriculum
 
@@ -155,8 +157,8 @@ def test_proposals_parse_and_last_as_long_as_is_said(short_side, images):
         if config.input_size == 224:
             assert plan.total_steps >= 0.95 * measuring.MIN_STEPS or images >= 100 * config.total_batch_size
         else:
-            own = measuring.PHOTOS * 4 if config.input_size == 64 else measuring.FASHION_MNIST * 4
-            assert config.epochs * images == pytest.approx(own, rel=0.05)
+            assert (config.input_size, config.patch_size) == ((32, 2) if short_side < 48 else (64, 4)), "16×16 patches"
+            assert config.epochs * images == pytest.approx(measuring.PHOTOS * 4, rel=0.05)
 
 
 def test_statistics_near_the_default_are_left_at_it():

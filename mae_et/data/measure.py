@@ -189,11 +189,17 @@ class Proposal:
 def proposals(report: dict[str, Any]) -> list[Proposal]:
     """One for any machine, and where the images are large enough, one for GPUs."""
     short_side, images = report["short_side_px"]["median"], report["images"]
-    recipe, meant_for = ("fashion_mnist_etpp", FASHION_MNIST) if short_side < SMALL_PX else ("fast", PHOTOS)
+    small = short_side < SMALL_PX
+    recipe, meant_for = ("fashion_mnist_etpp", FASHION_MNIST) if small and report["in_chans"] == 1 else ("fast", PHOTOS)
     config = from_recipe(PretrainConfig, recipe)
+    grid = config.input_size // config.patch_size
+    flags = {"input_size": "32", "patch_size": str(32 // grid)} if small and config.input_size > SMALL_PX else {}
     # As many images as the recipe sees: with fewer it would end before it has begun.
-    why = f"{config.input_size} px on any machine, about as long as the recipe takes on its own images"
-    found = [Proposal(why, recipe, _data_flags(report, config) | _length(config, config.epochs * meant_for / images))]
+    flags |= _data_flags(report, config) | _length(config, config.epochs * meant_for / images)
+    size_px = flags.get("input_size", config.input_size)
+    found = [
+        Proposal(f"{size_px} px on any machine, about as long as the recipe takes on its own images", recipe, flags)
+    ]
     if short_side >= LARGE_PX:
         config = from_recipe(PretrainConfig, "in1k_vitb_etpp400")
         power = 2 ** int(math.log2(max(1, images / STEPS_PER_EPOCH)))
