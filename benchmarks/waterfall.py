@@ -63,8 +63,8 @@ def bars(report: dict[str, Any], config: WaterfallConfig) -> list[Bar]:
             raise ValueError(f"no arm {name!r} with {config.protocol} in {config.results}; choose from {have}")
         quality = arms[key]["quality"][config.protocol]
         flops.append(arms[key]["flops"])
-        last = len(found) >= len(config.chain)
-        start = found[len(config.chain) - 1].mean if last else found[-1].mean if found else 0.0
+        before = found[: len(config.chain)][-1:]  # of those that lack one thing: the full stack
+        start = before[0].mean if before else 0.0
         found.append(Bar(label or name, quality["mean"], quality["std"] or 0.0, start))
     if max(flops) > (1 + FLOPS_TOLERANCE) * min(flops):
         raise ValueError(f"the arms' FLOPs differ, {min(flops):.3g} to {max(flops):.3g}; compare at equal FLOPs")
@@ -83,10 +83,8 @@ def draw(found: Sequence[Bar], chain: int, protocol: str) -> Figure:
         plot.barh(row, bar.mean - start, left=start, color=colour, height=0.6)
         plot.errorbar(bar.mean, row, xerr=bar.std, color="black", lw=1, capsize=2)
         change = "" if row == 0 else f" ({bar.mean - bar.start:+.1f})"
-        plot.annotate(
-            f"{bar.mean:.1f}{change}", (max(bar.mean + bar.std, start), row), (6, 0), textcoords="offset points",
-            va="center", fontsize=8,
-        )  # fmt: skip
+        beside = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "fontsize": 8}
+        plot.annotate(f"{bar.mean:.1f}{change}", (max(bar.mean + bar.std, start), row), **beside)
     if chain < len(found):
         plot.axhline(chain - 0.5, color="#666666", ls=":", lw=1)
     plot.set_xlim(left, highest + 0.25 * (highest - left))
