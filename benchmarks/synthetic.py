@@ -7,7 +7,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -58,7 +58,9 @@ class Stopwatch:
     stage: Stage
     batches: Callable[[], Iterable[Tensor]]
     """Micro-batches of the next step; getting them is timed, too."""
-    seconds: list[float]
+    seconds: list[float] = field(default_factory=list)
+    data_seconds: list[float] = field(default_factory=list)
+    """The part of them that was waiting for batches."""
 
     @classmethod
     def of(cls, run: PretrainRun, stage: Stage, source: Source | None = None) -> Stopwatch:
@@ -68,20 +70,23 @@ class Stopwatch:
             run.attention[stage] = attention.choose(run.config.attention, run.model.shape, stage, images, run.rt)
         if source is None:
             noise = loader_output(run, stage)
-            watch = cls(run, stage, lambda: noise, [])
+            watch = cls(run, stage, lambda: noise)
         else:
             loader, count = stage_loader(run, stage, source), len(run.micro_batches(stage))
-            watch = cls(run, stage, lambda: itertools.islice(loader, count), [])
+            watch = cls(run, stage, lambda: itertools.islice(loader, count))
         watch.step()  # warms its shapes
         watch.seconds.clear()
+        watch.data_seconds.clear()
         return watch
 
     def step(self) -> None:
         self.run.rt.synchronize()
+        self.run.idle.read()
         began = time.perf_counter()
         take_step(self.run, iter(self.batches()), self.stage, LEARNING_RATE)
         self.run.rt.synchronize()
         self.seconds.append(time.perf_counter() - began)
+        self.data_seconds.append(self.run.idle.read())
 
 
 @dataclass(frozen=True)

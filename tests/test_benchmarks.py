@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -17,6 +18,8 @@ import pytest
 from PIL import Image
 from tiny import ROOT, tiny
 
+from mae_et.compare.compare import CompareConfig, compare
+from mae_et.compare.runs import read_run, runs_in
 from mae_et.data.loader import TrainImages
 from mae_et.engine import runtime
 
@@ -190,3 +193,65 @@ def test_mistakes_in_benchmarks_are_one_line(tmp_path: Path):
     )
     assert done.returncode == 1
     assert re.fullmatch(r"equal_accuracy.py: error: --arms: no arm 'nope' in .*; choose from .*\n", done.stderr)
+
+
+def test_a_quiet_pass_deals_steps_in_turn_out_to_the_runs_of_an_archive(
+    benchmark, whole: Path, photos: Path, tmp_path: Path, monkeypatch
+):
+    """A clock that ticks in whole seconds: each step takes its number in the pass, a quarter of it for data."""
+    results, steps = tmp_path / "results", []
+    small = ("config.yaml", "environment.json", "ledger.json", "metrics.jsonl")
+    for name, seed, lr in (("a-seed0", 0, "0.001"), ("a-seed1", 1, "0.001"), ("b-seed0", 0, "0.002")):
+        (results / name).mkdir(parents=True)
+        for file in small:
+            shutil.copy(whole / file, results / name)
+        config = results / name / "config.yaml"
+        text = re.sub(r"^seed: .*$", f"seed: {seed}", config.read_text(), flags=re.M)
+        config.write_text(re.sub(r"^lr: .*$", f"lr: {lr}", text, flags=re.M))
+    quiet_pass = benchmark("quiet_pass")
+    quiet_pass.pack(results)
+    before = {name: {file: (run / file).read_text() for file in small} for name, run in runs_in(results).items()}
+
+    def step(watch):
+        steps.append((watch.run.config.lr, watch.stage.size_px))
+        if (number := len(steps) - 4) > 0:  # the first step of each warms its shapes
+            watch.seconds.append(number)
+            watch.data_seconds.append(number / 4)
+
+    monkeypatch.setattr(quiet_pass.Stopwatch, "step", step)
+    monkeypatch.setattr(sys, "argv", ["quiet_pass.py", str(results), "--rounds", "3"])
+    quiet_pass.main()
+    a, b = ([(lr, 16), (lr, 32)] for lr in (0.001, 0.002))
+    assert steps == [*a, *b, *[*a, *b, *a] * 3], "b has one seed, so every other round is a's alone"
+    for name, numbers in (("a-seed0", [7, 8]), ("a-seed1", [11, 12]), ("b-seed0", [9, 10])):  # medians of three
+        run = runs_in(results)[name]
+        assert not isinstance(run, Path) and {file: (run / file).read_text() for file in small} == before[name]
+        timing = read_run(run).timing
+        assert timing.steps == 3 and timing.data_seconds == tuple(number / 4 for number in numbers)
+        assert timing.train_seconds == tuple(number * 3 / 4 for number in numbers)
+        assert timing.device.endswith(", fp32")
+    ledger = [cost.steps for cost in read_run(run).ledger.stages]
+    arm = compare(CompareConfig((str(results),), baseline=(str(results / "runs.zip" / "a-seed0"),)))["arms"][-1]
+    assert arm["seconds"]["values"] == [9 * ledger[0] + 10 * ledger[1]]
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "message"),
+    [
+        ("config.yaml", "epochs: 2", "epochs: 4", "ran stages .* its configuration plans"),
+        ("environment.json", '"devices": 1', '"devices": 2', "made on several devices"),
+        ("config.yaml", "data_path: .*", "data_path: /nowhere", "/nowhere"),
+    ],
+)
+def test_a_quiet_pass_refuses_what_it_would_time_wrongly(
+    benchmark, whole: Path, tmp_path: Path, monkeypatch, file, old, new, message
+):
+    quiet_pass = benchmark("quiet_pass")
+    shutil.copytree(whole, tmp_path / "run", ignore=shutil.ignore_patterns("*.pt", "*.png"))
+    text = (tmp_path / "run" / file).read_text()
+    (tmp_path / "run" / file).write_text(re.sub(old, new, text))
+    assert (tmp_path / "run" / file).read_text() != text
+    monkeypatch.setattr(sys, "argv", ["quiet_pass.py", str(tmp_path)])
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        quiet_pass.main()
+    assert not (tmp_path / "run" / "timing.json").exists()

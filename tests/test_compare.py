@@ -378,6 +378,65 @@ def test_seconds_of_different_devices_are_not_ranked(study):
     assert "spread" not in said(report, "All arms")
 
 
+def time_again(run: Path, train_seconds: float, data_seconds: float, began: str = "noon") -> None:
+    """A timing.json as benchmarks/quiet_pass.py writes it, with the same seconds for a step of every stage."""
+    stages = len(json.loads((run / "ledger.json").read_text())["stages"])
+    timing = {"device": "cpu (7 cores), fp32", "began": began, "steps": 5}
+    timing |= {"train_seconds": [train_seconds] * stages, "data_seconds": [data_seconds] * stages}
+    (run / "timing.json").write_text(json.dumps(timing))
+
+
+def test_seconds_are_those_of_one_pass_where_all_runs_have_it(study):
+    """The runs' own spread widely and are of several machines; in the pass each stage takes 10 steps of 3 s."""
+    for i, run in enumerate(sorted(study.iterdir())):
+        ledger = json.loads((run / "ledger.json").read_text())
+        ledger["stages"][0]["train_seconds"] *= 1 + i
+        (run / "ledger.json").write_text(json.dumps(ledger))
+        environment = json.loads((run / "environment.json").read_text())
+        (run / "environment.json").write_text(json.dumps(environment | {"device": f"cpu ({i} cores)"}))
+        if run.name != "et_pp-seed0":
+            time_again(run, 2, 1)
+    report = compare(CompareConfig((str(study),)))
+    assert "No arm is ranked by seconds" in said(report, "All arms")
+    assert any(
+        "those of the runs themselves" in w and "et_pp-seed0 has no timing.json" in w for w in report["warnings"]
+    )
+    time_again(study / "et_pp-seed0", 2, 1)
+    report = compare(CompareConfig((str(study),)))
+    seconds = {arm["name"]: arm["seconds"]["values"] for arm in report["arms"]}
+    assert seconds == {"vanilla-1": [30] * 3, "vanilla-2": [30] * 3, "vanilla-4": [30] * 3, "et_pp": [60] * 3}
+    assert all(arm["data_wait"]["mean"] == pytest.approx(1 / 3) for arm in report["arms"])
+    assert all(stage["seconds"]["mean"] == 30 for arm in report["arms"] for stage in arm["stages"])
+    assert "At equal seconds" in said(report, "et_pp") and "All arms" not in said(report, "")
+    assert not any("machines" in warning for warning in report["warnings"])
+    assert any("one pass" in w and "5 to 5 steps" in w and "cpu (7 cores), fp32, noon" in w for w in report["warnings"])
+    for run in study.glob("vanilla-4-*"):
+        time_again(run, 2, 1, began="midnight")
+    report = compare(CompareConfig((str(study),)))
+    assert "No arm is ranked by seconds" in said(report, "All arms")
+    assert any("several passes" in warning for warning in report["warnings"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train_seconds": [1.0, 1.0]}, "not one time for each of 1 stages"),
+        ({"data_seconds": [-1.0]}, "takes some time"),
+        ({"train_seconds": [math.nan]}, "takes some time"),
+        ({"train_seconds": [math.inf]}, "takes some time"),
+        ({"train_seconds": "soon"}, "train_seconds"),
+        ({"stages": 3}, "stages"),
+    ],
+)
+def test_a_damaged_timing_is_named(tmp_path, change, message):
+    run = write_run(tmp_path / "a")
+    time_again(run, 2, 1)
+    timing = json.loads((run / "timing.json").read_text())
+    (run / "timing.json").write_text(json.dumps(timing | change))
+    with pytest.raises(ValueError, match=f"timing.json is damaged.*{message}"):
+        compare(CompareConfig((str(tmp_path),)))
+
+
 # ── archives ──
 
 CRC_OF_EMPTY = zlib.crc32(b"{}").to_bytes(4, "little")

@@ -92,7 +92,7 @@ def wide_seconds(arms: Sequence[Arm]) -> dict[str, float]:
 
 def not_ranked(arms: Sequence[Arm]) -> str:
     """Why the seconds of these arms don't rank them; empty if they do."""
-    if len({run.device for arm in arms for run in arm.runs} - {None}) > 1:
+    if len({run.clock for arm in arms for run in arm.runs} - {None}) > 1:
         return "different devices"
     return "wide spread" if wide_seconds(arms) else ""
 

@@ -16,11 +16,12 @@ from typing import Annotated, Any
 
 import tyro
 
+from ..engine import run_folder
 from ..plan.flags import RUN
 from ..plan.shapes import as_size, num_patches, show_size
 from .answers import AXES, equal_compute, equal_quality, wide_seconds
 from .arms import Arm, arm_fields, baseline_arms, group, varied_fields
-from .runs import RunRecord, evaluated_on, expand, flag_value, incomparable, read_run
+from .runs import RunRecord, evaluated_on, expand, flag_value, incomparable, on_one_clock, read_run
 from .words import ONLINE
 
 LOSS_POINTS = 100
@@ -56,6 +57,8 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     differences = incomparable(runs)
     if differences and not config.force:
         raise ValueError(f"not comparable: {differences[0]}; --force compares all the same and says so in the report")
+    clocks = clock_notes(runs)
+    runs = on_one_clock(runs)
     arms = group(runs)
     baseline = baseline_arms(arms, named)
     protocols = sorted({protocol for run in runs for protocol in run.evaluations})
@@ -70,7 +73,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         "baseline": [arm.name for arm in baseline],
         "protocols": protocols,
         "forced": differences,
-        "warnings": warnings(runs, arms, protocols),
+        "warnings": clocks + warnings(runs, arms, protocols),
         "wide_seconds": wide_seconds(arms),
         "arms": [arm_report(arm, baseline, varied) for arm in arms],
         "equal_compute": [equal_compute(*question) for question in asked],
@@ -82,7 +85,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
 def warnings(runs: Sequence[RunRecord], arms: Sequence[Arm], protocols: Sequence[str]) -> list[str]:
     """Sentences to read before believing a figure: other machines, single seeds, missing evaluations."""
     sentences = []
-    machines = {(r.device, r.environment.get("platform")) for r in runs if r.ledger}
+    machines = {(r.device, r.environment.get("platform")) for r in runs if r.ledger and not r.timing}
     if len(machines) > 1:
         devices = "; ".join(sorted({str(device) for device, _ in machines}))
         sentences.append(f"the runs were made on different machines ({devices}): don't compare their seconds")
@@ -96,6 +99,25 @@ def warnings(runs: Sequence[RunRecord], arms: Sequence[Arm], protocols: Sequence
     for path, named in _elsewhere(runs, protocols).items():
         sentences.append(f"judged on {path}, not on the data of the pretraining: {', '.join(named)}")
     return sentences
+
+
+def clock_notes(runs: Sequence[RunRecord]) -> list[str]:
+    """Where seconds come from if some run has a timing.json, see :func:`on_one_clock`."""
+    pretrained = [run for run in runs if run.ledger]
+    timings = [run.timing for run in pretrained if run.timing]
+    if not timings:
+        return []
+    if without := [str(run.folder) for run in pretrained if not run.timing]:
+        return [f"seconds are those of the runs themselves: {', '.join(without)} has no {run_folder.TIMING}"]
+    passes = {(timing.device, timing.began) for timing in timings}
+    named = "; ".join(f"{device}, {began}" for device, began in sorted(passes))
+    steps = f"{min(t.steps for t in timings)} to {max(t.steps for t in timings)}"
+    if len(passes) > 1:
+        return [f"seconds are of several passes ({named}): don't compare them; time all runs in one"]
+    return [
+        f"seconds are those of one pass that timed every run's stages in turn, {steps} steps of each, loader included "
+        f"({named}); memory is the runs' own"
+    ]
 
 
 def _elsewhere(runs: Sequence[RunRecord], protocols: Sequence[str]) -> dict[str, list[str]]:

@@ -7,7 +7,7 @@ import math
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,22 @@ NEEDED = ("step", "p", "loss")
 
 
 @dataclass(frozen=True)
+class Timing:
+    """What a step of each stage took in a pass that timed the steps of all runs of a comparison in turn."""
+
+    device: str
+    """What the pass ran on, with its precision."""
+    began: str
+    """Date and time; the same in all runs of a pass."""
+    steps: int
+    """Steps of each stage."""
+    train_seconds: tuple[float, ...]
+    """Forward, backward and update, by stage."""
+    data_seconds: tuple[float, ...]
+    """Waiting for the loader, by stage."""
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """Files of one run, read back."""
 
@@ -48,12 +64,19 @@ class RunRecord:
     """By protocol."""
     untrained: FinetuneConfig | None = None
     """What a run that was not pretrained is an evaluation of: its flags say which model, or which run it is like."""
+    timing: Timing | None = None
+    """Set by :func:`on_one_clock`, the ledger's seconds are of it."""
 
     @property
     def device(self) -> str | None:
         """What it ran on, without the precision, which stands behind it."""
         device = self.environment.get("device")
         return device and device.removesuffix(f", {self.environment.get('precision')}")
+
+    @property
+    def clock(self) -> str | None:
+        """What its seconds were measured on; those of other clocks can't be compared."""
+        return f"{self.timing.device}, {self.timing.began}" if self.timing else self.device
 
     @property
     def finished(self) -> bool:
@@ -149,7 +172,10 @@ def read_run(folder: RunFolder) -> RunRecord:
     if not begun or any(stage.flops <= 0 for stage in begun):
         raise ValueError(f"{where / run_folder.LEDGER} books no images, or no FLOPs for them: nothing to compare")
     metrics = _read(folder / run_folder.METRICS, _metrics) if (folder / run_folder.METRICS).exists() else []
-    return RunRecord(where, config.seed, config, ledger, environment, metrics, evaluations)
+    timing = None
+    if (folder / run_folder.TIMING).exists():
+        timing = _read(folder / run_folder.TIMING, lambda text: _timing(text, len(ledger.stages)))
+    return RunRecord(where, config.seed, config, ledger, environment, metrics, evaluations, timing=timing)
 
 
 def _protocols(name: str, result: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -175,6 +201,15 @@ def _ledger(text: str) -> Ledger:
     if not stages or not isinstance(stages, list):
         raise ValueError("it has no stages")
     return Ledger([from_dict(StageCost, _mapping(stage), "stages") for stage in stages])
+
+
+def _timing(text: str, num_stages: int) -> Timing:
+    timing = from_dict(Timing, _mapping(json.loads(text)), "times")
+    if not len(timing.train_seconds) == len(timing.data_seconds) == num_stages:
+        raise ValueError(f"it has not one time for each of {num_stages} stages")
+    if not (min(timing.train_seconds) > 0 <= min(timing.data_seconds) and sum(timing.train_seconds) < math.inf):
+        raise ValueError("a step takes some time, and not for ever")
+    return timing
 
 
 def _metrics(text: str) -> list[dict[str, Any]]:
@@ -208,6 +243,26 @@ def flag_value(run: RunRecord, name: str) -> Any:
 
 
 # ── compare like with like ──
+
+
+def on_one_clock(runs: Sequence[RunRecord]) -> list[RunRecord]:
+    """Runs with the seconds of their timing in place of those of their ledger; without timings, unless all have one.
+
+    Seconds of a run are those of its hour; a pass that times all of them step by step in turn is fair to each.
+    """
+    if not all(run.timing for run in runs if run.ledger):
+        return [replace(run, timing=None) for run in runs]
+    return [replace(run, ledger=_timed(run.ledger, run.timing)) if run.ledger and run.timing else run for run in runs]
+
+
+def _timed(ledger: Ledger, timing: Timing) -> Ledger:
+    seconds = zip(ledger.stages, timing.train_seconds, timing.data_seconds, strict=True)
+    return Ledger(
+        [
+            replace(cost, train_seconds=cost.steps * train, data_seconds=cost.steps * data)
+            for cost, train, data in seconds
+        ]
+    )
 
 
 def incomparable(runs: Sequence[RunRecord]) -> list[str]:

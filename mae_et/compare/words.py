@@ -15,7 +15,7 @@ ONLINE = {
 """Online quality in metrics.jsonl (--probe_every)."""
 NOT_RANKED = {
     "wide spread": "they spread too widely over seeds, see below",
-    "different devices": "its runs and the baseline's were not made on the same device",
+    "different devices": "its runs and the baseline's were not timed on the same device or not in one pass",
 }
 """Why arms are not ranked by seconds: the words of a table, and of a sentence."""
 
@@ -184,7 +184,8 @@ def wide_note(report: Mapping[str, Any]) -> list[str]:
     arms = ", ".join(f"{name} ({share:.0%})" for name, share in wide.items())
     return [
         f"Seconds of these arms spread widely over seeds (standard deviation over mean): {arms}. They are not ranked "
-        "by seconds, nor is any arm where the baseline is among them: time them again on a quiet machine."
+        "by seconds, nor is any arm where the baseline is among them: time them again in "
+        "one pass on a quiet machine, see benchmarks/quiet_pass.py."
     ]
 
 

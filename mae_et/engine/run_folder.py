@@ -19,6 +19,8 @@ CHECKPOINT, CONFIG, ENVIRONMENT = "checkpoint.pt", "config.yaml", "environment.j
 SHARDED = "checkpoint.dcp"
 METRICS, LEDGER, ENCODER, PICTURE = "metrics.jsonl", "ledger.json", "encoder.safetensors", "reconstruction.png"
 PROGRESS = "progress.png"
+TIMING = "timing.json"
+"""Seconds per step of a pass that timed the run's stages beside those of other runs (benchmarks/quiet_pass.py)."""
 BEST = "best.pt"
 SINK_ID = "sink_id.txt"
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow")
