@@ -79,7 +79,7 @@ def measure(runs: list[RunRecord], rounds: int) -> dict[Path, Timing]:
         for each in range(rounds * seeds):
             for arm in arms:
                 for stage in watches[arm.name]:
-                    if each % seeds < len(arm.runs):  # the last one's turn, where an arm has fewer seeds
+                    if each % seeds < len(arm.runs):  # an arm with fewer seeds sits the others' turns out
                         stage.step()
         return {
             run.folder: timing(watches[arm.name], i, len(arm.runs), rt.describe(), began)
