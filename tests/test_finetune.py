@@ -217,8 +217,39 @@ def test_a_training_crop_is_a_function_of_seed_and_sample_number(channels: int) 
     assert torch.equal(crops[Sample(0, 10, 0)][0], first)
     assert not torch.equal(crops[Sample(0, 11, 0)][0], first)
     assert (first.shape, first.dtype) == ((channels, 16, 24), torch.float32)
-    plain = TrainCrops(Noise(), (16, 24), [0.5] * channels, [0.25] * channels, Augmentation(), seed=1)
+    plain = TrainCrops(Noise(), (16, 24), [0.5] * channels, [0.25] * channels, Augmentation((0.08, 1.0)), seed=1)
     assert -2 <= plain[Sample(0, 10, 0)][0].min() < plain[Sample(0, 10, 0)][0].max() <= 2  # normalised pixels
+
+
+@pytest.mark.parametrize("area", [1.0, 0.25])
+def test_crops_of_fine_tuning_have_the_area_that_is_asked_for(area: float) -> None:
+    """Of an image whose two channels say where a pixel is; all of it, upright or mirrored, where that is asked for."""
+    y, x = np.mgrid[0:200, 0:200].astype(np.uint8)
+
+    class Ramps:
+        def __len__(self) -> int:
+            return 1
+
+        def read(self, index: int) -> tuple[np.ndarray, int]:
+            return np.stack([x, y], axis=-1), 0
+
+    chosen = augmentation(FinetuneConfig(finetune="x", crop_scale=(area, area), reprob=0), 2)
+    crops = TrainCrops(Ramps(), (40, 40), [0.0] * 2, [1 / 255] * 2, chosen, seed=1)
+    for number in range(20):
+        crop = crops[Sample(0, number, 0)][0]
+        width, height = ((channel.max() - channel.min()) / 195 for channel in crop)  # of 200, less half a pixel a side
+        assert width * height == pytest.approx(area, rel=0.06)
+
+
+def test_only_what_draws_crops_has_their_area_in_its_result() -> None:
+    """Else a probe of cached features with other --crop_scale would pass for another evaluation."""
+    flags = {"finetune": "x", "crop_scale": (0.5, 1.0)}
+    probes = FinetuneConfig(**flags, knn=True, linear_probe=True).probes
+    assert [probe.crop_scale for probe in probes] == [(0.08, 1.0)] * 2
+    (augmented,) = FinetuneConfig(**flags, linear_probe=True, features="augmented").probes
+    assert augmented.crop_scale == (0.5, 1.0)
+    with pytest.raises(ValueError, match=r"--crop_scale must be two areas 0 < low <= high <= 1, got 0 1"):
+        FinetuneConfig(finetune="x", crop_scale=(0, 1))
 
 
 @pytest.mark.parametrize("policy", ["rand-m10-mstd0.5-inc1", "rand-m1", "original", "v0", "augmix-m9"])

@@ -28,13 +28,14 @@ from .workers import Loading, ahead
 
 CORRUPT = -2
 """Label of an image that can't be read."""
-CROP_SCALE = (0.08, 1.0)  # MAE, Tables 9 and 10: the usual random resized crop, wider than in pretraining
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Changes to a training crop beside cropping and flipping; by default none."""
+    """How a training crop is drawn, and changes to it beside flipping, by default none."""
 
+    crop_scale: tuple[float, float]
+    """Bounds of its area as a share of the image."""
     policy: str = ""
     """timm's RandAugment or AutoAugment policy; "" is off."""
     color_jitter: float | None = None
@@ -93,6 +94,7 @@ class TrainCrops(Dataset):
             "interpolation": "bicubic",
             "color_jitter": None,
         }
+        self.crop_scale = a.crop_scale
         fill = tuple(mean) * (3 if self.in_chans == 1 else 1)
         colours = common | {"color_jitter": a.color_jitter, "auto_augment": a.policy or None, "mean": fill}
         self.colours = create_transform(**colours)[1] if a.policy or a.color_jitter else None
@@ -112,7 +114,7 @@ class TrainCrops(Dataset):
     def _crop(self, item: Item, seed: int, objections: list[str]) -> Tensor:
         size_px = self.size_px
         (crop,) = train_crops(
-            item, size_px, size_px, "fourier", CROP_SCALE, 0, [seed], self.in_chans, self.value_range, objections
+            item, size_px, size_px, "fourier", self.crop_scale, 0, [seed], self.in_chans, self.value_range, objections
         )
         with seeded(derive_seed(seed, "colours")):
             if self.colours is not None:  # policies are for RGB; grey stays grey on the way there and back

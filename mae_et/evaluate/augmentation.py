@@ -60,4 +60,4 @@ def augmentation(config: FinetuneConfig, channels: int) -> Augmentation:
         raise ValueError(
             f"--aa {policy}: not a policy of timm; for example {RAND_AUGMENT}, original, v0, augmix or none"
         )
-    return Augmentation(policy, config.color_jitter, config.reprob, config.remode, config.recount)
+    return Augmentation(config.crop_scale, policy, config.color_jitter, config.reprob, config.remode, config.recount)

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar
 
 import tyro
 
+from ..plan.curriculum import check_views
 from ..plan.flags import (
     BATCH,
     DATA,
@@ -152,6 +153,8 @@ class FinetuneOptimisationFlags:
 class AugmentationFlags:
     group: ClassVar[str] = "augmentation"
 
+    crop_scale: Annotated[tuple[float, float], TASK] = (0.08, 1.0)
+    """Bounds of a training crop's area, as a share of the image, in fine-tuning and the probe on augmented images."""
     color_jitter: Annotated[float | None, TASK] = None
     """Strength of colour jitter; has effect only with --aa none, as in timm."""
     aa: Annotated[str | None, TASK] = None
@@ -182,7 +185,7 @@ class AugmentationFlags:
 
 OPTIMISATION = tuple(f.name for f in fields(FinetuneOptimisationFlags))
 FINETUNING = ("drop_path", "clip_grad", "model_ema", "model_ema_decay", "start_epoch")
-FINETUNING += tuple(f.name for f in fields(AugmentationFlags))
+FINETUNING += tuple(f.name for f in fields(AugmentationFlags) if f.name != "crop_scale")
 """Flags that no probe uses."""
 
 
@@ -252,6 +255,7 @@ class FinetuneConfig(
         check_shared(self)
         if self.warmup_epochs > self.epochs:
             raise ValueError(f"--warmup_epochs {self.warmup_epochs:g} is longer than --epochs {self.epochs:g}")
+        check_views("--", self.crop_scale)
         if not 0 <= self.start_epoch < self.epochs:
             raise ValueError(f"--start_epoch must be in [0, --epochs {self.epochs:g}), got {self.start_epoch:g}")
         if self.cutmix_minmax is not None and not 0 <= self.cutmix_minmax[0] < self.cutmix_minmax[1] <= 1:
@@ -293,9 +297,9 @@ class FinetuneConfig(
         """This configuration for each of the probes that are asked for, with the flags that it uses."""
         found = []
         if self.knn:
-            found.append(self._without("linear_probe", "features", "l2", *OPTIMISATION, *FINETUNING))
+            found.append(self._without("linear_probe", "features", "l2", "crop_scale", *OPTIMISATION, *FINETUNING))
         if self.linear_probe and self.features == "cached":
-            found.append(self._without("knn", "k", "temperature", *OPTIMISATION, *FINETUNING))
+            found.append(self._without("knn", "k", "temperature", "crop_scale", *OPTIMISATION, *FINETUNING))
         elif self.linear_probe:
             found.append(self._without("knn", "k", "temperature", "l2", *FINETUNING))
         return found

@@ -273,7 +273,15 @@ def _train_augmented(
     steps = max(1, round(config.epochs * len(source) / batch))
     size = height_width(encoder.input_size)
     curriculum = Curriculum((Stage(size, encoder.num_patches, 0, batch, steps, encoder.flops_per_image),), len(source))
-    crops = TrainCrops(source, size, encoder.mean, encoder.std, Augmentation(), config.seed, encoder.record.value_range)
+    crops = TrainCrops(
+        source,
+        size,
+        encoder.mean,
+        encoder.std,
+        Augmentation(config.crop_scale),
+        config.seed,
+        encoder.record.value_range,
+    )
     micro = config.micro_batch
     batches = labelled_batches(
         crops,

@@ -141,7 +141,7 @@ def micro_batch_count(rows: int, micro_size: int, group_size: int = 1, even: boo
     return next((c for c in alike if groups // c * group_size % 64 == 0), alike[0] if alike else fewest)
 
 
-def check_views(prefix: str, crop_scale: tuple[float, float], augment: int) -> None:
+def check_views(prefix: str, crop_scale: tuple[float, float], augment: int = 0) -> None:
     """ValueError unless the areas of a random crop and the magnitude of RandAugment (0 to 30) are possible."""
     low, high = crop_scale
     if not 0 < low <= high <= 1:
