@@ -32,7 +32,9 @@ import struct
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -267,30 +269,52 @@ def beside(study: dict[str, Any], results: Path) -> list[str]:
 def pack(kept: Path) -> None:
     """Move the run folders in `kept` into its runs.zip, over archived runs of the same name.
 
-    Equal runs give equal bytes: members are sorted and without their dates. The folders are deleted once the archive
-    is on the disk. Another process that packs at the same time waits.
+    The folders are deleted once the archive is on the disk.
     """
+    with locked(kept):
+        unpacked = [run for run in runs_in(kept).values() if isinstance(run, Path)]
+        if not unpacked:
+            return
+        replaced = {run.name for run in unpacked}
+        members = {name: content for name, content in archived(kept).items() if name.split("/")[0] not in replaced}
+        for run in unpacked:
+            files_in = [file for file in run.rglob("*") if file.is_file()]
+            members |= {file.relative_to(kept).as_posix(): file.read_bytes() for file in files_in}
+        write_archive(kept, members)
+        for run in unpacked:
+            shutil.rmtree(run)
+
+
+@contextmanager
+def locked(kept: Path) -> Iterator[None]:
+    """Another process that changes the archive in `kept` at the same time waits."""
     lock = os.open(kept, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
     try:
-        runs = runs_in(kept)
-        unpacked = [run for run in runs.values() if isinstance(run, Path)]
-        if not unpacked:
-            return
-        members = {f"{name}/{file.name}": file.read_bytes() for name, run in runs.items() for file in run.iterdir()}
-
-        def save(file: BinaryIO) -> None:
-            with zipfile.ZipFile(file, "w") as archive:
-                for name in sorted(members):
-                    member = zipfile.ZipInfo(name)  # of 1 January 1980
-                    member.create_system, member.external_attr = 3, 0o644 << 16  # or `unzip` makes unreadable files
-                    archive.writestr(member, members[name], zipfile.ZIP_DEFLATED, 9)
-
-        files.write(kept / ARCHIVE, save)
-        for run in unpacked:
-            shutil.rmtree(run)
+        yield
     finally:
         os.close(lock)
+
+
+def archived(kept: Path) -> dict[str, bytes]:
+    """Files in the runs.zip of `kept`, if there is one, by name."""
+    if not (kept / ARCHIVE).is_file():
+        return {}
+    with zipfile.ZipFile(kept / ARCHIVE) as archive:
+        return {name: archive.read(name) for name in archive.namelist() if not name.endswith("/")}
+
+
+def write_archive(kept: Path, members: dict[str, bytes]) -> None:
+    """Write runs.zip. Equal runs give equal bytes: members are sorted and without their dates."""
+
+    def save(file: BinaryIO) -> None:
+        with zipfile.ZipFile(file, "w") as archive:
+            for name in sorted(members):
+                member = zipfile.ZipInfo(name)  # of 1 January 1980
+                member.create_system, member.external_attr = 3, 0o644 << 16  # or `unzip` makes unreadable files
+                archive.writestr(member, members[name], zipfile.ZIP_DEFLATED, 9)
+
+    files.write(kept / ARCHIVE, save)
 
 
 def main() -> None:

@@ -17,19 +17,20 @@ import mae_et  # noqa: F401, before torch: it sets how OpenMP threads wait
 
 # isort: split
 import dataclasses
+import json
 import statistics
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tyro
-from equal_accuracy import pack
+from equal_accuracy import archived, locked, write_archive
 from synthetic import Stopwatch, synthetic_run
 
 from mae_et import files
 from mae_et.cli import explain
 from mae_et.compare.arms import Arm, group
-from mae_et.compare.runs import ARCHIVE, RunRecord, Timing, read_run, runs_in
+from mae_et.compare.runs import RunRecord, Timing, read_run, runs_in
 from mae_et.data.sources import count_images, open_source
 from mae_et.engine import runtime
 from mae_et.engine.pretrain import warm_up
@@ -62,10 +63,7 @@ def main() -> None:
         raise ValueError(f"{several[0]} was made on several devices; this pass has one process")
     began = time.perf_counter()
     timings = measure(list(pretrained.values()), options.rounds)
-    for name, run in pretrained.items():
-        book(options.results, name, timings[run.folder])
-    if (options.results / ARCHIVE).is_file():
-        pack(options.results)
+    book(options.results, {name: timings[run.folder] for name, run in pretrained.items()})
     print(f"timed {len(pretrained)} runs in {time.perf_counter() - began:.0f} s")
 
 
@@ -110,14 +108,18 @@ def timing(stages: list[Stopwatch], turn: int, turns: int, device: str, began: s
     return Timing(device, began, len(steps[0]), *(tuple(map(statistics.median, each)) for each in (train, waits)))
 
 
-def book(results: Path, name: str, timing: Timing) -> None:
-    """Write a run's timing.json; an archived run is unpacked into a folder, for `pack` to archive it anew."""
-    folder, run = results / name, runs_in(results)[name]
-    if not isinstance(run, Path):
-        folder.mkdir()
-        for file in run.iterdir():
-            (folder / file.name).write_bytes(file.read_bytes())
-    files.write_json(folder / TIMING, dataclasses.asdict(timing))
+def book(results: Path, timings: dict[str, Timing]) -> None:
+    """Write each run's timing.json, beside its other files: in its folder, or in the archive."""
+    runs, inside = runs_in(results), {}
+    for name, timing in timings.items():
+        text = json.dumps(dataclasses.asdict(timing), indent=1) + "\n"
+        if isinstance(folder := runs[name], Path):
+            files.write_text(folder / TIMING, text)
+        else:
+            inside[f"{name}/{TIMING}"] = text.encode()
+    if inside:
+        with locked(results):
+            write_archive(results, archived(results) | inside)
 
 
 if __name__ == "__main__":

@@ -209,7 +209,7 @@ def test_a_quiet_pass_deals_steps_in_turn_out_to_the_runs_of_an_archive(
         text = re.sub(r"^seed: .*$", f"seed: {seed}", config.read_text(), flags=re.M)
         config.write_text(re.sub(r"^lr: .*$", f"lr: {lr}", text, flags=re.M))
     quiet_pass = benchmark("quiet_pass")
-    quiet_pass.pack(results)
+    benchmark("equal_accuracy").pack(results)
     before = {name: {file: (run / file).read_text() for file in small} for name, run in runs_in(results).items()}
 
     def step(watch):
@@ -233,6 +233,24 @@ def test_a_quiet_pass_deals_steps_in_turn_out_to_the_runs_of_an_archive(
     ledger = [cost.steps for cost in read_run(run).ledger.stages]
     arm = compare(CompareConfig((str(results),), baseline=(str(results / "runs.zip" / "a-seed0"),)))["arms"][-1]
     assert arm["seconds"]["values"] == [9 * ledger[0] + 10 * ledger[1]]
+
+
+def test_a_quiet_pass_leaves_what_it_finds_where_it_is(benchmark, tmp_path: Path):
+    """An archive as `zip -r` makes it, with an exported run, and beside it a run folder with its checkpoint."""
+    quiet_pass = benchmark("quiet_pass")
+    with zipfile.ZipFile(tmp_path / "runs.zip", "w") as archive:
+        for name in ("a/", "a/config.yaml", "a/timm/", "a/timm/config.json", "notes.txt"):
+            archive.writestr(name, name if not name.endswith("/") else "")
+    (tmp_path / "b" / "timm").mkdir(parents=True)
+    for name in ("config.yaml", "checkpoint.pt"):
+        (tmp_path / "b" / name).write_text("b")
+    quiet_pass.book(tmp_path, {name: quiet_pass.Timing("cpu", name, 1, (1.0,), (0.0,)) for name in ("a", "b")})
+    assert {path.name for path in tmp_path.iterdir()} == {"runs.zip", "b"}
+    assert {path.name for path in (tmp_path / "b").iterdir()} == {"config.yaml", "checkpoint.pt", "timm", "timing.json"}
+    with zipfile.ZipFile(tmp_path / "runs.zip") as archive:
+        assert archive.namelist() == ["a/config.yaml", "a/timing.json", "a/timm/config.json", "notes.txt"]
+        assert archive.read("a/timm/config.json") == b"a/timm/config.json"
+        assert json.loads(archive.read("a/timing.json"))["began"] == "a"
 
 
 @pytest.mark.parametrize(

@@ -219,6 +219,7 @@ def from_mapping(**values):
             "--accum_iter contradicts total_batch_size",
         ),
         (lambda: flags(*DATA, "--resume", "auto", "--overwrite"), "--resume .* and --overwrite"),
+        (lambda: flags(*DATA, "--input_size", "8", "8", "8"), "--input_size: .*argument count 2 of `INT INT`"),
         (
             lambda: flags("--recipe", "demmo"),
             r"'demmo' \(did you mean demo\?\); choose from demo, .*in1k_vitb_mae400_hog",

@@ -75,6 +75,8 @@ def test_the_mnist_family_is_grey_and_gets_its_recipe(tmp_path):
     )
     (proposal,) = report["proposals"]
     assert proposal["recipe"] == "fashion_mnist_etpp" and float(proposal["flags"]["mean"]) == report["mean"][0]
+    large = describe(report | {"short_side_px": report["short_side_px"] | {"median": 600}})
+    assert f"  python -m mae_et prepare {tmp_path} PACKED --in_chans 1" in large, "grey images stay grey"
 
 
 def test_corrupt_files_are_named_grey_ones_count_as_colour_and_each_image_the_same(tmp_path):

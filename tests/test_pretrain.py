@@ -416,7 +416,10 @@ def test_overwrite_keeps_the_old_run_until_the_new_one_has_data(photos: Path, tm
     with pytest.raises(ValueError, match="damaged"):
         pretrain(tiny(junk, folder, overwrite=True))
     assert (folder / "checkpoint.pt").read_bytes() == before
+    for name in ("timing.json", "eval-knn.json"):
+        (folder / name).write_text("{}")  # of the old run
     pretrain(tiny(photos, folder, epochs=0.7, overwrite=True))
+    assert not (folder / "timing.json").exists() and not (folder / "eval-knn.json").exists()
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["epochs"] == 0.7 and config["overwrite"] is False
 

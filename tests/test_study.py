@@ -102,9 +102,13 @@ def test_a_run_that_is_packed_again_replaces_the_archived_one(harness, tmp_path)
         for name in job.kept_files:
             assert not (content == "old" and harness.is_kept(job, tmp_path))
             (run / name).write_text(content)
+        (run / content).mkdir()
+        (run / content / "model.safetensors").write_text(content)
         harness.pack(tmp_path)
         assert harness.is_kept(job, tmp_path) and not run.exists()
-    assert zipfile.ZipFile(tmp_path / "runs.zip").read(f"{job.name}/config.yaml") == b"new"
+    archive = zipfile.ZipFile(tmp_path / "runs.zip")
+    assert archive.read(f"{job.name}/config.yaml") == b"new"
+    assert [name for name in archive.namelist() if "model" in name] == [f"{job.name}/new/model.safetensors"]
 
 
 def test_an_unknown_arm_is_named(harness):

@@ -266,7 +266,8 @@ def describe(report: dict[str, Any]) -> list[str]:
         lines["unfit"] = f"{report['other_channels']:,} images have other channels than {report['in_chans']}"
     shown = [f"{name:10} {text}" for name, text in lines.items()]
     if side["median"] > 512 and report["in_chans"] in (1, 3):
-        packed = shlex.join(["python", "-m", "mae_et", "prepare", report["data_path"], "PACKED"])
+        grey = ["--in_chans", "1"] if report["in_chans"] == 1 else []  # or they are packed as colour
+        packed = shlex.join(["python", "-m", "mae_et", "prepare", report["data_path"], "PACKED", *grey])
         shown += ["", "Images this large are quicker to read once they are packed smaller:", f"  {packed}"]
     for proposal in report["proposals"]:
         shown += ["", f"{proposal['why']}:", f"  {proposal['command']}"]

@@ -37,7 +37,7 @@ def prepare(path: Path, keep: bool, overwrite: bool) -> None:
     if not (keep or overwrite):
         check_free(path)
     if overwrite:
-        for old in (*_held(path), LEDGER, ENCODER, PICTURE, PROGRESS, BEST, SINK_ID):
+        for old in (*_held(path), LEDGER, TIMING, ENCODER, PICTURE, PROGRESS, BEST, SINK_ID):
             files.remove(path / old)
         for pattern in ("eval-*.json", "events.out.tfevents.*", "reconstruction-*.png"):
             for old in path.glob(pattern):

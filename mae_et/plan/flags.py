@@ -12,6 +12,7 @@ import difflib
 import functools
 import io
 import math
+import re
 import types
 import typing
 from collections.abc import Callable
@@ -195,6 +196,7 @@ def message_of(box: str, *type_names: str) -> str:
     end = next((i for i, line in enumerate(lines) if line.startswith("───")), len(lines))
     hint = next((lines[i + 1] for i, line in enumerate(lines[:-1]) if line.startswith("Perhaps you meant")), "")
     message = " ".join(line for line in lines[:end] if line)
+    message = re.sub(r"\[/?bold\]", "", message)  # markup that tyro leaves in names of types
     for name in type_names:
         message = message.removeprefix(f"Error parsing {name}: ")
     return message + (f"; perhaps you meant {hint}" if hint else "; see --help")
