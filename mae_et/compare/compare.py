@@ -111,7 +111,8 @@ def clock_notes(runs: Sequence[RunRecord]) -> list[str]:
         return [f"seconds are those of the runs themselves: {', '.join(without)} has no {run_folder.TIMING}"]
     passes = {(timing.device, timing.began) for timing in timings}
     named = "; ".join(f"{device}, {began}" for device, began in sorted(passes))
-    steps = f"{min(t.steps for t in timings)} to {max(t.steps for t in timings)}"
+    fewest, most = min(t.steps for t in timings), max(t.steps for t in timings)
+    steps = f"{fewest}" if fewest == most else f"{fewest} to {most}"
     if len(passes) > 1:
         return [f"seconds are of several passes ({named}): don't compare them; time all runs in one"]
     return [
