@@ -126,6 +126,19 @@ def test_the_backbone_is_in_evaluation_mode_and_its_bytes_stay(run: Path, monkey
         assert tensor.numpy().tobytes() == before[key].numpy().tobytes(), key
 
 
+def test_the_probe_on_augmented_images_draws_crops_of_the_area_that_is_asked_for(run: Path, monkeypatch) -> None:
+    areas, real = [], probe_module.TrainCrops
+
+    def crops(*arguments, **keywords):
+        made = real(*arguments, **keywords)
+        areas.append(made.crop_scale)
+        return made
+
+    monkeypatch.setattr(probe_module, "TrainCrops", crops)
+    probe(FinetuneConfig(finetune=str(run), linear_probe=True, features="augmented", crop_scale=(0.5, 0.9), **QUICK))
+    assert areas == [(0.5, 0.9)]
+
+
 def test_lars_adapts_matrices_and_leaves_biases_alone() -> None:
     torch.manual_seed(0)
     heads = probe_heads([(1, "cls")], 8, 4)
@@ -274,7 +287,7 @@ def test_knn_and_a_linear_probe_of_one_call_share_their_features(run: Path, monk
 def test_each_probe_has_the_flags_that_it_uses() -> None:
     """`compare` holds them against each other: what one of them doesn't use must not keep its results apart."""
     common = {"finetune": "x", "layers": (1, 3), "holdout": 9}
-    training = {"epochs": 10, "batch_size": 32, "lr": 0.2}
+    training = {"epochs": 10, "batch_size": 32, "lr": 0.2, "crop_scale": (0.5, 1.0)}
     unused = {"mixup": 0.1, "clip_grad": 1.0, "start_epoch": 2}
     both = {"knn": True, "linear_probe": True, "k": 5, "temperature": 0.1, "l2": 0.1}
     knn, augmented = FinetuneConfig(**common, **both, **training, **unused, features="augmented").probes
