@@ -65,7 +65,7 @@ class RunRecord:
     untrained: FinetuneConfig | None = None
     """What a run that was not pretrained is an evaluation of: its flags say which model, or which run it is like."""
     timing: Timing | None = None
-    """Set by :func:`on_one_clock`, the ledger's seconds are of it."""
+    """Of its timing.json; :func:`on_one_clock` takes the ledger's seconds from it, or drops it."""
 
     @property
     def device(self) -> str | None:
