@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import time
 import zipfile
 from pathlib import Path
 
@@ -80,6 +81,26 @@ def test_seconds_are_compared_at_equal_flops_updates_included(benchmark, photos:
             assert [row["efficiency"]["median"] for row in report["stages"]] == pytest.approx([1, 1])
         with pytest.raises(ValueError, match="--baseline: vanilla MAE has one stage, this recipe 2"):
             seconds.measure(ours, rt, 2, baseline=ours)
+
+
+def test_waiting_for_batches_is_a_part_of_a_step_and_of_no_other(benchmark, photos: Path, tmp_path: Path):
+    synthetic = benchmark("synthetic")
+    with runtime.start("cpu", "fp32") as rt:
+        run = synthetic.synthetic_run(tiny(photos, tmp_path), rt, 20)
+        watch = synthetic.Stopwatch.of(run, run.curriculum.stages[0])
+        batches, seconds = watch.batches(), [0.2, 0.0]
+
+        def slow():
+            time.sleep(seconds[len(watch.seconds)])
+            yield from batches
+
+        watch.batches = slow
+        watch.step()
+        with run.idle.waiting():  # of nothing that is timed
+            time.sleep(0.2)
+        watch.step()
+    waits = watch.data_seconds
+    assert len(waits) == 2 and 0.2 <= waits[0] < watch.seconds[0] and waits[1] < min(0.2, watch.seconds[1])
 
 
 def encoded(image: np.ndarray, kind: str = "PNG") -> bytes:
