@@ -149,6 +149,41 @@ def test_a_cost_outside_the_baseline_has_no_answer(tmp_path, flops):
     assert found["difference"] is None and "outside" in answer_compute(found)
 
 
+@pytest.mark.parametrize(
+    ("cost", "top1", "difference", "factor", "words"),
+    [
+        (50.0, 82.0, 12.0, 2.0, "ahead even of the baseline's shortest arm, with 2.00× as many, in knn (+12.00 ["),
+        (800.0, 75.0, -9.0, 0.5, "behind even the baseline's longest arm, with 0.50× as many, in knn (-9.00 ["),
+        (50.0, 65.0, None, None, "no answer, since its cost lies outside the baseline's arms, in knn."),
+        (
+            50.0,
+            70.5,
+            None,
+            None,
+            "no answer, since its cost lies outside the baseline's arms, in knn.",
+        ),  # within spread
+        (800.0, 90.0, None, None, "no answer, since its cost lies outside the baseline's arms, in knn."),
+    ],
+)
+def test_ahead_with_less_and_behind_with_more_than_any_arm_of_the_baseline(
+    study, cost, top1, difference, factor, words
+):
+    for seed in range(3):
+        where = study / f"et-seed{seed}"
+        write_run(where, seed, 2e12, top1 + seed - 1, cost, curriculum="et", stage_sizes=[16, 32])
+    report = compare(CompareConfig((str(study),)))
+    found = next(r for r in report["equal_compute"] if r["arm"] == "et" and r["axis"] == "seconds")
+    assert found["difference"] is found["interval"] is None, "it is not at equal cost"
+    assert f"At equal seconds: {words}" in said(report, "et (")
+    if difference is None:
+        assert found["nearest"] is None and answer_compute(found) == "outside the baseline's arms"
+    else:
+        low, high = found["nearest"]["interval"]
+        assert (found["nearest"]["difference"], found["nearest"]["factor"]) == pytest.approx((difference, factor))
+        assert low < difference < high and low * high > 0
+        assert answer_compute(found) == f"{difference:+.2f} [{low:+.2f}, {high:+.2f}] against {factor:.2f}× the cost"
+
+
 @given(
     st.lists(st.tuples(st.floats(0.1, 1.0), st.floats(0.01, 10)), min_size=1, max_size=5),
     st.floats(0.001, 0.999),

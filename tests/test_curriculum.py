@@ -241,10 +241,20 @@ PLAN = {"epochs": 1, "num_images": 100, "batch_size": 10}
         (lambda: vanilla(**PLAN | {"epochs": float("nan")}), "epochs must be positive, got nan"),
         (lambda: vanilla(**PLAN | {"num_images": 0}), "number of images must be positive, got 0"),
         (lambda: vanilla(**PLAN | {"batch_size": -1}), "batch size must be positive, got -1"),
-        (lambda: vanilla(mask_ratio=0.0, **PLAN), "mask_ratio: .* 196 patches, of which 196 .* at most 195"),
-        (lambda: vanilla(mask_ratio=0.999, **PLAN), "mask_ratio: .* of which 0 would be visible; at least 1"),
-        (lambda: vanilla(predict_ratio=0.0, **PLAN), "predict_ratio: .* 147 masked patches, of which 0"),
-        (lambda: vanilla(predict_ratio=1.1, **PLAN), "predict_ratio: .* at most all of them"),
+        (lambda: vanilla(mask_ratio=0.0, **PLAN), "^--mask_ratio 0: .* 196 patches, of which 196 .* at most 195"),
+        (lambda: vanilla(mask_ratio=0.999, **PLAN), "^--mask_ratio 0.999: .* of which 0 would be visible; at least 1"),
+        (lambda: vanilla(predict_ratio=0.0, **PLAN), "^--predict_ratio 0: .* 147 masked patches, of which 0"),
+        (lambda: vanilla(predict_ratio=1.1, **PLAN), "^--predict_ratio 1.1: .* at most all of them"),
+        (lambda: plan_stages([StageRow(224, 1, mask_ratio=0.999)], **PLAN), "^stages: mask_ratio 0.999: .* of which 0"),
+        (lambda: plan_stages([StageRow(224, 1, num_visible=196)], **PLAN), "^stages: num_visible 196: .* at most 195"),
+        (
+            lambda: plan_stages([StageRow(224, 1, mask_ratio=0.5, predict_ratio=0.001)], **PLAN),
+            "^stages: predict_ratio 0.001: .* 98 masked patches, of which 0",
+        ),
+        (
+            lambda: plan_stages([StageRow(224, 1, num_predicted=148)], **PLAN),
+            "^stages: num_predicted 148: .* 147 masked patches, of which 148",
+        ),
     ],
 )
 def test_errors_name_what_is_wrong_and_what_is_legal(call, message):

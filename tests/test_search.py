@@ -503,7 +503,10 @@ def test_a_dry_run_costs_nothing(pictures: Path, tmp_path: Path, capsys) -> None
         ({"device": "mps"}, "--judge linear_probe is solved in float64, which mps hasn't"),
         ({"judge": ["loss"], "targets": ["hog"]}, "--judge loss can't compare --targets"),
         ({"judge_images": 10}, "--judge knn takes 20 neighbours, but may use 10 labelled images"),
-        ({"mask_ratios": [0.5, 0.99]}, "would not run: mask_ratio: a stage of 16 px has 4 patches, of which 0 would"),
+        (
+            {"mask_ratios": [0.5, 0.99]},
+            "would not run: stages: mask_ratio 0.99: a stage of 16 px has 4 patches, of which 0 would",
+        ),
         (
             {"targets": ["pixel", "hog"], "patch_size": 5, "input_size": 30, "sizes": [15]},
             "would not run: --target hog has 2 × 2 cells in a patch, so --patch_size must be even, got 5",

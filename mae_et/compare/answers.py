@@ -42,19 +42,34 @@ def needed(costs: Sequence[float], qualities: Sequence[float], quality: float) -
 
 
 def equal_compute(arm: Arm, baseline: Sequence[Arm], protocol: str, axis: str) -> dict[str, Any]:
-    """Quality of an arm minus the baseline's at the same cost."""
+    """Quality of an arm minus the baseline's at the same cost.
+
+    `nearest`: of an arm cheaper than all of the baseline's, its difference to the cheapest of those if it is ahead even
+    of that, and what that costs, as a multiple; of one dearer than all, the same if it is behind even the dearest.
+    """
     quality, cost = statistics.fmean(arm.quality(protocol)), arm.cost(axis)
     curve, at = _answering(baseline, protocol, axis, lambda curve: interpolate(*_means(curve), cost))
     row = {"arm": arm.name, "protocol": protocol, "axis": axis, "cost": cost}
     row |= _counted(arm, baseline, protocol, axis, curve)
-    row |= {"quality": quality, "baseline_quality": at, "difference": None, "interval": None}
+    row |= {"quality": quality, "baseline_quality": at, "difference": None, "interval": None, "nearest": None}
     if at is None:
-        return row
+        return row | {"nearest": _nearest(arm.quality(protocol), cost, curve)} if curve else row
     samples = [
         mean - interpolate([c for c, _ in curve], means, cost)
         for mean, means in _resample(arm.quality(protocol), curve)
     ]
     return row | {"difference": quality - at, "interval": _interval(samples)}
+
+
+def _nearest(values: Sequence[float], cost: float, curve: Sequence[Point]) -> dict[str, Any] | None:
+    """How far values at a cost outside the curve are ahead of its cheapest arm, or behind its dearest; None if not."""
+    cheaper = cost < curve[0][0]
+    nearest = curve[0 if cheaper else -1]
+    interval = _interval([mean - theirs for mean, (theirs,) in _resample(values, [nearest])])
+    if interval is None or (interval[0] <= 0 if cheaper else interval[1] >= 0):
+        return None
+    difference = statistics.fmean(values) - statistics.fmean(nearest[1])
+    return {"factor": nearest[0] / cost, "difference": difference, "interval": interval}
 
 
 def equal_quality(arm: Arm, baseline: Sequence[Arm], protocol: str, axis: str) -> dict[str, Any]:

@@ -42,12 +42,16 @@ def gibibytes(value: float) -> str:
 
 
 def answer_compute(row: Mapping[str, Any]) -> str:
-    """+0.83 [0.41, 1.20], or why there is no answer."""
+    """+0.83 [0.41, 1.20], the same against an arm that costs more, or why there is no answer."""
     if why := _no_answer(row):
         return why
-    if row["difference"] is None:
-        return "outside the baseline's arms"
-    return f"{row['difference']:+.2f}" + interval(row["interval"], "+.2f")
+    if nearest := row["nearest"]:
+        return f"{_difference(nearest)} against {nearest['factor']:.2f}× the cost"
+    return "outside the baseline's arms" if row["difference"] is None else _difference(row)
+
+
+def _difference(answer: Mapping[str, Any]) -> str:
+    return f"{answer['difference']:+.2f}" + interval(answer["interval"], "+.2f")
 
 
 def answer_quality(row: Mapping[str, Any]) -> str:
@@ -137,6 +141,13 @@ def _at_equal_cost(rows: Sequence[Mapping[str, Any]], axis: str) -> str:
     for row in rows:
         if not row["baseline_n"]:
             what = "the baseline is not evaluated in"
+        elif nearest := row["nearest"]:
+            than = (
+                "ahead even of the baseline's shortest"
+                if nearest["difference"] > 0
+                else "behind even the baseline's longest"
+            )
+            what = f"{than} arm, with {nearest['factor']:.2f}× as many, in"
         elif row["difference"] is None:
             what = "no answer, since its cost lies outside the baseline's arms, in"
         elif row["interval"] is None:
@@ -147,7 +158,8 @@ def _at_equal_cost(rows: Sequence[Mapping[str, Any]], axis: str) -> str:
             what = "behind in"
         else:
             what = f"no difference that {min(row['n'], row['baseline_n'])} seeds can tell in"
-        value = "" if row["difference"] is None else f" ({answer_compute(row)})"
+        answer = row["nearest"] or row
+        value = "" if answer["difference"] is None else f" ({_difference(answer)})"
         told.setdefault(what, []).append(row["protocol"] + value)
     return f"At equal {AXIS_LABELS[axis].removeprefix('training ')}: {_listed(told)}."
 

@@ -71,7 +71,7 @@ def _check_batches(config: PretrainConfig, curriculum: Curriculum, devices: int)
     smallest = min(stage.batch_size for stage in curriculum.stages)
     if smallest < devices:
         raise ValueError(
-            f"total_batch_size: a stage's batch of {smallest} is smaller than the number of devices, {devices}"
+            f"--total_batch_size: a stage's batch of {smallest} is smaller than the number of devices, {devices}"
         )
     views = config.views_per_image * config.masks_per_image
     sizes: list[tuple[str, float]] = [("--batch_size", config.batch_size)]

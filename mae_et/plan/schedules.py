@@ -199,8 +199,8 @@ def patch_counts(row: StageRow, patch_px: int, mask_ratio: float, predict_ratio:
         visible = round(patches * (1 - (mask_ratio if row.mask_ratio is None else row.mask_ratio)))
     if not 0 < visible < patches:
         raise ValueError(
-            f"mask_ratio: a stage of {show_size(row.size_px)} px has {patches} patches, of which {visible} would be "
-            f"visible; at least 1 and at most {patches - 1} must be"
+            f"{_given(row, 'num_visible', 'mask_ratio', mask_ratio)}: a stage of {show_size(row.size_px)} px has "
+            f"{patches} patches, of which {visible} would be visible; at least 1 and at most {patches - 1} must be"
         )
     predicted = row.num_predicted
     if predicted is None:
@@ -208,7 +208,16 @@ def patch_counts(row: StageRow, patch_px: int, mask_ratio: float, predict_ratio:
         predicted = round((patches - visible) * ratio)
     if not 0 < predicted <= patches - visible:
         raise ValueError(
-            f"predict_ratio: a stage of {show_size(row.size_px)} px has {patches - visible} masked patches, of which "
-            f"{predicted} would be predicted; at least 1 and at most all of them must be"
+            f"{_given(row, 'num_predicted', 'predict_ratio', predict_ratio)}: a stage of {show_size(row.size_px)} px "
+            f"has {patches - visible} masked patches, of which {predicted} would be predicted; at least 1 and at most "
+            "all of them must be"
         )
     return visible, predicted
+
+
+def _given(row: StageRow, count: str, ratio: str, flag: float) -> str:
+    """Where a count of patches comes from, as a user wrote it: the row's count, its ratio, or the run's."""
+    for name in (count, ratio):
+        if (value := getattr(row, name)) is not None:
+            return f"stages: {name} {value:g}"
+    return f"--{ratio} {flag:g}"
