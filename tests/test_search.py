@@ -364,8 +364,30 @@ def test_online_quality_and_a_folder_of_events_do_not_stop_a_search(pictures: Pa
     result = search(config_of(pictures, tmp_path / "out", **flags))
     assert (result.config.holdout, result.config.probe_every, result.config.log_dir) == (0, 0, flags["log_dir"])
     assert not Path(flags["log_dir"]).exists()
-    for run in (tmp_path / "out" / "runs").iterdir():
+    for run in (tmp_path / "out" / "trials").iterdir():
         assert list(run.glob("events.out.tfevents.*")) and "rankme_mean" in (run / "metrics.jsonl").read_text()
+
+
+def test_only_a_searchs_own_runs_are_deleted(pictures: Path, tmp_path: Path) -> None:
+    """Weights of every run below `--output_dir` once were, and with --overwrite the runs."""
+    flags = {"judge": ["loss"], "num_stages": 2, "epochs": 1}
+    mine = [tmp_path / "out" / "runs" / "mine" / name for name in ("checkpoint.pt", "encoder.safetensors", "a.png")]
+    mine[0].parent.mkdir(parents=True)
+    for path in mine:
+        path.write_bytes(b"mine")
+    trials = tmp_path / "out" / "trials"
+    search(config_of(pictures, tmp_path / "out", **flags))
+    began = {path.name: (path / "environment.json").stat().st_mtime_ns for path in trials.iterdir()}
+    assert began and not list(trials.rglob("*.pt")) and not list(trials.rglob("*.safetensors"))
+    search(config_of(pictures, tmp_path / "out", **flags, overwrite=True))
+    again = {path.name: (path / "environment.json").stat().st_mtime_ns for path in trials.iterdir()}
+    assert again.keys() == began.keys() and all(again[name] > began[name] for name in began)
+    assert all(path.read_bytes() == b"mine" for path in mine)
+    (tmp_path / "out" / "search.jsonl").unlink()
+    for overwrite in (False, True):
+        with pytest.raises(FileExistsError, match=r"^--output_dir: .*trials is not of a search"):
+            search(config_of(pictures, tmp_path / "out", **flags, overwrite=overwrite))
+    assert trials.is_dir()
 
 
 def test_judges_leave_out_as_many_damaged_images_as_the_run_does(pictures: Path, tmp_path: Path) -> None:
@@ -425,7 +447,7 @@ def test_search_ends_in_a_recipe_that_trains(searched: Path, pictures: Path, tmp
     main(["pretrain", *flags])
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["num_images"] == 48  # nothing held out
     # The cost that is stated is what the runs' own ledgers and results add up to.
-    runs = {path.name: path for path in (searched / "runs").iterdir()}
+    runs = {path.name: path for path in (searched / "trials").iterdir()}
     trained = sum(
         json.loads((path / "ledger.json").read_text())["total"]["flops"]
         - (json.loads((runs[Path(b).name] / "ledger.json").read_text())["total"]["flops"] if b else 0)

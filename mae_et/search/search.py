@@ -28,7 +28,7 @@ from ..plan.build import build_curriculum
 from ..plan.config import PretrainConfig
 from ..plan.flags import RUN, names, to_dict
 from .config import SearchConfig
-from .space import Option, Schedule, SearchSpace, at_full, fill, growing
+from .space import TRIALS, Option, Schedule, SearchSpace, at_full, fill, growing
 from .trials import Trial, Workers, seconds_of_vanilla
 
 log = logging.getLogger(__name__)
@@ -174,9 +174,15 @@ class CandidateEvaluator:
 
     def _delete_weights(self, trials: Iterable[Trial]) -> None:
         """Delete weights that no later trial branches from: of evaluated runs, and of base runs of earlier rounds."""
-        for folder in self.base_runs | {trial.config.output_dir for trial in trials}:
-            run_folder.delete_weights(Path(folder))
+        for trial in trials:
+            run_folder.delete_weights(Path(trial.config.output_dir))
+        self.delete_base_runs()
         self.base_runs = {trial.base_run.output_dir for trial in trials if trial.base_run}
+
+    def delete_base_runs(self) -> None:
+        """Delete the weights that the last round left for later trials."""
+        for folder in self.base_runs:
+            run_folder.delete_weights(Path(folder))
 
 
 # ── the command ──
@@ -218,9 +224,13 @@ def search(config: SearchConfig) -> SearchResult | None:
         log.info(line)
     if config.dry_run:
         return None
-    if config.overwrite and (out / RESULTS).exists():
-        (out / RESULTS).unlink()
-        shutil.rmtree(out / "runs", ignore_errors=True)
+    if (out / TRIALS).exists():
+        if not (out / RESULTS).exists():
+            raise FileExistsError(f"--output_dir: {out / TRIALS} is not of a search; choose another folder")
+        if config.overwrite:
+            shutil.rmtree(out / TRIALS)
+    if config.overwrite:
+        (out / RESULTS).unlink(missing_ok=True)
     results = Results(out / RESULTS, identity(space))
     if results.by_name:
         log.info("going on after %d trials", len(results.by_name))
@@ -232,8 +242,7 @@ def search(config: SearchConfig) -> SearchResult | None:
         else:
             schedule, selected = greedy(*stages, evaluate, config.tolerance, config.jobs)
     if not evaluate.exhausted:  # with a larger budget, the search would go on from its base runs
-        for folder in (out / "runs").glob("*"):
-            run_folder.delete_weights(folder)
+        evaluate.delete_base_runs()
     return SearchResult(space, schedule, space.recipe(schedule), evaluate.rounds, selected, results)
 
 

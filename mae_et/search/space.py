@@ -38,6 +38,8 @@ class Option:
         return f"{show_size(self.size_px)}{ratio}"
 
 
+TRIALS = "trials"
+"""Folder of the runs of a search. It is the search's own: their weights are deleted, and --overwrite deletes it."""
 Schedule = tuple[tuple[Option, float], ...]
 """Options in order, each with its share of a vanilla run's compute (of its epochs, for `greedy`)."""
 
@@ -137,7 +139,7 @@ class SearchSpace:
             lowfreq=first.lowfreq,
             seed=seed,
             recipe="",
-            output_dir=str(Path(self.config.output_dir) / "runs" / f"{name}-seed{seed}"),
+            output_dir=str(Path(self.config.output_dir) / TRIALS / f"{name}-seed{seed}"),
             **changes,
         )
 
