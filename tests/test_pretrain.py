@@ -443,8 +443,21 @@ def test_refuses_to_resume_another_run(photos: Path, tmp_path: Path, whole: Path
     other = pretrain(tiny(photos, tmp_path / "other", epochs=1))
     with pytest.raises(FileExistsError, match="already holds a run"):
         pretrain(tiny(photos, other, resume=str(whole)))
-    # A finished run that is resumed stays finished.
-    assert_same(weights(pretrain(replace(tiny(photos, whole), resume="auto"))), weights(whole))
+
+
+def test_a_finished_run_that_is_resumed_stays_as_it_is(photos: Path, tmp_path: Path, whole: Path) -> None:
+    """Flags and machine of a call that ran no step once stood in its folder as how it was made."""
+    before = {path.name: path.read_bytes() for path in whole.iterdir()}
+    pretrain(tiny(photos, whole, resume="auto", precision="bf16", num_workers=1))
+    assert {path.name: path.read_bytes() for path in whole.iterdir()} == before
+    copied = pretrain(tiny(photos, tmp_path / "copied", resume=str(whole)))
+    assert_same(weights(copied), weights(whole))
+    assert (copied / "metrics.jsonl").read_bytes() == before["metrics.jsonl"]  # else `compare` takes it for unfinished
+    unfinished = tmp_path / "unfinished"
+    shutil.copytree(whole, unfinished)
+    (unfinished / "encoder.safetensors").unlink()  # as a run that was killed at its end leaves it
+    pretrain(tiny(photos, unfinished, resume="auto"))
+    assert (unfinished / "encoder.safetensors").read_bytes() == before["encoder.safetensors"]
 
 
 @pytest.mark.parametrize(

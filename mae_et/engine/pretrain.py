@@ -80,6 +80,10 @@ def pretrain(config: PretrainConfig) -> Path:
         del state
         check_ranks(run, len(source))
         check_micro_batches(run)
+        done = run.finished and resume and goes_on(run, resume) and (run.folder / run_folder.ENCODER).exists()
+        if rt.from_main(done):  # what the folder says of how it was made stays
+            log.info("finished before: %s", run.folder)
+            return run.folder
         probe = OnlineProbe(run) if config.probe_every else None
 
         # The first batch, and memory for all that is to come, before anything on disk is replaced.
@@ -134,6 +138,8 @@ def open_folder(run: PretrainRun, resume: Path | None, read_from: Path | None) -
     if resume and goes_on(run, resume) and read_from != resume:
         # Otherwise the next save would rotate the corrupt file into prev1 and drop an intact one.
         files.promote(read_from, resume)
+    if resume and not goes_on(run, resume) and (origin := run_folder.run_of(resume)):
+        files.write_json_lines(run.folder / run_folder.METRICS, files.read_json_lines(origin / run_folder.METRICS))
     lasting = dataclasses.replace(config, resume="", overwrite=False)  # it is a recipe: no one-off flags
     files.write_text(run.folder / run_folder.CONFIG, to_yaml(lasting))
     facts = {"num_images": run.curriculum.num_images, "value_range": run.value_range}
