@@ -700,7 +700,13 @@ class Unread:
 
 @pytest.mark.parametrize(
     ("flags", "words"),
-    [({"warmup_epochs": 50}, "rate never reaches its peak"), ({"hold_epochs": 1.5}, "rate never falls"), ({}, "")],
+    [
+        ({"warmup_epochs": 50}, "rate never reaches its peak"),
+        ({"hold_epochs": 1.5}, "rate never falls"),
+        ({"curriculum": "vanilla", "epochs": 0.2, "warmup_epochs": 0.02}, "is 0: it never trains"),
+        ({"curriculum": "vanilla", "epochs": 0.2, "warmup_epochs": 0}, ""),
+        ({}, ""),
+    ],
 )
 def test_a_warm_up_or_hold_as_long_as_the_run_is_said(
     photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, flags: dict, words: str

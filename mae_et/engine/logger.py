@@ -140,7 +140,9 @@ def log_plan(run: Run, vanilla: Curriculum) -> None:
     if curriculum.update_share:
         log.info("%.0f%% of them are updates by %s", 100 * curriculum.update_share, config.opt)
     warmup, hold, epochs = config.warmup_epochs, config.hold_epochs, config.epochs
-    if warmup >= epochs:
+    if warmup and curriculum.total_steps == 1:
+        log.warning("--epochs %g is one step, whose learning rate is 0: it never trains anything", epochs)
+    elif warmup >= epochs:
         log.warning("--warmup_epochs %g of --epochs %g: the learning rate never reaches its peak", warmup, epochs)
     elif warmup + hold >= epochs:
         words = "--warmup_epochs %g and --hold_epochs %g of --epochs %g: the learning rate never falls"
