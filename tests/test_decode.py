@@ -233,13 +233,15 @@ def test_what_does_not_fit_is_damage(item, in_chans, message):
 SENTINEL = np.linspace(776, 1009, 12 * 20 * 13).astype(np.uint16).reshape(12, 20, 13)  # EuroSAT's values
 
 
-def deep_png(pixels: np.ndarray) -> bytes:
+def deep_png(pixels: np.ndarray, damage: str = "") -> bytes:
     """A 16-bit colour PNG, which Pillow can't write: [H, W, C] uint16, C = 2 (grey and alpha), 3 or 4."""
     height, width, channels = pixels.shape
-    rows = pixels.astype(">u2").reshape(height, -1).view(np.uint8)
-    data = zlib.compress(np.pad(rows, ((0, 0), (1, 0))).tobytes())
+    rows = np.pad(pixels.astype(">u2").reshape(height, -1).view(np.uint8), ((0, 0), (1, 0)))
+    rows[-1, 0] = 77 if damage == "unknown filter" else 0
+    data = bytearray(zlib.compress(rows))
+    data[-1] ^= damage == "wrong sum of the pixels"
     header = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
-    chunks = [(b"IHDR", header), (b"IDAT", data), (b"IEND", b"")]
+    chunks = [(b"IHDR", header), (b"IDAT", bytes(data)), (b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks
     )
@@ -389,6 +391,19 @@ def test_damage_is_reported_as_such(name):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("channels", [2, 3, 4])
+@pytest.mark.parametrize("damage", ["unknown filter", "wrong sum of the pixels", "half", "a bit", "wrong checksum"])
+def test_a_damaged_png_of_16_bit_colours_is_named(damage, channels):
+    """torchvision's decoder ends the process."""
+    item = bytearray(deep_png(SENTINEL[..., :channels], damage))
+    item[len(item) // 2] ^= damage == "a bit"
+    item[-13] ^= damage == "wrong checksum"
+    item = bytes(item[: len(item) // 2] if damage == "half" else item)
+    for read in (pixels.more_than_8_bits, lambda item: to_image(item, 3, (776, 1009))):
+        with pytest.raises(CorruptImage, match="not a readable image"):
+            read(item)
+
+
 def holes(data: bytes) -> list[bytes]:
     """A JPEG with 300 bytes missing, at 36 places."""
     starts = range(1000, len(data) - 1000, (len(data) - 2000) // 36)
@@ -445,6 +460,10 @@ def test_bombs_are_refused_before_they_are_decoded(monkeypatch):
         for operator in OPERATORS:
             with pytest.raises(CorruptImage, match="limit"):
                 crop(FORMATS[name], operator=operator)
+    monkeypatch.setattr(pixels, "_png_bytes", None)  # nothing is decoded
+    for name in ("colour png", "grey and alpha png", "colour tiff", "npy"):
+        with pytest.raises(CorruptImage, match="limit"):
+            to_image(DEEP[name][0], DEEP[name][1].shape[2], (776, 1009))
     monkeypatch.setattr(pixels, "MAX_PIXELS", 240)
     assert to_image(FORMATS["rgb png"], 3).size == (20, 12)
 
