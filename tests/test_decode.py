@@ -37,6 +37,12 @@ def encode(image: Image.Image | np.ndarray, kind: str = "PNG", **options) -> byt
     return buffer.getvalue()
 
 
+def npy_of_shape(shape: str, size: int) -> bytes:
+    """A .npy file of bytes whose header says so."""
+    header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}}}\n".encode()
+    return b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header + bytes(size)
+
+
 def npy(pixels: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, pixels)
@@ -366,6 +372,10 @@ def _damaged(photo: Image.Image) -> dict[str, bytes]:
         "half an npy": npy(np.asarray(photo))[:1000],
         "npy magic only": b"\x93NUMPY",
         "npy with a broken header": b"\x93NUMPY\x01\x00\x08\x00{'descr(",
+        "npy of negative shape": npy_of_shape("(-10, -10)", 100),
+        "npy with a truth for a length": npy_of_shape("(10, True)", 10),
+        "npy of 70 axes": npy_of_shape(f"({'1,' * 70})", 1),
+        "npy with an endless header": npy_of_shape("-" * 4000 + "10", 10),
         "npy of objects, which would run code": npy(np.array([[{}]], dtype=object))[:60],
         "empty": b"",
         "text": b"this is not a photograph\n",

@@ -270,10 +270,12 @@ def _read_npy(data: bytes, all_types: bool) -> np.ndarray:
     try:
         version = np.lib.format.read_magic(stream)
         shape, is_fortran, dtype = read_header[version](stream)
-    except (ValueError, KeyError, SyntaxError, TypeError, tokenize.TokenError) as error:
+    except (ValueError, KeyError, SyntaxError, TypeError, RecursionError, tokenize.TokenError) as error:
         raise CorruptImage(f"not a readable .npy file ({error})") from error
     if dtype.kind not in ("uif" if all_types else "u"):
         raise CorruptImage(f"a .npy image holds {dtype}; only uint8 and uint16 have a known range; give --value_range")
+    if len(shape) not in (2, 3) or any(type(length) is not int or length < 0 for length in shape):  # NumPy checks less
+        raise CorruptImage(f"an image array has shape [H, W] or [H, W, C], not {list(shape)}")
     expected_bytes = math.prod(shape) * dtype.itemsize
     if len(data) - stream.tell() != expected_bytes:
         raise CorruptImage(f".npy of shape {list(shape)} needs {expected_bytes} bytes, has {len(data) - stream.tell()}")
