@@ -769,6 +769,13 @@ def test_center_crop_covers_any_shape(height, width, out_height, out_width, crop
     assert (out == 77).all()  # nothing outside the picture was padded in
 
 
+@pytest.mark.parametrize(("shape", "resized"), [((1, 60_000), "5760000x96"), ((60_000, 1, 5), "96x5760000")])
+def test_a_long_thin_image_is_not_resized_to_gigabytes(shape, resized, monkeypatch):
+    monkeypatch.setattr(decode, "_resize", None)
+    with pytest.raises(CorruptImage, match=f"resized for its centre crop, {resized} pixels are more than the limit"):
+        center_crop(np.zeros(shape, np.uint8), (96, 96), shape[2] if len(shape) > 2 else 3)
+
+
 class Pictures(Items):
     """Ten images, of which every third can't be read."""
 

@@ -146,10 +146,10 @@ def open_header(data: bytes) -> Image.Image:
     return image
 
 
-def check_size(width: int, height: int) -> None:
+def check_size(width: int, height: int, when: str = "") -> None:
     """CorruptImage for more than MAX_PIXELS, or none."""
     if width * height > MAX_PIXELS:
-        raise CorruptImage(f"{width}x{height} pixels are more than the limit of {MAX_PIXELS}")
+        raise CorruptImage(f"{when}{width}x{height} pixels are more than the limit of {MAX_PIXELS}")
     if width * height == 0:
         raise CorruptImage("the image has no pixels")
 
