@@ -23,7 +23,7 @@ from mae_et.cli import main
 from mae_et.data.config import PrepareConfig
 from mae_et.data.loader import CorruptLog, TrainImages, train_batches
 from mae_et.data.pixels import to_image
-from mae_et.data.prepare import prepare
+from mae_et.data.prepare import pack, prepare
 from mae_et.data.shards import INDEX, ShardSource
 from mae_et.data.sources import CachedSource, open_source
 from mae_et.data.stream import SampleStream
@@ -155,6 +155,27 @@ def test_a_shard_that_changed_is_written_again_and_other_settings_are_refused(fo
         packed(folder, out, short_side=16)
     picture(1).save(folder / "train" / "cat" / "new.png")
     with pytest.raises(ValueError, match="begun of other images"):
+        packed(folder, out)
+
+
+def test_images_labels_and_splits_that_are_others_by_now_are_refused(folder, tmp_path):
+    out = tmp_path / "out"
+    packed(folder, out)
+    changed = folder / "train" / "dog" / "07.png"
+    data = changed.read_bytes()
+    picture(70).save(changed)
+    with pytest.raises(ValueError, match=r"begun of other images: .*07\.png has changed; choose another folder"):
+        packed(folder, out)
+    changed.unlink()
+    changed.symlink_to(tmp_path / "copy.png")
+    (tmp_path / "copy.png").write_bytes(data)  # wherever and however old they are, these are the same images
+    packed(folder, out)
+    source = open_source(folder)
+    source.labels = 1 - source.labels
+    with pytest.raises(ValueError, match="begun of other labels"):
+        pack(source, out / "train", PrepareConfig(str(folder), str(out), short_side=32, shard_mb=0.003))
+    (folder / "val").rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"begun of other images: there is .*val, and SRC has no held-out ones"):
         packed(folder, out)
 
 
