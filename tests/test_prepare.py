@@ -179,6 +179,19 @@ def test_images_labels_and_splits_that_are_others_by_now_are_refused(folder, tmp
         packed(folder, out)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+def test_a_folder_of_any_name_is_printed_as_it_is(folder, tmp_path, monkeypatch, encoding):
+    source, out = folder.with_name("[red] :smile: …"), tmp_path / "[bold]out[/b]"
+    folder.rename(source)
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding)
+    monkeypatch.setattr("sys.stdout", stdout)
+    main(["prepare", str(source), str(out), "--num_workers", "0"])
+    stdout.flush()
+    text = stdout.buffer.getvalue().decode(encoding).replace("\n", "")
+    assert f"Train with --data_path {out}" in text
+    assert ("[red] :smile: …" if encoding == "utf-8" else r"[red] :smile: \u2026") in text
+
+
 def test_a_broken_index_is_named(folder, tmp_path):
     packed(folder, tmp_path / "out")
     path = tmp_path / "out" / "train" / INDEX

@@ -71,7 +71,7 @@ def pack(source: Source, folder: Path, config: PrepareConfig) -> dict[str, Any]:
     encoder = Encoder(source, config)
     order = range(first, len(source))
     encoded = iter(DataLoader(encoder, None, sampler=order, **worker_options(config.num_workers)))
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(f"{folder}", total=len(source), completed=first)
         while first < len(source):
