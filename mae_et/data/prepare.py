@@ -89,7 +89,8 @@ def pack(source: Source, folder: Path, config: PrepareConfig) -> dict[str, Any]:
         log.warning("damaged image skipped: %s: %s", name, reason)
     shards = [shard for shard in shards if shard["keys"]]
     if not shards:
-        raise ValueError(f"SRC {config.source}: none of its {len(source)} images can be read; the first: {damaged[0]}")
+        name, reason = damaged[0]
+        raise ValueError(f"SRC {config.source}: none of its {len(source)} images can be read; {name}: {reason}")
     index = {"format": FORMAT, "classes": source.classes, "settings": settings, "damaged": damaged, "shards": shards}
     write_text(folder / INDEX, json.dumps(index))
     return index
