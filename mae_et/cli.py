@@ -5,6 +5,7 @@ What a command needs is imported when it runs: --help, a wrong flag and a plan d
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -85,7 +86,7 @@ def _plan(argv: list[str]) -> None:
     if "scaling" in report:
         console.print(scaling_table(report["scaling"]))
     for line in plan_summary(report):
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
 
 
 def _prepare(argv: list[str]) -> None:
@@ -98,9 +99,8 @@ def _prepare(argv: list[str]) -> None:
         total = prepare(config)
     before, after = (f"{total[name] / 1e6:,.1f} MB" for name in ("source_bytes", "bytes"))
     console.print(
-        f"{total['images']:,} images in {config.out}, {total['damaged']:,} damaged ones skipped; {before} → {after}; "
+        f"{total['images']:,} images in {config.out}, {total['damaged']:,} damaged ones skipped; {before} -> {after}; "
         f"verified. Train with --data_path {config.out}",
-        highlight=False,
         soft_wrap=True,
     )
 
@@ -117,7 +117,7 @@ def _measure(argv: list[str]) -> None:
     with logging_to_console():
         report = measure(config.data_path)
     for line in describe(report):
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+        console.print(line, soft_wrap=True)
 
 
 def _reconstruct(argv: list[str]) -> None:
@@ -128,7 +128,7 @@ def _reconstruct(argv: list[str]) -> None:
 
     with logging_to_console():
         path = reconstruct(config)
-    console.print(f"{path}", highlight=False, soft_wrap=True)
+    console.print(f"{path}", soft_wrap=True)
 
 
 @dataclass(frozen=True)
@@ -172,16 +172,16 @@ def _export(argv: list[str]) -> None:
         out = Path(config.out) if config.out else folder / names.get(config.format, "")
         about = {"run": run_of(source), "license": config.license, "name": config.push and f"hf-hub:{config.push}"}
         write_export(pretrained, pretrained.shape, config.format, out, encoder_only=config.encoder_only, **about)
-    console.print(f"{pretrained.origin} → {out}", highlight=False, soft_wrap=True)
+    console.print(f"{pretrained.origin} -> {out}", soft_wrap=True)
     if config.push:
-        console.print(f"{out} → {push(out, config.push)}", highlight=False, soft_wrap=True)
+        console.print(f"{out} -> {push(out, config.push)}", soft_wrap=True)
 
 
 def _compare(argv: list[str]) -> None:
     from .compare.compare import CompareConfig, compare
 
     config = parse(CompareConfig, argv, prog="mae_et compare")
-    from rich.markup import escape
+    from rich.text import Text
 
     from .compare.report import notes, terminal_tables, write_report
     from .compare.words import verdict
@@ -192,13 +192,11 @@ def _compare(argv: list[str]) -> None:
         print(json.dumps(report, indent=1))
         return
     for head, sentences in verdict(report):
-        console.print(
-            "\n  ".join([f"[bold]{escape(head)}[/bold]", *map(escape, sentences)]), highlight=False, soft_wrap=True
-        )
+        console.print(Text("\n  ").join([Text(head, "bold"), *map(Text, sentences)]), soft_wrap=True)
     for table in terminal_tables(report):
         console.print(table)
     for line in (*notes(report), *(f"written: {path}" for path in paths)):
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
 
 
 def _search(argv: list[str]) -> None:
@@ -217,7 +215,7 @@ def _search(argv: list[str]) -> None:
     paths = write_search(result)
     console.print(candidate_table(result))
     for line in (f"found: {describe(result)}", *(f"written: {path}" for path in paths)):
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
 
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
@@ -240,14 +238,15 @@ def main(argv: list[str] | None = None) -> None:
         return explain(f"mae_et {argv[0]}", lambda: COMMANDS[argv[0]][0](argv[1:]))
     usage = "usage: python -m mae_et COMMAND …\n" + "".join(f"  {n:12} {text}\n" for n, (_, text) in COMMANDS.items())
     if argv and argv[0] in ("-h", "--help"):
-        print(usage + "COMMAND --help lists its flags.")
-        return None
+        return explain("mae_et", lambda: print(usage + "COMMAND --help lists its flags."))
     problem = f"unknown command {argv[0]!r}" if argv else "a command is missing"
     fail(f"{problem}; choose from {', '.join(COMMANDS)}", "mae_et")
 
 
 def explain(prog: str, run: Callable[[], None]) -> None:
     """Run; a mistake ends in one line on standard error and exit code 1."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a character that its encoding lacks is no reason to fail
     try:
         run()
     except KeyboardInterrupt:

@@ -12,8 +12,8 @@ from rich.logging import RichHandler
 from rich.measure import Measurement
 from rich.table import Table
 
-#: Piped, it is as wide as its tables need.
-console = Console(soft_wrap=False) if Console().is_terminal else Console(width=140)
+#: Piped, it is as wide as its tables need. Text is printed as it is: names of files may hold brackets.
+console = Console(width=None if Console().is_terminal else 140, markup=False, emoji=False, highlight=False)
 
 
 @dataclass

@@ -18,8 +18,8 @@ ROOMS = {
     "console": "",
     "plan": "shapes curriculum schedules cost flags shared config build gpu report",
     "": "files record spectral targets model layouts interop wrappers hub",
-    "data": "config stream workers photos folders tars shards webdataset datasets sources pixels views decode replay"
-    " loader corruptions labelled prepare measure",
+    "data": "config stream workers photos folders tars shards webdataset datasets sources pixels fingerprint views"
+    " decode replay loader corruptions labelled prepare measure",
     "engine": "run_folder device runtime attention meters optim storage sharded resume writer step graphs sinks logger"
     " picture progress features run online pretrain",
     "card": "",

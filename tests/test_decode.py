@@ -37,6 +37,12 @@ def encode(image: Image.Image | np.ndarray, kind: str = "PNG", **options) -> byt
     return buffer.getvalue()
 
 
+def npy_of_shape(shape: str, size: int) -> bytes:
+    """A .npy file of bytes whose header says so."""
+    header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}}}\n".encode()
+    return b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header + bytes(size)
+
+
 def npy(pixels: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, pixels)
@@ -233,13 +239,15 @@ def test_what_does_not_fit_is_damage(item, in_chans, message):
 SENTINEL = np.linspace(776, 1009, 12 * 20 * 13).astype(np.uint16).reshape(12, 20, 13)  # EuroSAT's values
 
 
-def deep_png(pixels: np.ndarray) -> bytes:
+def deep_png(pixels: np.ndarray, damage: str = "") -> bytes:
     """A 16-bit colour PNG, which Pillow can't write: [H, W, C] uint16, C = 2 (grey and alpha), 3 or 4."""
     height, width, channels = pixels.shape
-    rows = pixels.astype(">u2").reshape(height, -1).view(np.uint8)
-    data = zlib.compress(np.pad(rows, ((0, 0), (1, 0))).tobytes())
+    rows = np.pad(pixels.astype(">u2").reshape(height, -1).view(np.uint8), ((0, 0), (1, 0)))
+    rows[-1, 0] = 77 if damage == "unknown filter" else 0
+    data = bytearray(zlib.compress(rows))
+    data[-1] ^= damage == "wrong sum of the pixels"
     header = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
-    chunks = [(b"IHDR", header), (b"IDAT", data), (b"IEND", b"")]
+    chunks = [(b"IHDR", header), (b"IDAT", bytes(data)), (b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks
     )
@@ -364,6 +372,10 @@ def _damaged(photo: Image.Image) -> dict[str, bytes]:
         "half an npy": npy(np.asarray(photo))[:1000],
         "npy magic only": b"\x93NUMPY",
         "npy with a broken header": b"\x93NUMPY\x01\x00\x08\x00{'descr(",
+        "npy of negative shape": npy_of_shape("(-10, -10)", 100),
+        "npy with a truth for a length": npy_of_shape("(10, True)", 10),
+        "npy of 70 axes": npy_of_shape(f"({'1,' * 70})", 1),
+        "npy with an endless header": npy_of_shape("-" * 4000 + "10", 10),
         "npy of objects, which would run code": npy(np.array([[{}]], dtype=object))[:60],
         "empty": b"",
         "text": b"this is not a photograph\n",
@@ -387,6 +399,19 @@ def test_damage_is_reported_as_such(name):
     with pytest.raises(CorruptImage) as error:
         to_image(DAMAGED[name], 3)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+@pytest.mark.parametrize("damage", ["unknown filter", "wrong sum of the pixels", "half", "a bit", "wrong checksum"])
+def test_a_damaged_png_of_16_bit_colours_is_named(damage, channels):
+    """torchvision's decoder ends the process."""
+    item = bytearray(deep_png(SENTINEL[..., :channels], damage))
+    item[len(item) // 2] ^= damage == "a bit"
+    item[-13] ^= damage == "wrong checksum"
+    item = bytes(item[: len(item) // 2] if damage == "half" else item)
+    for read in (pixels.more_than_8_bits, lambda item: to_image(item, 3, (776, 1009))):
+        with pytest.raises(CorruptImage, match="not a readable image"):
+            read(item)
 
 
 def holes(data: bytes) -> list[bytes]:
@@ -445,6 +470,10 @@ def test_bombs_are_refused_before_they_are_decoded(monkeypatch):
         for operator in OPERATORS:
             with pytest.raises(CorruptImage, match="limit"):
                 crop(FORMATS[name], operator=operator)
+    monkeypatch.setattr(pixels, "_png_bytes", None)  # nothing is decoded
+    for name in ("colour png", "grey and alpha png", "colour tiff", "npy"):
+        with pytest.raises(CorruptImage, match="limit"):
+            to_image(DEEP[name][0], DEEP[name][1].shape[2], (776, 1009))
     monkeypatch.setattr(pixels, "MAX_PIXELS", 240)
     assert to_image(FORMATS["rgb png"], 3).size == (20, 12)
 
@@ -738,6 +767,13 @@ def test_center_crop_covers_any_shape(height, width, out_height, out_width, crop
     out = center_crop(np.full((height, width, in_chans), 77, np.uint8), (out_height, out_width), in_chans, crop_pct)
     assert out.shape == (in_chans, out_height, out_width)
     assert (out == 77).all()  # nothing outside the picture was padded in
+
+
+@pytest.mark.parametrize(("shape", "resized"), [((1, 60_000), "5760000x96"), ((60_000, 1, 5), "96x5760000")])
+def test_a_long_thin_image_is_not_resized_to_gigabytes(shape, resized, monkeypatch):
+    monkeypatch.setattr(decode, "_resize", None)
+    with pytest.raises(CorruptImage, match=f"resized for its centre crop, {resized} pixels are more than the limit"):
+        center_crop(np.zeros(shape, np.uint8), (96, 96), shape[2] if len(shape) > 2 else 3)
 
 
 class Pictures(Items):

@@ -155,6 +155,21 @@ def test_each_number_of_a_tuple_is_checked():
         check(Config((), ("a", "c")))
 
 
+@pytest.mark.parametrize(
+    ("config_type", "name", "value", "legal"),
+    [
+        (PretrainConfig, "epochs", 1e308, "be positive and at most 1e9, got 1e+308"),
+        (FinetuneConfig, "epochs", 1e308, "be positive and at most 1e9, got 1e+308"),
+        (FinetuneConfig, "eval_epochs", 1e308, "be positive and at most 1e9, got 1e+308"),
+        (FinetuneConfig, "recount", -1, "be positive and finite, got -1"),
+        (FinetuneConfig, "color_jitter", -0.4, "be finite and not negative, got -0.4"),
+    ],
+)
+def test_what_only_a_library_would_refuse_is_refused_by_name(config_type, name, value, legal):
+    with pytest.raises(ValueError, match=f"^--{name} must {re.escape(legal)}$"):
+        check(with_value(config_type, name, value))
+
+
 def test_names_by_role_in_their_order():
     model = names(PretrainConfig, lambda role: role is MODEL)
     assert model[:4] == ["model", "input_size", "patch_size", "in_chans"]

@@ -160,7 +160,7 @@ def test_what_is_pushed_is_fine_tuned_from_the_hub(trained, tmp_path, monkeypatc
     (trained / "timm").mkdir()
     (trained / "timm" / "private.txt").write_text("no part of an export")
     cli.main(["export", str(trained), "--push", "me/mae-tiny"])
-    assert "→ hf-hub:me/mae-tiny" in capsys.readouterr().out
+    assert "-> hf-hub:me/mae-tiny" in capsys.readouterr().out
     assert not (there.folder / "me" / "mae-tiny" / "private.txt").exists()
     assert 'timm.create_model("hf-hub:me/mae-tiny", pretrained=True)' in (trained / "timm" / "README.md").read_text()
     for name in ("hf-hub:me/mae-tiny", "hf_hub:me/mae-tiny@v1.0", f"local-dir:{trained / 'timm'}"):

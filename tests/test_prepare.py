@@ -23,7 +23,7 @@ from mae_et.cli import main
 from mae_et.data.config import PrepareConfig
 from mae_et.data.loader import CorruptLog, TrainImages, train_batches
 from mae_et.data.pixels import to_image
-from mae_et.data.prepare import prepare
+from mae_et.data.prepare import pack, prepare
 from mae_et.data.shards import INDEX, ShardSource
 from mae_et.data.sources import CachedSource, open_source
 from mae_et.data.stream import SampleStream
@@ -158,6 +158,40 @@ def test_a_shard_that_changed_is_written_again_and_other_settings_are_refused(fo
         packed(folder, out)
 
 
+def test_images_labels_and_splits_that_are_others_by_now_are_refused(folder, tmp_path):
+    out = tmp_path / "out"
+    packed(folder, out)
+    changed = folder / "train" / "dog" / "07.png"
+    data = changed.read_bytes()
+    picture(70).save(changed)
+    with pytest.raises(ValueError, match=r"begun of other images: .*07\.png has changed; choose another folder"):
+        packed(folder, out)
+    changed.unlink()
+    changed.symlink_to(tmp_path / "copy.png")
+    (tmp_path / "copy.png").write_bytes(data)  # wherever and however old they are, these are the same images
+    packed(folder, out)
+    source = open_source(folder)
+    source.labels = 1 - source.labels
+    with pytest.raises(ValueError, match="begun of other labels"):
+        pack(source, out / "train", PrepareConfig(str(folder), str(out), short_side=32, shard_mb=0.003))
+    (folder / "val").rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"begun of other images: there is .*val, and SRC has no held-out ones"):
+        packed(folder, out)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+def test_a_folder_of_any_name_is_printed_as_it_is(folder, tmp_path, monkeypatch, encoding):
+    source, out = folder.with_name("[red] :smile: …"), tmp_path / "[bold]out[/b]"
+    folder.rename(source)
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding)
+    monkeypatch.setattr("sys.stdout", stdout)
+    main(["prepare", str(source), str(out), "--num_workers", "0"])
+    stdout.flush()
+    text = stdout.buffer.getvalue().decode(encoding).replace("\n", "")
+    assert f"Train with --data_path {out}" in text
+    assert ("[red] :smile: …" if encoding == "utf-8" else r"[red] :smile: \u2026") in text
+
+
 def test_a_broken_index_is_named(folder, tmp_path):
     packed(folder, tmp_path / "out")
     path = tmp_path / "out" / "train" / INDEX
@@ -254,7 +288,7 @@ def test_a_jpeg_with_a_hole_is_packed_and_named(tmp_path, caplog):
 def test_nothing_readable_is_an_error(tmp_path):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "1.jpg").write_bytes(b"no")
-    with pytest.raises(ValueError, match="none of its 1 images can be read"):
+    with pytest.raises(ValueError, match=r"none of its 1 images can be read; .*1\.jpg: not a readable image"):
         packed(tmp_path / "bad", tmp_path / "out")
 
 

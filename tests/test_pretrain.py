@@ -28,10 +28,11 @@ from torch.distributed.run import config_from_args, parse_args
 from mae_et import checkpoint
 from mae_et.cli import main_pretrain
 from mae_et.data import workers
+from mae_et.data.fingerprint import fingerprint
 from mae_et.data.sources import Source, open_source
 from mae_et.engine import runtime, step, storage
 from mae_et.engine.pretrain import pretrain
-from mae_et.engine.resume import check_images, fingerprint
+from mae_et.engine.resume import check_images
 from mae_et.engine.run import PretrainRun
 from mae_et.evaluate.config import FinetuneConfig, ReconstructConfig
 from mae_et.evaluate.probe import probe

@@ -21,7 +21,8 @@ from PIL import Image
 
 from mae_et.data import loader
 from mae_et.data.decode import train_crop
-from mae_et.data.loader import CorruptLog, TrainImages, train_batches
+from mae_et.data.loader import CorruptLog, TrainImages, _all_over, first_readable, train_batches
+from mae_et.data.pixels import to_image
 from mae_et.data.replay import MissingSamples
 from mae_et.data.sources import open_source
 from mae_et.data.stream import (
@@ -283,9 +284,9 @@ def test_a_restart_on_other_ranks_goes_on_with_the_same_images(operator):
         assert torch.stack(images).equal(whole[step])
 
 
-def test_a_damaged_image_is_replaced_by_the_next_one_that_can_be_read(caplog):
-    source, plan = Noise(10, damaged=(3, 9), gone=(4,)), curriculum(10, (10, 3))
-    replaced = {3: 5, 4: 5, 9: 0}
+def test_a_damaged_image_is_replaced_by_another_one_that_can_be_read(caplog):
+    source, plan = Noise(10, damaged=(3, 9), gone=(0,)), curriculum(10, (10, 3))
+    replaced = {3: 7, 0: 7, 9: 6}  # 3, 0 and 7 are 7 apart
     with caplog.at_level(logging.WARNING, logger="mae_et.data.loader"):
         found = torch.cat(batches(source, plan))
     counted = [record.getMessage() for record in caplog.records if "damaged image skipped" in record.getMessage()]
@@ -296,7 +297,7 @@ def test_a_damaged_image_is_replaced_by_the_next_one_that_can_be_read(caplog):
     assert torch.cat(batches(source, plan, workers=2)).equal(found)
 
     assert len(counted) == 3  # each named once
-    for name in ("noise/3.png", "noise/4.png: no file 4", "noise/9.png"):
+    for name in ("noise/3.png", "noise/0.png: no file 0", "noise/9.png"):
         assert any(name in message for message in counted)
     assert "(3 so far)" in counted[2]
 
@@ -427,8 +428,17 @@ def test_workers_are_forked_whatever_the_system_does(monkeypatch):
 
 
 def test_data_of_which_nothing_can_be_read_stop_the_run():
-    with pytest.raises(ValueError, match=r"--data_path: 4 damaged images in a row, from noise/\d.png"):
+    with pytest.raises(ValueError, match=r"--data_path: of 4 images .* none can be used; .* noise/\d.png"):
         batches(Noise(4, damaged=(0, 1, 2, 3)), curriculum(4, (2, 1)), limit=0.9)
+
+
+def test_a_broken_folder_stops_no_run_that_allows_for_it():
+    """More of it than may be damaged in a row."""
+    source, broken = Noise(1000, damaged=range(200, 600)), range(200, 600)
+    used, tried = zip(*(first_readable(source, i, lambda item, *_: to_image(item, 3)) for i in broken), strict=True)
+    assert max(map(len, tried)) <= 5
+    assert len({image.tobytes() for image in used}) > 200, "a few images would be seen again and again"
+    assert {len({*_all_over(3, count)}) for count in (1, 2, 7, 60, 100, 144, 1000)} == {1, 2, 7, 60, 100}
 
 
 def test_jpegs_that_pillow_decodes_all_the_same_are_used_named_and_never_stop_the_run(caplog):

@@ -169,6 +169,7 @@ def center_crop(
         resized_px = cover_height, max(cover_width, cover_height * width // height)
     else:
         resized_px = max(cover_height, cover_width * height // width), cover_width
+    check_size(*resized_px[::-1], "resized for its centre crop, ")  # a long, thin image would take gigabytes
     image = _resize(image, resized_px, Image.Resampling[interpolation.upper()])
     top, left = (round((resized - size) / 2) for resized, size in zip(resized_px, size_px, strict=True))
     return _to_tensor(_cut(image, (left, top, left + size_px[1], top + size_px[0])))

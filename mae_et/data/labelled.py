@@ -71,7 +71,7 @@ def open_labelled(data_path: str, split: str, num_images: int | None, seed: int,
 class TrainCrops(Dataset):
     """Samples -> normalised float32 crops [C, H, W] and labels; all randomness is a function of (seed, sample number).
 
-    A damaged image is replaced by the next one that can be read, label included, the same each time.
+    A damaged image is replaced by another one, label included, the same each time.
     """
 
     def __init__(

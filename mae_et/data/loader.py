@@ -27,7 +27,7 @@ from .workers import CHUNK_IMAGES, Loading, ahead, in_flight, worker_options
 log = logging.getLogger(__name__)
 
 MAX_NAMED = 20  # decoded all the same; after these only every doubling of their number is named
-MAX_CORRUPT_IN_A_ROW = 100
+MAX_TRIED = 100  # images, from all over the data set, in place of one
 Made = TypeVar("Made")
 
 
@@ -44,14 +44,13 @@ class Corruption(NamedTuple):
 def first_readable(
     source: Source, index: int, make: Callable[[Item, int | None, list[str]], Made]
 ) -> tuple[Made, list[Corruption]]:
-    """`make(item, label, objections)` of image `index`, or of the next one of which it can be made, always the same.
+    """`make(item, label, objections)` of image `index`, or of another one of which it can be made, always the same.
 
     Also returns the images that were passed over, and the one used if the decoder has objections.
-    ValueError if MAX_CORRUPT_IN_A_ROW can't be used.
+    ValueError if of MAX_TRIED none can be used.
     """
     damaged: list[Corruption] = []
-    for offset in range(min(MAX_CORRUPT_IN_A_ROW, len(source))):
-        place = (index + offset) % len(source)
+    for place in _all_over(index, len(source)):
         objections: list[str] = []
         try:
             made = make(*source.read(place), objections)
@@ -60,11 +59,22 @@ def first_readable(
             continue
         damaged += [Corruption(place, source.name(place), reason, decoded=True) for reason in objections]
         return made, damaged
-    raise ValueError(f"--data_path: {len(damaged)} damaged images in a row, from {damaged[0][1]}: {damaged[0][2]}")
+    raise ValueError(
+        f"--data_path: of {len(damaged)} images from all over it none can be used; the first is {damaged[0].name}: "
+        f"{damaged[0].reason}"
+    )
+
+
+def _all_over(index: int, num_images: int) -> Iterator[int]:
+    """`index` and others, far apart, since neighbours are often damaged together: a broken folder is soon left."""
+    golden = round(0.618 * num_images)
+    stride = next(stride for stride in itertools.count(golden) if math.gcd(stride, num_images) == 1)  # so none recurs
+    for turn in range(min(MAX_TRIED, num_images)):
+        yield (index + turn * stride) % num_images
 
 
 class TrainImages(Dataset):
-    """Samples -> augmented crops. A damaged image is replaced by the next one that can be read, the same each time."""
+    """Samples -> augmented crops. A damaged image is replaced by another one, the same each time."""
 
     def __init__(
         self,

@@ -16,9 +16,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import tifffile
-import torch
 from PIL import Image, UnidentifiedImageError
-from torchvision.io import ImageReadMode, decode_png
 
 from .sources import Item, Source
 
@@ -148,10 +146,10 @@ def open_header(data: bytes) -> Image.Image:
     return image
 
 
-def check_size(width: int, height: int) -> None:
+def check_size(width: int, height: int, when: str = "") -> None:
     """CorruptImage for more than MAX_PIXELS, or none."""
     if width * height > MAX_PIXELS:
-        raise CorruptImage(f"{width}x{height} pixels are more than the limit of {MAX_PIXELS}")
+        raise CorruptImage(f"{when}{width}x{height} pixels are more than the limit of {MAX_PIXELS}")
     if width * height == 0:
         raise CorruptImage("the image has no pixels")
 
@@ -272,10 +270,12 @@ def _read_npy(data: bytes, all_types: bool) -> np.ndarray:
     try:
         version = np.lib.format.read_magic(stream)
         shape, is_fortran, dtype = read_header[version](stream)
-    except (ValueError, KeyError, SyntaxError, TypeError, tokenize.TokenError) as error:
+    except (ValueError, KeyError, SyntaxError, TypeError, RecursionError, tokenize.TokenError) as error:
         raise CorruptImage(f"not a readable .npy file ({error})") from error
     if dtype.kind not in ("uif" if all_types else "u"):
         raise CorruptImage(f"a .npy image holds {dtype}; only uint8 and uint16 have a known range; give --value_range")
+    if len(shape) not in (2, 3) or any(type(length) is not int or length < 0 for length in shape):  # NumPy checks less
+        raise CorruptImage(f"an image array has shape [H, W] or [H, W, C], not {list(shape)}")
     expected_bytes = math.prod(shape) * dtype.itemsize
     if len(data) - stream.tell() != expected_bytes:
         raise CorruptImage(f".npy of shape {list(shape)} needs {expected_bytes} bytes, has {len(data) - stream.tell()}")
@@ -283,13 +283,26 @@ def _read_npy(data: bytes, all_types: bool) -> np.ndarray:
 
 
 def _read_deep_png(data: bytes, in_chans: int) -> np.ndarray:
-    """uint16 [H, W, C] from a PNG of 16 bits; alpha is kept only where 4 channels are asked for."""
-    try:
-        pixels = decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.UNCHANGED)
-    except RuntimeError as error:
-        raise CorruptImage(f"not a readable PNG ({str(error).splitlines()[0]})") from error
-    channels = pixels.movedim(0, 2).numpy()
+    """uint16 [H, W, C] from a PNG of 16 bits; alpha is kept only where 4 channels are asked for.
+
+    Pillow keeps 8 of the 16 bits, so it is asked for either byte. (torchvision's decoder crashes on damaged files.)
+    """
+    with corrupt_image_errors():
+        open_header(data).verify()  # decoding doesn't look at the checksums
+        if data[25] == 4:  # grey and alpha: 4 bytes, as of four channels
+            channels = _png_bytes(data, "RGBA").view(">u2").astype(np.uint16)
+        else:
+            mode = "RGB" if data[25] == 2 else "RGBA"
+            high, low = (_png_bytes(data, f"{mode};16{order}") for order in "BL")
+            channels = high.astype(np.uint16) << 8 | low
     return channels[..., :-1] if channels.shape[2] in (2, 4) and in_chans != 4 else channels
+
+
+def _png_bytes(data: bytes, raw_mode: str) -> np.ndarray:
+    """uint8 [H, W, C]: the bytes that one of Pillow's raw modes takes of each pixel."""
+    image = open_header(data)
+    image.tile = [(*tile[:3], raw_mode) for tile in image.tile]
+    return np.asarray(image)
 
 
 def _open_tiff(data: bytes, in_chans: int, all_bits: bool) -> Image.Image | np.ndarray:

@@ -23,6 +23,7 @@ from ..console import console
 from ..files import make_folder, write, write_text
 from .config import PrepareConfig
 from .decode import jpeg_objection
+from .fingerprint import fingerprint
 from .pixels import MODES, CorruptImage, measure_value_range, open_header, orientation_of, to_image
 from .shards import FORMAT, INDEX, ShardSource
 from .sources import Item, Source, open_source
@@ -38,15 +39,15 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     """
     total = {"images": 0, "damaged": 0, "source_bytes": 0, "bytes": 0}
     value_range = config.value_range
-    for split in ("train", "val"):
-        try:
-            source = open_source(config.source, split)
-        except FileNotFoundError as error:
-            if split == "train":
-                raise
-            log.info("only training images: %s", error)
-            continue
-        folder = Path(config.out) / split
+    sources, out = {"train": open_source(config.source)}, Path(config.out)
+    try:
+        sources["val"] = open_source(config.source, "val")
+    except FileNotFoundError as error:
+        log.info("only training images: %s", error)
+        if (out / "val").exists():
+            raise _begun(out, f"of other images: there is {out / 'val'}, and SRC has no held-out ones") from error
+    for split, source in sources.items():
+        folder = out / split
         make_folder(folder)
         if split == "train" and value_range is None:
             value_range = measure_value_range(source)
@@ -64,19 +65,21 @@ def pack(source: Source, folder: Path, config: PrepareConfig) -> dict[str, Any]:
     settings = {name: value for name, value in asdict(config).items() if name not in ("source", "out", "num_workers")}
     settings["value_range"] = None if config.value_range is None else [float(value) for value in config.value_range]
     settings["names_sha256"] = _names_sha256(source)
-    shards = _finished(folder, settings)
+    settings["labels_sha256"] = None if source.labels is None else hashlib.sha256(source.labels.tobytes()).hexdigest()
+    shards = _finished(folder, settings, source)
     first = shards[-1]["end"] if shards else 0
     encoder = Encoder(source, config)
     order = range(first, len(source))
     encoded = iter(DataLoader(encoder, None, sampler=order, **worker_options(config.num_workers)))
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(f"{folder}", total=len(source), completed=first)
         while first < len(source):
             shard = _write_shard(folder, len(shards), first, encoded, source, config, lambda: bar.advance(task))
             # Read back before it counts: what is on the disk must be what was written.
             _verify(folder, shard)
-            write_text(_sidecar(folder, shard["file"]), json.dumps(shard | {"settings": settings}))
+            about = {"settings": settings, "sampled_images": _sampled_images(source, shard)}
+            write_text(_sidecar(folder, shard["file"]), json.dumps(shard | about))
             shards.append(shard)
             first = shard["end"]
             if not console.is_terminal:
@@ -86,7 +89,8 @@ def pack(source: Source, folder: Path, config: PrepareConfig) -> dict[str, Any]:
         log.warning("damaged image skipped: %s: %s", name, reason)
     shards = [shard for shard in shards if shard["keys"]]
     if not shards:
-        raise ValueError(f"SRC {config.source}: none of its {len(source)} images can be read; the first: {damaged[0]}")
+        name, reason = damaged[0]
+        raise ValueError(f"SRC {config.source}: none of its {len(source)} images can be read; {name}: {reason}")
     index = {"format": FORMAT, "classes": source.classes, "settings": settings, "damaged": damaged, "shards": shards}
     write_text(folder / INDEX, json.dumps(index))
     return index
@@ -190,16 +194,21 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     tar.addfile(info, io.BytesIO(data))
 
 
-def _finished(folder: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+def _finished(folder: Path, settings: dict[str, Any], source: Source) -> list[dict[str, Any]]:
     """Shards that an earlier call has completed, in order; damaged ones and all after them are written again."""
     shards: list[dict[str, Any]] = []
     while (sidecar := _sidecar(folder, f"{len(shards):05}.tar")).exists():
         shard = json.loads(sidecar.read_text())
-        before = {"value_range": None} | shard.pop("settings")  # of earlier versions
+        earlier = {"value_range": None, "labels_sha256": settings["labels_sha256"]}  # versions had no such settings
+        before = earlier | shard.pop("settings")
         if before != settings:
             name = next(name for name in settings if before.get(name) != settings[name])
-            difference = "of other images" if name == "names_sha256" else f"with --{name} {before.get(name)}"
-            raise ValueError(f"OUT {folder.parent} was begun {difference}; choose another folder, or remove it")
+            other = {"names_sha256": "of other images", "labels_sha256": "of other labels"}
+            raise _begun(folder.parent, other.get(name, f"with --{name} {before.get(name)}"))
+        images = shard.pop("sampled_images", {})  # earlier versions have none
+        now = _sampled_images(source, shard) if images else {}
+        if changed := [index for index in images if now.get(index, images[index]) != images[index]]:
+            raise _begun(folder.parent, f"of other images: {source.name(int(changed[0]))} has changed")
         try:
             _verify(folder, shard)
         except OSError as error:
@@ -207,6 +216,14 @@ def _finished(folder: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
             break
         shards.append(shard)
     return shards
+
+
+def _begun(out: Path, how: str) -> ValueError:
+    return ValueError(f"OUT {out} was begun {how}; choose another folder, or remove it")
+
+
+def _sampled_images(source: Source, shard: dict[str, Any]) -> dict[str, str]:
+    return fingerprint(source, 64, range(shard["first"], shard["end"]))
 
 
 def _verify(folder: Path, shard: dict[str, Any]) -> None:

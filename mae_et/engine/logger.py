@@ -97,7 +97,7 @@ class RunLogger:
             room = console.width - BAR_WIDTH - len(f" 100% · {left} left · ")
             self.bar.update(self.task, completed=done, description=fitting(line, room), left=left)
         else:
-            console.print(f"{line} · {left} left", highlight=False, soft_wrap=True)
+            console.print(f"{line} · {left} left", soft_wrap=True)
 
 
 def fitting(line: str, room: int) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor
 from .. import files, interop
 from ..console import console, logging_to_console
 from ..data.decode import center_crops
+from ..data.fingerprint import fingerprint
 from ..data.loader import CorruptLog, TrainImages, train_batches
 from ..data.pixels import measure_value_range
 from ..data.sources import CachedSource, Source, is_jpeg_source, open_held_out, open_source
@@ -37,7 +38,6 @@ from .online import OnlineProbe, is_due, quality_words
 from .optim import allocate, learning_rate
 from .picture import reconstruction_blocks, write_sheet
 from .progress import write_progress
-from .resume import fingerprint
 from .run import PretrainRun, check_micro_batches, check_ranks
 from .runtime import Stop, stop_signals
 from .sinks import check_installed

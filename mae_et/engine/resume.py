@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from ..data.pixels import CorruptImage, corrupt_image_errors
-from ..data.sources import Source
 from ..plan.build import shape_of
 from ..plan.config import PretrainConfig
 from ..plan.curriculum import Curriculum, Stage
@@ -37,23 +32,6 @@ def identity(config: PretrainConfig, curriculum: Curriculum) -> dict[str, Any]:
         "mean": list(config.pixel_mean),
         "std": list(config.pixel_std),
     }
-
-
-def fingerprint(source: Source, samples: int = 16) -> dict[str, str]:
-    """Digests of some images, evenly spread, by index: tell a data set from another of its size, wherever it lies.
-
-    An image that can't be read has none: the next time it may be there again.
-    """
-    digests = {}
-    for index in range(0, len(source), max(1, len(source) // samples)):
-        try:
-            item = source.read(index)[0]
-            with corrupt_image_errors():
-                content = item if isinstance(item, bytes) else np.asarray(item).tobytes()
-        except (CorruptImage, OSError):
-            continue
-        digests[str(index)] = hashlib.sha256(content).hexdigest()[:15]  # 60 bits: ranks compare them as integers
-    return digests
 
 
 def check_images(flag: str, path: Path, state: Mapping[str, Any], images: Mapping[str, str], data_path: str) -> None:

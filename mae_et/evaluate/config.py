@@ -12,6 +12,7 @@ from ..plan.curriculum import check_views
 from ..plan.flags import (
     BATCH,
     DATA,
+    EPOCHS,
     EVALUATION,
     IMAGES,
     LENGTH,
@@ -127,7 +128,7 @@ class FinetuneOptimisationFlags:
     """Micro-batches per step; default: 1, or as many as the total needs."""
     total_batch_size: Annotated[int | None, BATCH, POSITIVE] = None
     """Images per step over all devices, whatever their number."""
-    epochs: Annotated[float | None, LENGTH, POSITIVE] = None
+    epochs: Annotated[float | None, LENGTH, EPOCHS] = None
     """Epochs; default: fine-tuning 100, linear probe 90."""
     lr: Annotated[float | None, TASK, NOT_NEGATIVE] = None
     """Peak learning rate; default: blr × total batch / 256."""
@@ -155,7 +156,7 @@ class AugmentationFlags:
 
     crop_scale: Annotated[tuple[float, float], TASK] = (0.08, 1.0)
     """Bounds of a training crop's area, as a share of the image, in fine-tuning and the probe on augmented images."""
-    color_jitter: Annotated[float | None, TASK] = None
+    color_jitter: Annotated[float | None, TASK, NOT_NEGATIVE] = None
     """Strength of colour jitter; has effect only with --aa none, as in timm."""
     aa: Annotated[str | None, TASK] = None
     """timm's RandAugment or AutoAugment policy, or none; default: rand-m9-mstd0.5-inc1 for 1 and 3 channels."""
@@ -165,7 +166,7 @@ class AugmentationFlags:
     """Probability of random erasing."""
     remode: Annotated[str, TASK, OneOf(ERASING_MODES)] = "pixel"
     """Random erasing fills with: pixel (noise), rand (one colour) or const (the mean)."""
-    recount: Annotated[int, TASK] = 1
+    recount: Annotated[int, TASK, POSITIVE] = 1
     """Most erased boxes per image."""
     resplit: Annotated[bool, RUN] = False
     """Accepted; without effect, as in facebookresearch/mae, which has no split augmentation either."""
@@ -222,7 +223,7 @@ class FinetuneRunFlags(RunFlags):
     """Steps between checkpoints; 0: at evaluations and by time only."""
     dist_eval: Annotated[bool, RUN] = False
     """Accepted; evaluation is always shared out among the ranks, and exact."""
-    eval_epochs: Annotated[float, RUN, POSITIVE] = 1
+    eval_epochs: Annotated[float, RUN, EPOCHS] = 1
     """Epochs between evaluations."""
     report: Annotated[bool, RUN] = False
     """Add the confusion matrix and the accuracy of each class to the result."""

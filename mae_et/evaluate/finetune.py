@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from .. import files
 from ..checkpoint import timm_state
 from ..console import logging_to_console
+from ..data.fingerprint import fingerprint
 from ..data.labelled import EvalCrops, TrainCrops, labelled_batches, open_labelled, seeded
 from ..data.loader import CorruptLog
 from ..data.sources import Source, is_jpeg_source
@@ -32,7 +33,7 @@ from ..engine import run_folder, runtime, sharded, storage
 from ..engine.logger import RunLogger, data_wait_hints, warn_of_launchers
 from ..engine.meters import peak_memory_bytes
 from ..engine.optim import learning_rate
-from ..engine.resume import FORMAT, check_config, check_images, fingerprint
+from ..engine.resume import FORMAT, check_config, check_images
 from ..engine.runtime import Normalize, Stop, stop_signals
 from ..engine.sinks import check_installed
 from ..engine.step import Cadence, Outcomes, Run, evaluation_time, take_step
@@ -247,9 +248,8 @@ def open_folder(run: FinetuneRun, resume: Path | None, read_from: Path | None) -
 
 
 def open_loader(run: FinetuneRun, source: Source) -> Iterator[tuple[Tensor, Tensor]]:
-    config, encoder, rt = run.config, run.encoder, run.rt
+    config, encoder, rt, size = run.config, run.encoder, run.rt, run.curriculum.stages[0].height_width
     policy = augmentation(config, len(encoder.mean))
-    size = run.curriculum.stages[0].height_width
     return labelled_batches(
         TrainCrops(source, size, encoder.mean, encoder.std, policy, config.seed, encoder.record.value_range),
         SampleStream(run.curriculum, config.seed, run.micro_size, run.step, rt.rank, rt.world_size),

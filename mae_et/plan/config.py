@@ -17,6 +17,7 @@ from .flags import (
     BATCH,
     COMPUTE,
     CURRICULUM,
+    EPOCHS,
     LENGTH,
     MODEL,
     NOT_NEGATIVE,
@@ -126,7 +127,7 @@ class OptimisationFlags:
     """Largest total batch of a stage under --early_large_batch; default: no limit."""
     lr_scaling: Annotated[str, TASK, OneOf(tuple(LR_SCALINGS))] = "sqrt"
     """How the learning rate follows a grown batch: sqrt, linear or none."""
-    epochs: Annotated[float, LENGTH, POSITIVE] = 400
+    epochs: Annotated[float, LENGTH, EPOCHS] = 400
     """Epochs; for compute-shared curricula, equivalent epochs: the compute of so many at full size."""
     lr: Annotated[float | None, TASK, NOT_NEGATIVE] = None
     """Peak learning rate; default: blr × total batch / 256."""

@@ -87,6 +87,7 @@ class Range:
 
 POSITIVE = Range("be positive and finite", lambda value: 0 < value < math.inf)
 NOT_NEGATIVE = Range("be finite and not negative", lambda value: 0 <= value < math.inf)
+EPOCHS = Range("be positive and at most 1e9", lambda value: 0 < value <= 1e9)  # or steps would be no 64-bit integers
 SHARE = Range("be in [0, 1]", lambda value: 0 <= value <= 1)
 SHARE_BELOW_1 = Range("be in [0, 1)", lambda value: 0 <= value < 1)
 SHARE_ABOVE_0 = Range("be in (0, 1]", lambda value: 0 < value <= 1)
