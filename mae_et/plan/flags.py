@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import functools
 import io
+import itertools
 import math
 import re
 import types
@@ -191,9 +192,14 @@ def message_of(box: str, *type_names: str) -> str:
     """The first paragraph of what tyro draws for an error, in one line, with its guess at what was meant.
 
     tyro has no public way to ask for it. tests/test_flags.py holds this to the boxes of the oldest and newest one.
+    Where the output can't show their frames, it draws them in ASCII, with a rule under the title.
     """
-    lines = [line.strip("│ ").strip() for line in box.splitlines()[1:]]
-    end = next((i for i, line in enumerate(lines) if line.startswith("───")), len(lines))
+
+    def is_rule(line: str) -> bool:
+        return bool(line) and not line.strip("─-+╰╯")
+
+    lines = list(itertools.dropwhile(is_rule, (line.strip("│| ") for line in box.splitlines()[1:])))
+    end = next((i for i, line in enumerate(lines) if is_rule(line)), len(lines))
     hint = next((lines[i + 1] for i, line in enumerate(lines[:-1]) if line.startswith("Perhaps you meant")), "")
     message = " ".join(line for line in lines[:end] if line)
     message = re.sub(r"\[/?bold\]", "", message)  # markup that tyro leaves in names of types
