@@ -208,6 +208,35 @@ def test_mistakes_are_explained_in_one_line(run: Path, changes: dict, message: s
         probe(FinetuneConfig(**QUICK | {"finetune": str(run), "knn": True} | changes))
 
 
+@pytest.mark.parametrize(
+    ("factor", "message"),
+    [
+        (float("nan"), r"checkpoint.pt: encoder\.blocks\.1\.mlp\.fc1\.weight holds numbers that are not finite"),
+        (1e38, "checkpoint.pt gives features that are not finite"),
+    ],
+    ids=["weights", "features"],
+)
+@pytest.mark.parametrize("protocol", ["knn", "linear_probe", "augmented"])
+def test_weights_or_features_that_are_not_finite_have_no_result(
+    run: Path, factor: float, message: str, protocol: str
+) -> None:
+    """They once had one, that of whichever class is first."""
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    state["model"]["encoder.blocks.1.mlp.fc1.weight"][0] *= factor
+    state["model"]["encoder.blocks.1.mlp.fc2.weight"][:, 0] *= 1e6
+    storage.save(state, run / "checkpoint.pt")
+    flags = {"linear_probe": True, "features": "augmented"} if protocol == "augmented" else {protocol: True}
+    with pytest.raises((ValueError, FloatingPointError), match=message):
+        probe(FinetuneConfig(**QUICK, **flags, finetune=str(run)))
+    assert not list(run.glob("eval-*"))
+
+
+def test_a_classifier_that_diverges_has_no_result(run: Path) -> None:
+    with pytest.raises(FloatingPointError, match=r"--lr, --blr .* gives 12 of 12 images scores that are not finite"):
+        probe(FinetuneConfig(**QUICK | {"lr": 1e38}, finetune=str(run), linear_probe=True, features="augmented"))
+    assert not list(run.glob("eval-*"))
+
+
 def test_results_never_lie_in_the_run_of_other_weights(run: Path, tmp_path: Path, monkeypatch) -> None:
     """`compare` would take them for that run's: foreign weights, another run, another seed of an untrained encoder."""
     (tmp_path / "plain").mkdir()

@@ -101,6 +101,7 @@ def evaluate(
             logits = model(normalize(images))
         accuracy.add(logits.float(), labels.to(rt.device, non_blocking=True))
     accuracy = accuracy.over(rt)
+    accuracy.check(config.finetune if config.eval else "the model that is being fine-tuned")
     crops.corrupt.check(len(crops) - accuracy.num_images)  # over all ranks; each one has checked its own
     return accuracy
 
@@ -140,6 +141,7 @@ class Accuracy:
     def __init__(self, num_classes: int, device: torch.device) -> None:
         self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)  # [true, predicted]
         self.in_top5 = torch.zeros((), dtype=torch.int64, device=device)
+        self.not_finite = torch.zeros((), dtype=torch.int64, device=device)
 
     def add(self, scores: Tensor, labels: Tensor) -> None:
         """scores: [B, K]. labels: [B]."""
@@ -148,12 +150,19 @@ class Accuracy:
         # Not bincount, which waits for a GPU: how long its result is depends on the data.
         self.confusion.view(-1).index_add_(0, labels * classes + top[:, 0], torch.ones_like(labels))
         self.in_top5 += (top == labels[:, None]).sum()
+        self.not_finite += (~scores.isfinite()).any(dim=1).sum()
 
     def over(self, rt: Runtime) -> Accuracy:
         """Summed over the ranks."""
         rt.sum(self.confusion)
         rt.sum(self.in_top5)
+        rt.sum(self.not_finite)
         return self
+
+    def check(self, whose: str) -> None:
+        """FloatingPointError if images have scores that are not finite, which have no order. whose: what gave them."""
+        if count := self.not_finite.item():
+            raise FloatingPointError(f"{whose} gives {count} of {self.num_images} images scores that are not finite")
 
     @property
     def num_images(self) -> int:

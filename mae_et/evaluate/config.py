@@ -155,7 +155,7 @@ class AugmentationFlags:
 
     crop_scale: Annotated[tuple[float, float], TASK] = (0.08, 1.0)
     """Bounds of a training crop's area, as a share of the image, in fine-tuning and the probe on augmented images."""
-    color_jitter: Annotated[float | None, TASK] = None
+    color_jitter: Annotated[float | None, TASK, NOT_NEGATIVE] = None
     """Strength of colour jitter; has effect only with --aa none, as in timm."""
     aa: Annotated[str | None, TASK] = None
     """timm's RandAugment or AutoAugment policy, or none; default: rand-m9-mstd0.5-inc1 for 1 and 3 channels."""

@@ -111,10 +111,7 @@ def _result(
     config: FinetuneConfig, scores: Features, labels: Tensor, classes: Sequence[str], train_images: int
 ) -> dict[str, Any]:
     """Accuracy at each layer; the headline is that of the default layer."""
-    accuracies = {}
-    for layer, values in scores.items():
-        accuracies[layer] = Accuracy(len(classes), values.device)
-        accuracies[layer].add(values, labels.to(values.device))
+    accuracies = {layer: _accuracy(values, labels, len(classes)) for layer, values in scores.items()}
     headline = accuracies[_headline(config, list(scores))]
     rows = [{"layer": block, "pooling": pooling, **a.result()} for (block, pooling), a in accuracies.items()]
     result = headline.result() | {"num_classes": len(classes), "train_images": train_images, "places": rows}
@@ -130,8 +127,13 @@ def _corrupted_accuracy(
     """Of the only layer that `corrupted` gives features of."""
     features, labels = corrupted(corruption)
     (scores,) = classify(features).values()
+    return _accuracy(scores, labels, num_classes)
+
+
+def _accuracy(scores: Tensor, labels: Tensor, num_classes: int) -> Accuracy:
     accuracy = Accuracy(num_classes, scores.device)
     accuracy.add(scores, labels.to(scores.device))
+    accuracy.check("the probe's classifier (is --lr, --blr or --l2 too high?)")
     return accuracy
 
 
@@ -145,9 +147,8 @@ def extract(
 ) -> tuple[Features, Tensor]:
     """Features of all centre crops at each layer, and their labels [N], as :func:`gather_features` has them."""
     normalize = Normalize(encoder.mean, encoder.std, rt)
-    return gather_features(
-        lambda images: features_of(model, normalize(images), layers, rt), crops, rt, config.num_workers, config.pin_mem
-    )
+    how = crops, rt, config.num_workers, config.pin_mem, encoder.origin
+    return gather_features(lambda images: features_of(model, normalize(images), layers, rt), *how)
 
 
 @torch.no_grad()

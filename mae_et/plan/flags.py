@@ -86,6 +86,7 @@ class Range:
     holds: Callable[[float], bool]
 
 
+FINITE = Range("be finite", math.isfinite)
 POSITIVE = Range("be positive and finite", lambda value: 0 < value < math.inf)
 NOT_NEGATIVE = Range("be finite and not negative", lambda value: 0 <= value < math.inf)
 SHARE = Range("be in [0, 1]", lambda value: 0 <= value <= 1)
