@@ -527,6 +527,16 @@ def test_gradients_are_guarded_and_logged_and_waiting_for_data_is_said(
         finetune(replace(config, world_size=2))
 
 
+@pytest.mark.parametrize("average", [False, True])
+def test_the_cost_counts_every_evaluation(run: Path, average: bool) -> None:
+    """As its seconds do; with averaged weights each one classifies the images twice."""
+    config = FinetuneConfig(finetune=str(run), model_ema=average, **QUICK | {"epochs": 3})
+    result = json.loads(finetune(config).read_text())
+    images = 3 * 12 * (1 + average)
+    evaluations = images * load_encoder(config).flops_per_image
+    assert result["cost"]["flops"] == pytest.approx(result["training"]["flops"] + evaluations, rel=1e-12)
+
+
 @pytest.mark.parametrize("pooled", [True, False])
 def test_a_model_that_began_with_a_classifier_says_what_it_classifies_itself(run: Path, tmp_path: Path, pooled) -> None:
     finetune(FinetuneConfig(finetune=str(run), output_dir=str(tmp_path / "a"), cls_token=pooled, **QUICK))

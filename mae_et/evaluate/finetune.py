@@ -79,10 +79,8 @@ class FinetuneRun(Run):
         config = self.config
         self.normalize = Normalize(self.encoder.mean, self.encoder.std, self.rt)
         self.ema = ModelEmaV3(self.model, decay=config.model_ema_decay) if config.model_ema else None
-        self.mix, self.mixes = (
-            mixing(config, len(self.classes)),
-            bool(config.mixup or config.cutmix or config.cutmix_minmax),
-        )
+        self.mix = mixing(config, len(self.classes))
+        self.mixes = bool(config.mixup or config.cutmix or config.cutmix_minmax)
 
     @property
     def micro_size(self) -> int:
@@ -339,7 +337,9 @@ def evaluate_run(run: FinetuneRun) -> dict[str, Any] | None:
             result |= {f"ema_{name}": value for name, value in averaged.result().items() if name != "num_images"}
         if config.report:
             result |= accuracy.details(classes)
-    run.ledger.stages[0].peak_memory_bytes = peak_memory_bytes(run.rt.device)
+    cost = run.ledger.stages[0]
+    cost.eval_flops += run.encoder.flops_per_image * result["num_images"] * (2 if run.ema else 1)
+    cost.peak_memory_bytes = peak_memory_bytes(run.rt.device)
     if result["top1"] > run.best:
         run.best = result["top1"]
         run.save_best()
@@ -377,7 +377,7 @@ def finish(run: FinetuneRun, source: Source, result: dict[str, Any] | None) -> P
             log.warning(line)
     if rt.is_main and result is not None and run.finished:
         spent = run.ledger.total  # by all processes of a run that was resumed
-        cost = spent.seconds + spent.eval_seconds, spent.flops + encoder.flops_per_image * len(run.held_out)
+        cost = spent.seconds + spent.eval_seconds, spent.flops + spent.eval_flops
         facts = {"num_classes": len(run.classes), "train_images": len(source), "best_top1": run.best}
         facts |= {"training": run.ledger.state_dict()["total"]}
         paths = write_result(config, encoder, rt, result | facts, *cost)
