@@ -527,6 +527,15 @@ def test_gradients_are_guarded_and_logged_and_waiting_for_data_is_said(
         finetune(replace(config, world_size=2))
 
 
+def test_what_begins_with_a_fine_tuned_model_leaves_that_ones_result(run: Path, tmp_path: Path) -> None:
+    first = finetune(FinetuneConfig(finetune=str(run), output_dir=str(tmp_path / "first"), **QUICK))
+    own = (tmp_path / "first/eval-finetune.json").read_bytes()
+    assert first == run / "eval-finetune.json" and first.read_bytes() == own
+    config = FinetuneConfig(finetune=str(tmp_path / "first"), output_dir=str(tmp_path / "second"), **QUICK)
+    assert finetune(config) == tmp_path / "second/eval-finetune.json"
+    assert (tmp_path / "first/eval-finetune.json").read_bytes() == own
+
+
 @pytest.mark.parametrize("average", [False, True])
 def test_the_cost_counts_every_evaluation(run: Path, average: bool) -> None:
     """As its seconds do; with averaged weights each one classifies the images twice."""

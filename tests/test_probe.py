@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -266,9 +267,25 @@ def test_a_result_says_its_step_and_what_it_replaces(run: Path, caplog: pytest.L
         probe(FinetuneConfig(**QUICK, knn=True, finetune=str(run), k=k))
     assert f"{run / 'eval-knn.json'} is replaced; it was of --k 3" in caplog.messages
     assert json.loads((run / "eval-knn.json").read_text())["step"] is None
-    storage.save(torch.load(run / "checkpoint.pt", weights_only=True) | {"step": 7}, run / "checkpoint.pt")
-    probe(FinetuneConfig(**QUICK, knn=True, finetune=str(run), k=5))
-    assert json.loads((run / "eval-knn.json").read_text())["step"] == 7
+    for step in (7, 8):
+        storage.save(torch.load(run / "checkpoint.pt", weights_only=True) | {"step": step}, run / "checkpoint.pt")
+        probe(FinetuneConfig(**QUICK, knn=True, finetune=str(run), k=5))
+        assert json.loads((run / "eval-knn.json").read_text())["step"] == step
+    assert [line[-6:] for line in caplog.messages if "is replaced" in line] == [" --k 3", "step 7"]
+
+
+def test_a_result_of_other_weights_or_data_is_not_replaced_silently(
+    run: Path, pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What it was of is named, also where no flag did: the checkpoint in a folder, the data of the pretraining."""
+    other = shutil.copytree(pictures, tmp_path / "other")
+    config = FinetuneConfig(**QUICK, knn=True, finetune=str(run))
+    shutil.copy(run / "checkpoint.pt", run / "best.pt")
+    for changes in ({}, {"finetune": f"{run}/"}, {"finetune": str(run / "best.pt")}, {"data_path": str(other)}, {}):
+        probe(replace(config, **changes))
+    replaced = [line.partition("; it was of ")[2] for line in caplog.messages if "is replaced" in line]
+    best, data = f"the weights {run / 'best.pt'}", f"--data_path {pictures}"
+    assert replaced == [f"the weights {run}/", f"{data}, {best}", f"--data_path {other}"]
 
 
 def test_what_is_like_a_run_is_judged_untrained(run: Path, tmp_path: Path, monkeypatch) -> None:

@@ -197,7 +197,7 @@ def write_result(
     seconds: float,
     flops: float,
 ) -> list[Path]:
-    """eval-<protocol>.json in the run folder of the checkpoint, and in --output_dir if given or if there is no such.
+    """eval-<protocol>.json in each of `result_folders`, with the flags and the data that were used.
 
     The folder of an encoder that was never trained becomes a run folder, which `compare` reads.
     """
@@ -210,14 +210,14 @@ def write_result(
         "input_size": encoder.input_size,
         "record": encoder.record.to_dict(),
         "cost": {"seconds": seconds, "flops": flops},
-        "flags": to_dict(config),
+        "flags": to_dict(config) | {"data_path": encoder.data_path},
         "environment": run_folder.environment(device=rt.describe(), precision=rt.precision, devices=rt.world_size),
     }
     paths = [folder / f"eval-{config.protocol}.json" for folder in result_folders(config, encoder)]
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            _warn_of_other_flags(path, record["flags"])
+            _warn_of_another(path, record)
         write_json(path, record)
         if config.is_probe and config.like and not (path.parent / run_folder.CONFIG).exists():
             write_text(path.parent / run_folder.CONFIG, to_yaml(config))
@@ -225,21 +225,32 @@ def write_result(
     return paths
 
 
-def _warn_of_other_flags(path: Path, flags: Mapping[str, Any]) -> None:
-    """Warn that a result is replaced by one of the same protocol that other flags gave."""
+def _warn_of_another(path: Path, record: Mapping[str, Any]) -> None:
+    """Warn that a result is replaced by one of the same protocol that other flags or other weights gave."""
     try:
-        before = json.loads(path.read_text())["flags"]
+        before = json.loads(path.read_text())
+        flags, weights = before["flags"], before["checkpoint"]
     except (ValueError, KeyError):
         return  # damaged, or of another program: nothing to tell
     judged = (*names(FinetuneConfig, lambda role: role.judged), "data_path", "seed")
-    if changed := [f"--{name} {before[name]}" for name in judged if name in before and before[name] != flags[name]]:
+    told = {name: flags[name] for name in judged if flags.get(name, "") != ""}  # data_path was once left open
+    changed = [f"--{name} {value}" for name, value in told.items() if value != record["flags"][name]]
+    if Path(weights).resolve() != Path(record["checkpoint"]).resolve():
+        changed.append(f"the weights {weights}")
+    if before.get("step") not in (None, record["step"]):
+        changed.append(f"step {before['step']}")
+    if changed:
         log.warning("%s is replaced; it was of %s", path, ", ".join(changed))
 
 
 def result_folders(config: FinetuneConfig, encoder: PretrainedEncoder) -> list[Path]:
-    """The run folder of the checkpoint, and --output_dir if given, if there is no such, and for fine-tuning."""
-    folders = [encoder.folder] if encoder.folder else []
-    if config.output_dir or not folders or not (config.is_probe or config.eval):
+    """The run folder of the checkpoint, and --output_dir if given, if there is no such, and for fine-tuning.
+
+    What is fine-tuned from a fine-tuned model is another one, whose results are not those of the first.
+    """
+    fine_tunes = not (config.is_probe or config.eval)
+    folders = [encoder.folder] if encoder.folder and not (fine_tunes and encoder.head) else []
+    if config.output_dir or not folders or fine_tunes:
         folders.append(output_folder(config, encoder.folder))
     return list(dict.fromkeys(folders))
 
