@@ -300,6 +300,13 @@ def test_damaged_folders_are_named_in_one_line(tmp_path, capsys, spoil, message)
     assert str(tmp_path / "a") in printed.err
 
 
+def test_an_out_that_is_a_file_is_named_by_its_flag(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        main(["compare", str(tmp_path / "none"), "--out", str(tmp_path / "file")])
+    assert capsys.readouterr().err == f"mae_et compare: error: --out {tmp_path}/file: can't be created: File exists\n"
+
+
 def test_online_quality_has_a_column_and_a_curve_where_runs_have_it(study):
     plain = compare(CompareConfig((str(study),)))
     assert "online" not in markdown(plain) and not any(name.startswith("online") for name in captions(plain))

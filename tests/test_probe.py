@@ -29,6 +29,7 @@ from mae_et.evaluate.accuracy import Accuracy
 from mae_et.evaluate.config import FinetuneConfig
 from mae_et.evaluate.encoder import build_classifier, load_encoder
 from mae_et.evaluate.probe import features_of, lars, probe, probe_heads, solve_linear, standardize
+from mae_et.files import CheckpointError
 from mae_et.model import MaskedAutoencoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -207,6 +208,13 @@ def test_mistakes_are_explained_in_one_line(run: Path, changes: dict, message: s
     changes = {name: str(run) if value == "RUN" else value for name, value in changes.items()}
     with pytest.raises(ValueError, match=message):
         probe(FinetuneConfig(**QUICK | {"finetune": str(run), "knn": True} | changes))
+
+
+def test_a_folder_that_cannot_be_made_is_named_before_the_work(run: Path, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(probe_module, "extract", lambda *arguments: pytest.fail("it has begun"))
+    with pytest.raises(CheckpointError, match=r"^--output_dir .*file/x: can't be created: Not a directory$"):
+        probe(FinetuneConfig(**QUICK, knn=True, finetune=str(run), output_dir=str(tmp_path / "file/x")))
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
             log.info("only training images: %s", error)
             continue
         folder = Path(config.out) / split
-        make_folder(folder)
+        make_folder(folder, "OUT")
         if split == "train" and value_range is None:
             value_range = measure_value_range(source)
         index = pack(source, folder, replace(config, value_range=value_range))

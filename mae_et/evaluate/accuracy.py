@@ -22,7 +22,7 @@ from ..data.labelled import EvalCrops, eval_batches, open_labelled
 from ..data.sources import Source
 from ..engine import run_folder
 from ..engine.runtime import Normalize, Runtime
-from ..files import write_json, write_text
+from ..files import make_folder, write_json, write_text
 from ..plan.flags import names, to_dict, to_yaml
 from ..plan.shapes import height_width
 from ..record import INTERPOLATION
@@ -215,7 +215,6 @@ def write_result(
     }
     paths = [folder / f"eval-{config.protocol}.json" for folder in result_folders(config, encoder)]
     for path in paths:
-        path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             _warn_of_another(path, record)
         write_json(path, record)
@@ -256,7 +255,10 @@ def result_folders(config: FinetuneConfig, encoder: PretrainedEncoder) -> list[P
 
 
 def check_result_folders(config: FinetuneConfig, encoder: PretrainedEncoder) -> None:
-    """ValueError if results would lie in the run of other weights and be taken for theirs."""
+    """Before the work: ValueError if results would lie in the run of other weights and be taken for theirs.
+
+    Makes the folders; CheckpointError if that can't be done.
+    """
     for folder in result_folders(config, encoder):
         path = folder / run_folder.CONFIG
         if not path.exists() or (encoder.folder and folder.resolve() == encoder.folder.resolve()):
@@ -264,6 +266,13 @@ def check_result_folders(config: FinetuneConfig, encoder: PretrainedEncoder) -> 
         held = yaml.safe_load(path.read_text())
         if not (config.like and held.get("like") == config.like and held.get("seed") == config.seed):
             raise ValueError(f"--output_dir {folder} is the run of other weights; choose another folder for these")
+    make_folders(config, encoder)
+
+
+def make_folders(config: FinetuneConfig, encoder: PretrainedEncoder) -> None:
+    """Those that results go to. CheckpointError, which names the flag, where one can't be made or written to."""
+    for folder in result_folders(config, encoder):
+        make_folder(folder, "--finetune" if folder == encoder.folder else "--output_dir")
 
 
 def output_folder(config: FinetuneConfig, pretraining: Path | None) -> Path:

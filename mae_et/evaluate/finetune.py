@@ -40,7 +40,7 @@ from ..plan.cost import Ledger
 from ..plan.curriculum import Curriculum, Stage
 from ..plan.flags import to_dict, to_yaml
 from ..plan.shapes import ModelShape, show_size
-from .accuracy import eval_crops, evaluate, evaluate_only, open_held_out, output_folder, write_result
+from .accuracy import eval_crops, evaluate, evaluate_only, make_folders, open_held_out, output_folder, write_result
 from .augmentation import augmentation, mixed, mixing
 from .classes import classes_of, with_classes
 from .config import LAYER_DECAY, FinetuneConfig
@@ -238,6 +238,7 @@ def open_folder(run: FinetuneRun, resume: Path | None, read_from: Path | None) -
     """Make or take over the run folder, and write what is known before a step is run."""
     goes_on = resume.parent.resolve() == run.folder.resolve() if resume else run.config.resume == "auto"
     run_folder.prepare(run.folder, keep=goes_on, overwrite=run.config.overwrite)
+    make_folders(run.config, run.encoder)
     if resume and goes_on and read_from != resume:
         files.promote(read_from, resume)  # otherwise the next save would keep the corrupt file and drop this one
     files.write_text(run.folder / run_folder.CONFIG, to_yaml(run.config))
@@ -301,7 +302,6 @@ def train(
         if run.ema:
             run.ema.update(run.model)
         run.step += 1
-
         evaluation = run.step % run.steps_per_evaluation == 0 or run.finished
         due = cadence.after(run.step, save=evaluation, stopping=stop.requested)
         stopping, data_seconds = False, 0.0
