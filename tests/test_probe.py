@@ -194,6 +194,10 @@ def test_accuracy_counts_every_image_once() -> None:
     ("changes", "message"),
     [
         ({"k": 99}, "--k 99 neighbours, but there are 24 training images"),
+        (
+            {"knn": False, "linear_probe": True, "features": "augmented", "batch_size": 1},
+            "a batch of 1: --features augmented .* give a --total_batch_size of 2 or more",
+        ),
         ({"layers": (4,)}, "--layers 4: this encoder has blocks 1 to 3"),
         ({"finetune": ""}, "--knn needs --finetune"),
         (

@@ -67,6 +67,13 @@ def probe(config: FinetuneConfig) -> dict[str, dict[str, Any]]:
         val = with_classes(val, classes, encoder.data_path, "the training images")
         if config.knn and config.k > len(train):
             raise ValueError(f"--k {config.k} neighbours, but there are {len(train)} training images")
+        if config.linear_probe and config.features == "augmented":
+            batch = config.total_batch(len(train), rt.world_size)
+            if batch < 2 * rt.world_size:
+                raise ValueError(
+                    f"a batch of {batch}: --features augmented normalises features over those of a device; give a "
+                    f"--total_batch_size of {2 * rt.world_size} or more"
+                )
         model = build_classifier(encoder, 0, pooled=False).to(rt.device).requires_grad_(False).eval()
         layers = _layers(config, encoder)
         encoder.log_record()
