@@ -47,7 +47,7 @@ def model_card(
         parts.append(_decoder(name))
     parts.append(_images(shape, facts, outputs))
     if run is not None:
-        parts += [_training(run, config) if config else "", _evaluations(run)]
+        parts += [_training(run, config) if config else "", _evaluations(run, config)]
     parts += [_license(license), OURS + "\n"]
     return "\n".join(part for part in parts if part)
 
@@ -124,7 +124,7 @@ def _images(shape: ModelShape, facts: WeightsRecord, outputs: int) -> str:
 def _training(run: Path, config: PretrainConfig) -> str:
     environment = _read_json(run / run_folder.ENVIRONMENT)
     count = f", {environment['num_images']:,} images" if environment.get("num_images") else ""
-    text = f"## Pretraining\n\n- Data: {_data(config)}{count}\n"
+    text = f"## Pretraining\n\n- Data: {_data_name(config.data_path)}{count}\n"
     if environment:
         text += f"- On {environment['device']}\n"
         versions = {"mae_et": environment.get("mae_et"), "revision": environment.get("git")} | environment["packages"]
@@ -143,7 +143,8 @@ def _training(run: Path, config: PretrainConfig) -> str:
     return text + f"\n{recipe}hat differs from the defaults of `main_pretrain.py`:\n\n```yaml\n{listing}```\n"
 
 
-def _evaluations(run: Path) -> str:
+def _evaluations(run: Path, config: PretrainConfig | None) -> str:
+    """Of each the images, too, where they are not the test images of the pretraining's data."""
     rows = []
     for path in sorted(run.glob("eval-*.json")):
         found = _read_json(path)
@@ -154,6 +155,11 @@ def _evaluations(run: Path) -> str:
                 protocol += " of the mean patch token"
             if labels := flags.get("train_images"):
                 protocol += f", {labels:,} labels"
+            data = flags.get("data_path") or ""
+            if data and (config is None or data.rstrip("/") != config.data_path.rstrip("/")):
+                protocol += f", on {_data_name(data)}"
+            if holdout := flags.get("holdout"):
+                protocol += f", on training images kept out (--holdout {holdout})"
             images = f"{found.get('num_images', 0):,}"
             rows.append(f"| {protocol} | {found['top1']:.2f} % | {images} |\n")
             if "corrupted_top1" in found:
@@ -178,12 +184,12 @@ def _config(run: Path | None) -> PretrainConfig | None:
     return from_dict(PretrainConfig, {k: v for k, v in values.items() if k in known}, str(run / run_folder.CONFIG))
 
 
-def _data(config: PretrainConfig) -> str:
-    """The name of the data set; of a path only its last part."""
-    kind = config.data_path.partition("/")[0].lower()
+def _data_name(data_path: str) -> str:
+    """The name of a data set; of a path only its last part."""
+    kind = data_path.partition("/")[0].lower()
     if kind in ("hfds", "torch"):
-        return config.data_path.partition(":")[0]
-    return Path(config.data_path).name
+        return data_path.partition(":")[0]
+    return Path(data_path).name
 
 
 def _show(size_px: SizePx | list[int]) -> str:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import tyro
 
 from .console import console, logging_to_console
-from .files import CheckpointError
+from .files import CheckpointError, make_folder
 from .hub import check_repository
 from .plan.flags import POSITIVE, RUN, WEIGHTS, check, parse, to_yaml
 
@@ -186,6 +186,8 @@ def _compare(argv: list[str]) -> None:
     from .compare.report import notes, terminal_tables, write_report
     from .compare.words import verdict
 
+    if config.out:
+        make_folder(Path(config.out), "--out")
     report = compare(config)
     paths = write_report(report, Path(config.out)) if config.out else []
     if config.json:

@@ -74,7 +74,7 @@ def write_timm(weights: Exported, out: Path) -> None:
     tensors = interop.with_head(interop.to_timm(weights.state), weights.head)
     config = json.dumps(record.timm_config(weights.record, weights.shape, weights.num_classes), indent=2) + "\n"
     is_file = out.suffix == ".safetensors"
-    make_folder(out.parent if is_file else out)
+    make_folder(out.parent if is_file else out, "--out")
     file, beside = (out, out.with_suffix(".json")) if is_file else (out / "model.safetensors", out / "config.json")
     save_safetensors(tensors, file, metadata_of(weights.stored_shape, weights.record))
     write_text(beside, config)
@@ -103,7 +103,7 @@ def _write_decoder(weights: Exported, file: Path) -> None:
 def write_facebook(weights: Exported, out: Path) -> None:
     """A .pth as its scripts load it: they read `model` alone."""
     tensors = interop.with_head(interop.to_facebook(weights.state, weights.shape.img_size), weights.head)
-    make_folder(out.parent)
+    make_folder(out.parent, "--out")
     args = record.to_facebook(weights.record, weights.shape, weights.num_classes)
     args |= {name: value for name in ("norm_pix_loss", "target") if (value := getattr(weights, name)) is not None}
     beside = {METADATA_KEY: weights.stored_shape, RECORD_KEY: weights.record.to_dict()}
@@ -132,7 +132,7 @@ def write_huggingface(weights: Exported, out: Path) -> None:
     else:
         config = interop.huggingface_config(weights.stored_shape, weights.norm_pix_loss)
         tensors = interop.to_huggingface(weights.state, shape.img_size)
-    make_folder(out)
+    make_folder(out, "--out")
     save_safetensors(tensors, out / "model.safetensors")
     write_text(out / "config.json", json.dumps(config, indent=2))
     write_text(out / "preprocessor_config.json", json.dumps(record.to_preprocessor(facts, shape), indent=2))

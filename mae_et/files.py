@@ -176,12 +176,15 @@ def _keep(path: Path, keep: int) -> None:
 # ── folders ──
 
 
-def make_folder(folder: Path) -> None:
-    """The folder, with those above it. Raises CheckpointError."""
+def make_folder(folder: Path, flag: str = "") -> None:
+    """The folder, with those above it. flag: that chooses it. CheckpointError if it can't be made or written to."""
+    name = f"{flag} {folder}".strip()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CheckpointError(f"{folder}: can't be created: {error.strerror or error}") from error
+        raise CheckpointError(f"{name}: can't be created: {error.strerror or error}") from error
+    if not os.access(folder, os.W_OK):
+        raise CheckpointError(f"{name}: is not writable")
 
 
 def remove(path: Path) -> None:

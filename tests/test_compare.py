@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -47,6 +48,13 @@ def study(tmp_path: Path) -> Path:
             stage_sizes=[16, 32],
         )
     return tmp_path
+
+
+def change(path: Path, part: str = "", **values) -> None:
+    """Change a file of JSON, or the first record of a list in it."""
+    content = json.loads(path.read_text())
+    (content[part][0] if part else content).update(values)
+    path.write_text(json.dumps(content))
 
 
 def row(report: dict, answer: str, axis: str) -> dict:
@@ -265,7 +273,22 @@ def test_the_baseline_has_maes_optimiser_where_some_run_has(tmp_path):
         (lambda run: (run / "metrics.jsonl").write_text('{"step": 1}\n'), "metrics.jsonl is damaged"),
         (lambda run: (run / "metrics.jsonl").write_text("1\n"), "metrics.jsonl is damaged"),
         (lambda run: (run / "metrics.jsonl").write_bytes(b"\xff\xfe"), "metrics.jsonl is damaged"),
-        (lambda run: (run / "eval-knn.json").write_text("[]"), "eval-knn.json is not a result"),
+        (lambda run: (run / "eval-knn.json").write_text("[]"), "eval-knn.json is damaged"),
+        (
+            lambda run: (run / "eval-knn.json").write_text("{}"),
+            "eval-knn.json is damaged or of another version: it lacks",
+        ),
+        (lambda run: change(run / "eval-knn.json", top1=math.nan), "top1 should be a finite number, not nan"),
+        (lambda run: change(run / "eval-knn.json", corrupted_top1=None), "corrupted_top1 should be a finite number"),
+        (lambda run: change(run / "eval-knn.json", flags=[]), "eval-knn.json is damaged"),
+        (lambda run: change(run / "eval-knn.json", places=[{}]), "layer should be a finite number, not None"),
+        (lambda run: change(run / "eval-knn.json", places=[{"layer": 3, "top1": 5.0}]), "a place lacks its pooling"),
+        (lambda run: change(run / "ledger.json", "stages", flops=math.nan), "ledger.json is damaged .*flops should be"),
+        (lambda run: change(run / "ledger.json", "stages", train_seconds=math.inf), "train_seconds should be a finite"),
+        (
+            lambda run: (run / "metrics.jsonl").write_text('{"step": 1, "p": 1.0, "loss": NaN}\n'),
+            "loss should be a finite",
+        ),
     ],
 )
 def test_damaged_folders_are_named_in_one_line(tmp_path, capsys, spoil, message):
@@ -273,8 +296,15 @@ def test_damaged_folders_are_named_in_one_line(tmp_path, capsys, spoil, message)
     with pytest.raises(SystemExit) as end:
         main(["compare", str(tmp_path / "a"), "--force"])
     printed = capsys.readouterr()
-    assert end.value.code == 1 and message in printed.err and len(printed.err.splitlines()) == 1
+    assert end.value.code == 1 and re.search(message, printed.err) and len(printed.err.splitlines()) == 1
     assert str(tmp_path / "a") in printed.err
+
+
+def test_an_out_that_is_a_file_is_named_by_its_flag(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        main(["compare", str(tmp_path / "none"), "--out", str(tmp_path / "file")])
+    assert capsys.readouterr().err == f"mae_et compare: error: --out {tmp_path}/file: can't be created: File exists\n"
 
 
 def test_online_quality_has_a_column_and_a_curve_where_runs_have_it(study):

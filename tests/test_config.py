@@ -200,6 +200,8 @@ def from_mapping(**values):
         (lambda: flags(*DATA, "--mask_ratio", "1"), r"--mask_ratio must be in \[0, 1\), got 1"),
         (lambda: flags(*DATA, "--predict_ratio", "nan"), r"--predict_ratio must be in \(0, 1\], got nan"),
         (lambda: flags(*DATA, "--epochs", "0"), "--epochs must be positive"),
+        (lambda: flags(*DATA, "--mean", "nan", "0", "0"), "--mean must be finite, got nan 0 0"),
+        (lambda: flags(*DATA, "--value_range", "0", "inf"), "--value_range must be finite, got 0.0 inf"),
         (
             lambda: flags(*DATA, "--curriculum", "etpp"),
             r"'etpp' \(did you mean et_pp\?\).*vanilla, et, et_pp, et_pp_192, custom",

@@ -338,6 +338,8 @@ def test_fewer_labels_are_balanced_and_the_same_each_time(run: Path) -> None:
         ({"epochs": 1, "warmup_epochs": 2}, "--warmup_epochs 2 is longer than --epochs 1"),
         ({"train_images": 99}, "--train_images 99: .* has 24"),
         ({"mean": (0.5,)}, "--mean has 1 numbers for 3 channels"),
+        ({"mean": (0, float("nan"), 0)}, "--mean must be finite, got 0 nan 0"),
+        ({"std": (0.2, float("nan"), 0.2)}, "--std must be positive and finite, got 0.2 nan 0.2"),
         ({"resume": "nowhere"}, "--resume nowhere: no checkpoint there"),
     ],
 )
@@ -525,6 +527,25 @@ def test_gradients_are_guarded_and_logged_and_waiting_for_data_is_said(
         finetune(replace(config, world_size=2))
 
 
+def test_what_begins_with_a_fine_tuned_model_leaves_that_ones_result(run: Path, tmp_path: Path) -> None:
+    first = finetune(FinetuneConfig(finetune=str(run), output_dir=str(tmp_path / "first"), **QUICK))
+    own = (tmp_path / "first/eval-finetune.json").read_bytes()
+    assert first == run / "eval-finetune.json" and first.read_bytes() == own
+    config = FinetuneConfig(finetune=str(tmp_path / "first"), output_dir=str(tmp_path / "second"), **QUICK)
+    assert finetune(config) == tmp_path / "second/eval-finetune.json"
+    assert (tmp_path / "first/eval-finetune.json").read_bytes() == own
+
+
+@pytest.mark.parametrize("average", [False, True])
+def test_the_cost_counts_every_evaluation(run: Path, average: bool) -> None:
+    """As its seconds do; with averaged weights each one classifies the images twice."""
+    config = FinetuneConfig(finetune=str(run), model_ema=average, **QUICK | {"epochs": 3})
+    result = json.loads(finetune(config).read_text())
+    images = 3 * 12 * (1 + average)
+    evaluations = images * load_encoder(config).flops_per_image
+    assert result["cost"]["flops"] == pytest.approx(result["training"]["flops"] + evaluations, rel=1e-12)
+
+
 @pytest.mark.parametrize("pooled", [True, False])
 def test_a_model_that_began_with_a_classifier_says_what_it_classifies_itself(run: Path, tmp_path: Path, pooled) -> None:
     finetune(FinetuneConfig(finetune=str(run), output_dir=str(tmp_path / "a"), cls_token=pooled, **QUICK))
@@ -610,6 +631,21 @@ def test_what_eval_is_told_is_held_against_the_model(run: Path, tmp_path: Path) 
     assert json.loads(finetune(config).read_text())["num_classes"] == 3
     with pytest.raises(ValueError, match="tells 3 classes apart, --nb_classes says 7"):
         finetune(replace(config, nb_classes=7))
+
+
+def test_a_classifier_whose_outputs_are_not_finite_has_no_accuracy(run: Path, tmp_path: Path) -> None:
+    finetune(FinetuneConfig(finetune=str(run), output_dir=str(tmp_path / "tuned"), **QUICK))
+    state = checkpoint.load(path := tmp_path / "tuned/checkpoint.pt")
+    state["head"]["head.weight"][0] = 3e38
+    checkpoint.save(state, path)
+    with pytest.raises(FloatingPointError, match=r"tuned gives \d+ of 12 images scores that are not finite"):
+        finetune(FinetuneConfig(finetune=str(path.parent), eval=True, device="cpu", precision="fp32"))
+    assert not (tmp_path / "tuned/eval-finetuned.json").exists()
+    state["head"]["head.weight"][0] = float("nan")
+    checkpoint.save(state, path)
+    for flags in ({"eval": True}, {"output_dir": str(tmp_path / "again")}):
+        with pytest.raises(ValueError, match=r"checkpoint\.pt: head\.weight holds numbers that are not finite"):
+            finetune(FinetuneConfig(finetune=str(path.parent), **flags))
 
 
 def test_more_neighbours_than_pictures_that_can_be_read_are_refused(run: Path, pictures: Path, tmp_path: Path) -> None:

@@ -134,6 +134,19 @@ def test_the_card_says_what_the_run_says_and_no_path_of_the_machine(trained, tmp
     assert "left as it is" in " ".join(capsys.readouterr().out.split())
 
 
+def test_the_card_names_images_that_are_not_the_test_images_of_the_pretraining(trained, tmp_path):
+    told = json.loads((trained / "eval-knn.json").read_text())
+    for name, flags in (("same", {"data_path": f"{tmp_path}/secret/my images/"}), ("kept", {"holdout": 9}),
+                        ("other", {"data_path": f"{tmp_path}/other", "holdout": 7})):  # fmt: skip
+        result = told | {"top1": len(name), "num_images": 9, "flags": told["flags"] | flags}
+        (trained / f"eval-{name}.json").write_text(json.dumps(result))
+    cli.main(["export", str(trained), "--out", str(tmp_path / "model")])
+    text = (tmp_path / "model/README.md").read_text()
+    assert "| kNN, on training images kept out (--holdout 9) | 4.00 % | 9 |" in text
+    assert "| kNN, on other, on training images kept out (--holdout 7) | 5.00 % | 9 |" in text
+    assert text.count("| kNN | ") == 2 and str(tmp_path) not in text
+
+
 def test_weights_without_a_run_get_a_card_too(trained, tmp_path):
     lonely = tmp_path / "elsewhere" / "checkpoint.pt"
     lonely.parent.mkdir()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from mae_et.evaluate.accuracy import Accuracy
 from mae_et.evaluate.config import FinetuneConfig
 from mae_et.evaluate.encoder import build_classifier, load_encoder
 from mae_et.evaluate.probe import features_of, lars, probe, probe_heads, solve_linear, standardize
+from mae_et.files import CheckpointError
 from mae_et.model import MaskedAutoencoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -192,6 +194,10 @@ def test_accuracy_counts_every_image_once() -> None:
     ("changes", "message"),
     [
         ({"k": 99}, "--k 99 neighbours, but there are 24 training images"),
+        (
+            {"knn": False, "linear_probe": True, "features": "augmented", "batch_size": 1},
+            "a batch of 1: --features augmented .* give a --total_batch_size of 2 or more",
+        ),
         ({"layers": (4,)}, "--layers 4: this encoder has blocks 1 to 3"),
         ({"finetune": ""}, "--knn needs --finetune"),
         (
@@ -206,6 +212,42 @@ def test_mistakes_are_explained_in_one_line(run: Path, changes: dict, message: s
     changes = {name: str(run) if value == "RUN" else value for name, value in changes.items()}
     with pytest.raises(ValueError, match=message):
         probe(FinetuneConfig(**QUICK | {"finetune": str(run), "knn": True} | changes))
+
+
+def test_a_folder_that_cannot_be_made_is_named_before_the_work(run: Path, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(probe_module, "extract", lambda *arguments: pytest.fail("it has begun"))
+    with pytest.raises(CheckpointError, match=r"^--output_dir .*file/x: can't be created: Not a directory$"):
+        probe(FinetuneConfig(**QUICK, knn=True, finetune=str(run), output_dir=str(tmp_path / "file/x")))
+
+
+@pytest.mark.parametrize(
+    ("factor", "message"),
+    [
+        (float("nan"), r"checkpoint.pt: encoder\.blocks\.1\.mlp\.fc1\.weight holds numbers that are not finite"),
+        (1e38, "checkpoint.pt gives features that are not finite"),
+    ],
+    ids=["weights", "features"],
+)
+@pytest.mark.parametrize("protocol", ["knn", "linear_probe", "augmented"])
+def test_weights_or_features_that_are_not_finite_have_no_result(
+    run: Path, factor: float, message: str, protocol: str
+) -> None:
+    """They once had one, that of whichever class is first."""
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    state["model"]["encoder.blocks.1.mlp.fc1.weight"][0] *= factor
+    state["model"]["encoder.blocks.1.mlp.fc2.weight"][:, 0] *= 1e6
+    storage.save(state, run / "checkpoint.pt")
+    flags = {"linear_probe": True, "features": "augmented"} if protocol == "augmented" else {protocol: True}
+    with pytest.raises((ValueError, FloatingPointError), match=message):
+        probe(FinetuneConfig(**QUICK, **flags, finetune=str(run)))
+    assert not list(run.glob("eval-*"))
+
+
+def test_a_classifier_that_diverges_has_no_result(run: Path) -> None:
+    with pytest.raises(FloatingPointError, match=r"--lr, --blr .* gives 12 of 12 images scores that are not finite"):
+        probe(FinetuneConfig(**QUICK | {"lr": 1e38}, finetune=str(run), linear_probe=True, features="augmented"))
+    assert not list(run.glob("eval-*"))
 
 
 def test_results_never_lie_in_the_run_of_other_weights(run: Path, tmp_path: Path, monkeypatch) -> None:
@@ -237,9 +279,25 @@ def test_a_result_says_its_step_and_what_it_replaces(run: Path, caplog: pytest.L
         probe(FinetuneConfig(**QUICK, knn=True, finetune=str(run), k=k))
     assert f"{run / 'eval-knn.json'} is replaced; it was of --k 3" in caplog.messages
     assert json.loads((run / "eval-knn.json").read_text())["step"] is None
-    storage.save(torch.load(run / "checkpoint.pt", weights_only=True) | {"step": 7}, run / "checkpoint.pt")
-    probe(FinetuneConfig(**QUICK, knn=True, finetune=str(run), k=5))
-    assert json.loads((run / "eval-knn.json").read_text())["step"] == 7
+    for step in (7, 8):
+        storage.save(torch.load(run / "checkpoint.pt", weights_only=True) | {"step": step}, run / "checkpoint.pt")
+        probe(FinetuneConfig(**QUICK, knn=True, finetune=str(run), k=5))
+        assert json.loads((run / "eval-knn.json").read_text())["step"] == step
+    assert [line[-6:] for line in caplog.messages if "is replaced" in line] == [" --k 3", "step 7"]
+
+
+def test_a_result_of_other_weights_or_data_is_not_replaced_silently(
+    run: Path, pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What it was of is named, also where no flag did: the checkpoint in a folder, the data of the pretraining."""
+    other = shutil.copytree(pictures, tmp_path / "other")
+    config = FinetuneConfig(**QUICK, knn=True, finetune=str(run))
+    shutil.copy(run / "checkpoint.pt", run / "best.pt")
+    for changes in ({}, {"finetune": f"{run}/"}, {"finetune": str(run / "best.pt")}, {"data_path": str(other)}, {}):
+        probe(replace(config, **changes))
+    replaced = [line.partition("; it was of ")[2] for line in caplog.messages if "is replaced" in line]
+    best, data = f"the weights {run / 'best.pt'}", f"--data_path {pictures}"
+    assert replaced == [f"the weights {run}/", f"{data}, {best}", f"--data_path {other}"]
 
 
 def test_what_is_like_a_run_is_judged_untrained(run: Path, tmp_path: Path, monkeypatch) -> None:

@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from ..console import WideTable
-from ..files import write_json, write_text
+from ..files import make_folder, write_json, write_text
 from .figures import draw_figures
 from .words import (
     AXIS_LABELS,
@@ -36,7 +36,7 @@ Row = Sequence[str]
 
 def write_report(report: Mapping[str, Any], out: Path) -> list[Path]:
     """report.json, report.md with its pictures, and report.html, in a folder; returns their paths."""
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out, "--out")
     figures = draw_figures(report)
     paths = [out / "report.json", out / "report.md", out / "report.html"]
     write_json(paths[0], report)

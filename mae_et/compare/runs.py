@@ -6,7 +6,7 @@ import json
 import math
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -156,9 +156,7 @@ def read_run(folder: RunFolder) -> RunRecord:
     evaluations = {}
     for path in sorted(folder.iterdir(), key=lambda path: path.name):
         if path.name.startswith("eval-") and path.name.endswith(".json"):
-            result = _read(path, json.loads)
-            if not isinstance(result, dict) or not {"protocol", "top1", "num_images", "flags"} <= result.keys():
-                raise ValueError(f"{path} is not a result of main_finetune.py")
+            result = _read(path, _evaluation)
             evaluations |= _protocols(path.name.removeprefix("eval-").removesuffix(".json"), result)
     if isinstance(config, FinetuneConfig):
         if config.finetune:
@@ -169,7 +167,7 @@ def read_run(folder: RunFolder) -> RunRecord:
         raise FileNotFoundError(f"{where} has no {run_folder.LEDGER} yet: the run has not saved anything")
     ledger = _read(folder / run_folder.LEDGER, _ledger)
     begun = [stage for stage in ledger.stages if stage.images]
-    if not begun or any(stage.flops <= 0 for stage in begun):
+    if not begun or not all(0 < stage.flops < math.inf for stage in begun):
         raise ValueError(f"{where / run_folder.LEDGER} books no images, or no FLOPs for them: nothing to compare")
     metrics = _read(folder / run_folder.METRICS, _metrics) if (folder / run_folder.METRICS).exists() else []
     timing = None
@@ -191,6 +189,22 @@ def _protocols(name: str, result: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
+def _evaluation(text: str) -> dict[str, Any]:
+    result = _mapping(json.loads(text))
+    if missing := {"protocol", "top1", "num_images", "flags"} - result.keys():
+        raise ValueError(f"it lacks {', '.join(sorted(missing))}: not a result of main_finetune.py")
+    _mapping(result["flags"])
+    places = result.get("places", [])
+    if not isinstance(places, list):
+        raise ValueError("its places are no list")
+    for place in map(_mapping, places):
+        _numbers(place, "layer", "top1")
+        if "pooling" not in place:
+            raise ValueError("a place lacks its pooling")
+    _numbers(result, "top1", "num_images", *({"corrupted_top1"} & result.keys()))
+    return result
+
+
 def _config(text: str) -> PretrainConfig | FinetuneConfig:
     values = _mapping(yaml.safe_load(text))
     return from_dict(FinetuneConfig if "like" in values else PretrainConfig, values, "flags")
@@ -200,7 +214,10 @@ def _ledger(text: str) -> Ledger:
     stages = _mapping(json.loads(text)).get("stages")
     if not stages or not isinstance(stages, list):
         raise ValueError("it has no stages")
-    return Ledger([from_dict(StageCost, _mapping(stage), "stages") for stage in stages])
+    costs = [from_dict(StageCost, _mapping(stage), "stages") for stage in stages]
+    for cost in costs:
+        _numbers(vars(cost), *(name for name in vars(cost) if name != "size_px"))
+    return Ledger(costs)
 
 
 def _timing(text: str, num_stages: int) -> Timing:
@@ -214,8 +231,8 @@ def _timing(text: str, num_stages: int) -> Timing:
 
 def _metrics(text: str) -> list[dict[str, Any]]:
     records = [_mapping(record) for record in parse_json_lines(text)]
-    if not all(isinstance(record.get(name), (int, float)) for record in records for name in NEEDED):
-        raise ValueError(f"a line lacks one of {', '.join(NEEDED)}")
+    for record in records:
+        _numbers(record, *NEEDED)
     return records
 
 
@@ -223,6 +240,13 @@ def _mapping(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"names and values are expected, not {value!r:.40}")
     return value
+
+
+def _numbers(record: Mapping[str, Any], *wanted: str) -> None:
+    """ValueError unless these are finite numbers: JSON may hold NaN, of which no mean or interval can be told."""
+    for name in wanted:
+        if not isinstance(value := record.get(name), (int, float)) or not math.isfinite(value):
+            raise ValueError(f"{name} should be a finite number, not {value!r:.40}")
 
 
 def _read(path: RunFolder, parse: Callable[[str], Any]) -> Any:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from ..plan.flags import NOT_NEGATIVE, POSITIVE, RUN, Range, check
+from ..plan.flags import FINITE, NOT_NEGATIVE, POSITIVE, RUN, Range, check
 
 JPEG_QUALITY = Range("be 1 to 95", lambda value: 1 <= value <= 95)
 JPEG_CHANNELS = Range("be 1 or 3, the channels of a JPEG", lambda value: value in (1, 3))
@@ -30,7 +30,7 @@ class PrepareConfig:
     """Size at which a shard is full, in 1e6 bytes."""
     in_chans: Annotated[int, RUN, JPEG_CHANNELS] = 3
     """Channels: 3 (colour) or 1 (grey)."""
-    value_range: Annotated[tuple[float, float] | None, RUN] = None
+    value_range: Annotated[tuple[float, float] | None, RUN, FINITE] = None
     """Values of pixels that become black and white, for images of more than 8 bits; default: measured."""
     num_workers: Annotated[int | None, RUN, NOT_NEGATIVE] = None
     """Processes that decode and encode; default: the cores there are, at most 10."""

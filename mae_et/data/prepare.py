@@ -48,7 +48,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
             raise _begun(out, f"of other images: there is {out / 'val'}, and SRC has no held-out ones") from error
     for split, source in sources.items():
         folder = out / split
-        make_folder(folder)
+        make_folder(folder, "OUT")
         if split == "train" and value_range is None:
             value_range = measure_value_range(source)
         index = pack(source, folder, replace(config, value_range=value_range))

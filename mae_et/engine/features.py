@@ -27,12 +27,14 @@ def gather_features(
     rt: Runtime,
     num_workers: int | None,
     pin_mem: bool,
+    whose: str,
     batch_size: int = 256,
 ) -> tuple[dict[Layer, Tensor], Tensor]:
     """Features [N, D] of all centre crops at each layer, and their labels [N], in order, on every rank.
 
     features_of: uint8 [B, C, H, W] -> [B, D] per layer. Results are in the host's memory: of a million images, one
-    layer's take gigabytes. Images that can't be read are left out.
+    layer's take gigabytes. Images that can't be read are left out. whose: names the encoder in the FloatingPointError
+    for features that are not finite, which have no neighbours.
     """
     parts, labels, loading = {}, [], rt.loading(num_workers, pin_mem)
     for images, batch_labels in eval_batches(crops, rt.rank, rt.world_size, loading, batch_size, keep_places=True):
@@ -52,7 +54,10 @@ def gather_features(
     gathered = gather(labels)
     readable = gathered != CORRUPT
     crops.corrupt.check(int((~readable).sum()))  # over all ranks; each one has checked its own
-    return {layer: gather(batches)[readable] for layer, batches in parts.items()}, gathered[readable]
+    features = {layer: gather(batches)[readable] for layer, batches in parts.items()}
+    if not all(rows.isfinite().all() for rows in features.values()):
+        raise FloatingPointError(f"{whose} gives features that are not finite; try --precision fp32, or other weights")
+    return features, gathered[readable]
 
 
 def knn_scores(

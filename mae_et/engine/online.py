@@ -72,6 +72,7 @@ class OnlineProbe:
                 features, labels = gather_features(
                     lambda images: _features_of(model, run, images),
                     *(self.crops, rt, config.num_workers, config.pin_mem),
+                    whose="--probe_every: the encoder",
                     batch_size=min(256, config.batch_size),  # needs less memory than training does
                 )
             quality = _judge(features, labels, self.crops.source.classes, rt) if rt.is_main else {}

@@ -22,7 +22,7 @@ from ..data.labelled import EvalCrops, eval_batches, open_labelled
 from ..data.sources import Source
 from ..engine import run_folder
 from ..engine.runtime import Normalize, Runtime
-from ..files import write_json, write_text
+from ..files import make_folder, write_json, write_text
 from ..plan.flags import names, to_dict, to_yaml
 from ..plan.shapes import height_width
 from ..record import INTERPOLATION
@@ -101,6 +101,7 @@ def evaluate(
             logits = model(normalize(images))
         accuracy.add(logits.float(), labels.to(rt.device, non_blocking=True))
     accuracy = accuracy.over(rt)
+    accuracy.check(config.finetune if config.eval else "the model that is being fine-tuned")
     crops.corrupt.check(len(crops) - accuracy.num_images)  # over all ranks; each one has checked its own
     return accuracy
 
@@ -140,6 +141,7 @@ class Accuracy:
     def __init__(self, num_classes: int, device: torch.device) -> None:
         self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)  # [true, predicted]
         self.in_top5 = torch.zeros((), dtype=torch.int64, device=device)
+        self.not_finite = torch.zeros((), dtype=torch.int64, device=device)
 
     def add(self, scores: Tensor, labels: Tensor) -> None:
         """scores: [B, K]. labels: [B]."""
@@ -148,12 +150,19 @@ class Accuracy:
         # Not bincount, which waits for a GPU: how long its result is depends on the data.
         self.confusion.view(-1).index_add_(0, labels * classes + top[:, 0], torch.ones_like(labels))
         self.in_top5 += (top == labels[:, None]).sum()
+        self.not_finite += (~scores.isfinite()).any(dim=1).sum()
 
     def over(self, rt: Runtime) -> Accuracy:
         """Summed over the ranks."""
         rt.sum(self.confusion)
         rt.sum(self.in_top5)
+        rt.sum(self.not_finite)
         return self
+
+    def check(self, whose: str) -> None:
+        """FloatingPointError if images have scores that are not finite, which have no order. whose: what gave them."""
+        if count := self.not_finite.item():
+            raise FloatingPointError(f"{whose} gives {count} of {self.num_images} images scores that are not finite")
 
     @property
     def num_images(self) -> int:
@@ -188,7 +197,7 @@ def write_result(
     seconds: float,
     flops: float,
 ) -> list[Path]:
-    """eval-<protocol>.json in the run folder of the checkpoint, and in --output_dir if given or if there is no such.
+    """eval-<protocol>.json in each of `result_folders`, with the flags and the data that were used.
 
     The folder of an encoder that was never trained becomes a run folder, which `compare` reads.
     """
@@ -201,14 +210,13 @@ def write_result(
         "input_size": encoder.input_size,
         "record": encoder.record.to_dict(),
         "cost": {"seconds": seconds, "flops": flops},
-        "flags": to_dict(config),
+        "flags": to_dict(config) | {"data_path": encoder.data_path},
         "environment": run_folder.environment(device=rt.describe(), precision=rt.precision, devices=rt.world_size),
     }
     paths = [folder / f"eval-{config.protocol}.json" for folder in result_folders(config, encoder)]
     for path in paths:
-        path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            _warn_of_other_flags(path, record["flags"])
+            _warn_of_another(path, record)
         write_json(path, record)
         if config.is_probe and config.like and not (path.parent / run_folder.CONFIG).exists():
             write_text(path.parent / run_folder.CONFIG, to_yaml(config))
@@ -216,27 +224,41 @@ def write_result(
     return paths
 
 
-def _warn_of_other_flags(path: Path, flags: Mapping[str, Any]) -> None:
-    """Warn that a result is replaced by one of the same protocol that other flags gave."""
+def _warn_of_another(path: Path, record: Mapping[str, Any]) -> None:
+    """Warn that a result is replaced by one of the same protocol that other flags or other weights gave."""
     try:
-        before = json.loads(path.read_text())["flags"]
+        before = json.loads(path.read_text())
+        flags, weights = before["flags"], before["checkpoint"]
     except (ValueError, KeyError):
         return  # damaged, or of another program: nothing to tell
     judged = (*names(FinetuneConfig, lambda role: role.judged), "data_path", "seed")
-    if changed := [f"--{name} {before[name]}" for name in judged if name in before and before[name] != flags[name]]:
+    told = {name: flags[name] for name in judged if flags.get(name, "") != ""}  # data_path was once left open
+    changed = [f"--{name} {value}" for name, value in told.items() if value != record["flags"][name]]
+    if Path(weights).resolve() != Path(record["checkpoint"]).resolve():
+        changed.append(f"the weights {weights}")
+    if before.get("step") not in (None, record["step"]):
+        changed.append(f"step {before['step']}")
+    if changed:
         log.warning("%s is replaced; it was of %s", path, ", ".join(changed))
 
 
 def result_folders(config: FinetuneConfig, encoder: PretrainedEncoder) -> list[Path]:
-    """The run folder of the checkpoint, and --output_dir if given, if there is no such, and for fine-tuning."""
-    folders = [encoder.folder] if encoder.folder else []
-    if config.output_dir or not folders or not (config.is_probe or config.eval):
+    """The run folder of the checkpoint, and --output_dir if given, if there is no such, and for fine-tuning.
+
+    What is fine-tuned from a fine-tuned model is another one, whose results are not those of the first.
+    """
+    fine_tunes = not (config.is_probe or config.eval)
+    folders = [encoder.folder] if encoder.folder and not (fine_tunes and encoder.head) else []
+    if config.output_dir or not folders or fine_tunes:
         folders.append(output_folder(config, encoder.folder))
     return list(dict.fromkeys(folders))
 
 
 def check_result_folders(config: FinetuneConfig, encoder: PretrainedEncoder) -> None:
-    """ValueError if results would lie in the run of other weights and be taken for theirs."""
+    """Before the work: ValueError if results would lie in the run of other weights and be taken for theirs.
+
+    Makes the folders; CheckpointError if that can't be done.
+    """
     for folder in result_folders(config, encoder):
         path = folder / run_folder.CONFIG
         if not path.exists() or (encoder.folder and folder.resolve() == encoder.folder.resolve()):
@@ -244,6 +266,13 @@ def check_result_folders(config: FinetuneConfig, encoder: PretrainedEncoder) -> 
         held = yaml.safe_load(path.read_text())
         if not (config.like and held.get("like") == config.like and held.get("seed") == config.seed):
             raise ValueError(f"--output_dir {folder} is the run of other weights; choose another folder for these")
+    make_folders(config, encoder)
+
+
+def make_folders(config: FinetuneConfig, encoder: PretrainedEncoder) -> None:
+    """Those that results go to. CheckpointError, which names the flag, where one can't be made or written to."""
+    for folder in result_folders(config, encoder):
+        make_folder(folder, "--finetune" if folder == encoder.folder else "--output_dir")
 
 
 def output_folder(config: FinetuneConfig, pretraining: Path | None) -> Path:

@@ -95,7 +95,8 @@ class PretrainedEncoder:
 def load_encoder(config: FinetuneConfig) -> PretrainedEncoder:
     """Weights, or from scratch the architecture, that a configuration starts from.
 
-    Raises FileNotFoundError, CheckpointError, or ValueError if flags contradict the checkpoint or don't fit together.
+    Raises FileNotFoundError, CheckpointError, or ValueError if flags contradict the checkpoint or don't fit together,
+    or if its weights are not finite.
     """
     source, facts, trained_on, head, step = config.finetune or config.like, WeightsRecord(), {}, {}, None
     if source:
@@ -111,6 +112,9 @@ def load_encoder(config: FinetuneConfig) -> PretrainedEncoder:
         raise ValueError("from scratch (without --finetune), --model or --like must say what to train")
     if config.finetune:
         state, origin, step = pretrained.state, pretrained.origin, pretrained.training.get("step")
+        for name, tensor in (state | head).items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"{origin}: {name} holds numbers that are not finite; give other weights")
     else:  # as an encoder is before pretraining, so that only pretraining makes the difference
         torch.manual_seed(derive_seed(config.seed, "weights"))
         state, origin = interop.encoder_only(MaskedAutoencoder(**shape).state_dict()), "scratch"

@@ -41,7 +41,7 @@ from ..plan.cost import Ledger
 from ..plan.curriculum import Curriculum, Stage
 from ..plan.flags import to_dict, to_yaml
 from ..plan.shapes import ModelShape, show_size
-from .accuracy import eval_crops, evaluate, evaluate_only, open_held_out, output_folder, write_result
+from .accuracy import eval_crops, evaluate, evaluate_only, make_folders, open_held_out, output_folder, write_result
 from .augmentation import augmentation, mixed, mixing
 from .classes import classes_of, with_classes
 from .config import LAYER_DECAY, FinetuneConfig
@@ -80,10 +80,8 @@ class FinetuneRun(Run):
         config = self.config
         self.normalize = Normalize(self.encoder.mean, self.encoder.std, self.rt)
         self.ema = ModelEmaV3(self.model, decay=config.model_ema_decay) if config.model_ema else None
-        self.mix, self.mixes = (
-            mixing(config, len(self.classes)),
-            bool(config.mixup or config.cutmix or config.cutmix_minmax),
-        )
+        self.mix = mixing(config, len(self.classes))
+        self.mixes = bool(config.mixup or config.cutmix or config.cutmix_minmax)
 
     @property
     def micro_size(self) -> int:
@@ -241,6 +239,7 @@ def open_folder(run: FinetuneRun, resume: Path | None, read_from: Path | None) -
     """Make or take over the run folder, and write what is known before a step is run."""
     goes_on = resume.parent.resolve() == run.folder.resolve() if resume else run.config.resume == "auto"
     run_folder.prepare(run.folder, keep=goes_on, overwrite=run.config.overwrite)
+    make_folders(run.config, run.encoder)
     if resume and goes_on and read_from != resume:
         files.promote(read_from, resume)  # otherwise the next save would keep the corrupt file and drop this one
     files.write_text(run.folder / run_folder.CONFIG, to_yaml(run.config))
@@ -303,7 +302,6 @@ def train(
         if run.ema:
             run.ema.update(run.model)
         run.step += 1
-
         evaluation = run.step % run.steps_per_evaluation == 0 or run.finished
         due = cadence.after(run.step, save=evaluation, stopping=stop.requested)
         stopping, data_seconds = False, 0.0
@@ -339,7 +337,9 @@ def evaluate_run(run: FinetuneRun) -> dict[str, Any] | None:
             result |= {f"ema_{name}": value for name, value in averaged.result().items() if name != "num_images"}
         if config.report:
             result |= accuracy.details(classes)
-    run.ledger.stages[0].peak_memory_bytes = peak_memory_bytes(run.rt.device)
+    cost = run.ledger.stages[0]
+    cost.eval_flops += run.encoder.flops_per_image * result["num_images"] * (2 if run.ema else 1)
+    cost.peak_memory_bytes = peak_memory_bytes(run.rt.device)
     if result["top1"] > run.best:
         run.best = result["top1"]
         run.save_best()
@@ -377,7 +377,7 @@ def finish(run: FinetuneRun, source: Source, result: dict[str, Any] | None) -> P
             log.warning(line)
     if rt.is_main and result is not None and run.finished:
         spent = run.ledger.total  # by all processes of a run that was resumed
-        cost = spent.seconds + spent.eval_seconds, spent.flops + encoder.flops_per_image * len(run.held_out)
+        cost = spent.seconds + spent.eval_seconds, spent.flops + spent.eval_flops
         facts = {"num_classes": len(run.classes), "train_images": len(source), "best_top1": run.best}
         facts |= {"training": run.ledger.state_dict()["total"]}
         paths = write_result(config, encoder, rt, result | facts, *cost)

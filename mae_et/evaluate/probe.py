@@ -67,6 +67,13 @@ def probe(config: FinetuneConfig) -> dict[str, dict[str, Any]]:
         val = with_classes(val, classes, encoder.data_path, "the training images")
         if config.knn and config.k > len(train):
             raise ValueError(f"--k {config.k} neighbours, but there are {len(train)} training images")
+        if config.linear_probe and config.features == "augmented":
+            batch = config.total_batch(len(train), rt.world_size)
+            if batch < 2 * rt.world_size:
+                raise ValueError(
+                    f"a batch of {batch}: --features augmented normalises features over those of a device; give a "
+                    f"--total_batch_size of {2 * rt.world_size} or more"
+                )
         model = build_classifier(encoder, 0, pooled=False).to(rt.device).requires_grad_(False).eval()
         layers = _layers(config, encoder)
         encoder.log_record()
@@ -111,10 +118,7 @@ def _result(
     config: FinetuneConfig, scores: Features, labels: Tensor, classes: Sequence[str], train_images: int
 ) -> dict[str, Any]:
     """Accuracy at each layer; the headline is that of the default layer."""
-    accuracies = {}
-    for layer, values in scores.items():
-        accuracies[layer] = Accuracy(len(classes), values.device)
-        accuracies[layer].add(values, labels.to(values.device))
+    accuracies = {layer: _accuracy(values, labels, len(classes)) for layer, values in scores.items()}
     headline = accuracies[_headline(config, list(scores))]
     rows = [{"layer": block, "pooling": pooling, **a.result()} for (block, pooling), a in accuracies.items()]
     result = headline.result() | {"num_classes": len(classes), "train_images": train_images, "places": rows}
@@ -130,8 +134,13 @@ def _corrupted_accuracy(
     """Of the only layer that `corrupted` gives features of."""
     features, labels = corrupted(corruption)
     (scores,) = classify(features).values()
+    return _accuracy(scores, labels, num_classes)
+
+
+def _accuracy(scores: Tensor, labels: Tensor, num_classes: int) -> Accuracy:
     accuracy = Accuracy(num_classes, scores.device)
     accuracy.add(scores, labels.to(scores.device))
+    accuracy.check("the probe's classifier (is --lr, --blr or --l2 too high?)")
     return accuracy
 
 
@@ -145,9 +154,8 @@ def extract(
 ) -> tuple[Features, Tensor]:
     """Features of all centre crops at each layer, and their labels [N], as :func:`gather_features` has them."""
     normalize = Normalize(encoder.mean, encoder.std, rt)
-    return gather_features(
-        lambda images: features_of(model, normalize(images), layers, rt), crops, rt, config.num_workers, config.pin_mem
-    )
+    how = crops, rt, config.num_workers, config.pin_mem, encoder.origin
+    return gather_features(lambda images: features_of(model, normalize(images), layers, rt), *how)
 
 
 @torch.no_grad()

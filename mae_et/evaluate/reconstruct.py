@@ -14,6 +14,7 @@ from ..data.sources import open_held_out
 from ..engine import run_folder
 from ..engine.picture import draw_reconstruction
 from ..engine.runtime import Normalize, Runtime
+from ..files import make_folder
 from ..model import MaskedAutoencoder
 from ..plan.curriculum import Stage, StageRow
 from ..plan.schedules import SCHEDULES, patch_counts, scale_size
@@ -39,6 +40,7 @@ def reconstruct(config: ReconstructConfig) -> Path:
     run = Path(config.run)
     if not run.exists():
         raise FileNotFoundError(f"{run}: no such run folder or checkpoint")
+    make_folder(_path(config).parent, "--out")
     pretrained = checkpoint.read_pretrained(run)
     normalized = _check_decoder(config, pretrained)
     model = MaskedAutoencoder(**pretrained.shape)

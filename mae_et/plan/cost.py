@@ -124,6 +124,8 @@ class StageCost:
     """Measuring online quality, see --probe_every."""
     probe_flops: float = 0.0
     """Forward passes of the encoder for that, on full-size images; not part of `flops`."""
+    eval_flops: float = 0.0
+    """Forward passes of fine-tuning's evaluations, of averaged weights too; not part of `flops`."""
     peak_memory_bytes: int = 0
     energy_joules: float = 0.0
     """Of the devices, or of the CPU packages, between reports; 0 where they don't tell."""

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import functools
 import io
+import itertools
 import math
 import re
 import types
@@ -85,6 +86,7 @@ class Range:
     holds: Callable[[float], bool]
 
 
+FINITE = Range("be finite", math.isfinite)
 POSITIVE = Range("be positive and finite", lambda value: 0 < value < math.inf)
 NOT_NEGATIVE = Range("be finite and not negative", lambda value: 0 <= value < math.inf)
 EPOCHS = Range("be positive and at most 1e9", lambda value: 0 < value <= 1e9)  # or steps would be no 64-bit integers
@@ -192,9 +194,14 @@ def message_of(box: str, *type_names: str) -> str:
     """The first paragraph of what tyro draws for an error, in one line, with its guess at what was meant.
 
     tyro has no public way to ask for it. tests/test_flags.py holds this to the boxes of the oldest and newest one.
+    Where the output can't show their frames, it draws them in ASCII, with a rule under the title.
     """
-    lines = [line.strip("│ ").strip() for line in box.splitlines()[1:]]
-    end = next((i for i, line in enumerate(lines) if line.startswith("───")), len(lines))
+
+    def is_rule(line: str) -> bool:
+        return bool(line) and not line.strip("─-+╰╯")
+
+    lines = list(itertools.dropwhile(is_rule, (line.strip("│| ") for line in box.splitlines()[1:])))
+    end = next((i for i, line in enumerate(lines) if is_rule(line)), len(lines))
     hint = next((lines[i + 1] for i, line in enumerate(lines[:-1]) if line.startswith("Perhaps you meant")), "")
     message = " ".join(line for line in lines[:end] if line)
     message = re.sub(r"\[/?bold\]", "", message)  # markup that tyro leaves in names of types

@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Protocol
 from .flags import (
     COMPUTE,
     DATA,
+    FINITE,
     IMAGES,
     NOT_NEGATIVE,
     PLANNED,
@@ -40,7 +41,7 @@ class DataFlags:
     """Mean per channel in [0, 1]; default: ImageNet's for 3 channels, else 0.5."""
     std: Annotated[tuple[float, ...] | None, DATA] = None
     """Standard deviation per channel; default: ImageNet's for 3 channels, else 0.25."""
-    value_range: Annotated[tuple[float, float] | None, DATA] = None
+    value_range: Annotated[tuple[float, float] | None, DATA, FINITE] = None
     """Pixel values that become black and white, of images with more than 8 bits; default: measured if they use few."""
     num_workers: Annotated[int | None, RUN, NOT_NEGATIVE] = None
     """Loader processes per device; default: its share of the cores, beside a GPU less one, else at most 10."""
@@ -146,8 +147,8 @@ def default_statistics(in_chans: int) -> tuple[tuple[float, ...], tuple[float, .
 
 def check_statistics(mean: tuple[float, ...] | None, std: tuple[float, ...] | None, in_chans: int, of: str) -> None:
     """ValueError unless there is a number per channel, and positive ones to divide by. of: whose channels they are."""
-    for name, value in (("mean", mean), ("std", std)):
-        if value is not None and len(value) != in_chans:
-            raise ValueError(f"--{name} has {len(value)} numbers for {of}")
-    if std is not None and min(std) <= 0:
-        raise ValueError(f"--std must be positive, got {min(std)}")
+    for name, values, legal in (("mean", mean, FINITE), ("std", std, POSITIVE)):
+        if values is not None and len(values) != in_chans:
+            raise ValueError(f"--{name} has {len(values)} numbers for {of}")
+        if values is not None and not all(map(legal.holds, values)):
+            raise ValueError(f"--{name} must {legal.text}, got {' '.join(f'{v:g}' for v in values)}")

@@ -23,7 +23,7 @@ from typing import Any
 from ..data.sources import open_source
 from ..engine import run_folder
 from ..evaluate.config import FinetuneConfig
-from ..files import append_json_line, read_json_lines, write_json_lines
+from ..files import append_json_line, make_folder, read_json_lines, write_json_lines
 from ..plan.build import build_curriculum
 from ..plan.config import PretrainConfig
 from ..plan.flags import RUN, names, to_dict
@@ -121,7 +121,7 @@ class Results:
         self.path = path
         records = read_json_lines(path)
         if not records:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent, "--output_dir")
             records = [{"format": FORMAT, "search": identity}]
         if records[0].get("format") != FORMAT:
             raise ValueError(f"--output_dir: {path} is not a results file of a search")
