@@ -54,7 +54,8 @@ def test_shipped_studies_match_what_they_say(harness, monkeypatch, path):
             if arm.keys().isdisjoint({"warmup_epochs", "hold_epochs"}):
                 for part in ("warmup_epochs", "hold_epochs"):  # the same share of the run
                     assert mine[part] / mine["epochs"] == pytest.approx(
-                        theirs.get(part, 0) / theirs["epochs"], abs=1e-4
+                        theirs.get(part, 0) / theirs["epochs"],
+                        abs=2e-4,  # rounded
                     )
         if other := (arm or {}).get("match_steps"):
             assert plans[name].total_steps == pytest.approx(plans[other].total_steps, rel=0.01)
