@@ -480,7 +480,7 @@ def test_a_finished_run_that_is_resumed_stays_as_it_is(photos: Path, tmp_path: P
         ("--output_dir {tmp}/file/run", ["--output_dir"]),
         ("--output_dir {data}/run", ["--output_dir", "inside --data_path"]),
         ("--num_heads 0", ["--num_heads", "positive"]),
-        ("--epochs inf", ["--epochs", "finite"]),
+        ("--epochs inf", ["--epochs", "at most 1e9"]),
         ("--augment 50", ["--augment", "30"]),
         ("--world_size 4", ["--world_size", "torchrun"]),
     ],

@@ -216,7 +216,7 @@ def test_probes_share_one_extraction_of_features(searched: Path, pictures: Path)
     features = (12 + 30) * encoder_flops_per_image(
         shape, shape.num_patches
     )  # held-out images and those of --judge_images
-    annealed = list(searched.glob("runs/*-judged-*"))
+    annealed = list(searched.glob("trials/*-judged-*"))
     for folder in annealed:
         costs = [json.loads(path.read_text())["cost"]["flops"] for path in folder.glob("eval-*.json")]
         assert sorted(costs) == [0, features]

@@ -60,8 +60,8 @@ def first_readable(
         damaged += [Corruption(place, source.name(place), reason, decoded=True) for reason in objections]
         return made, damaged
     raise ValueError(
-        f"--data_path: of {len(damaged)} images from all over it none can be used; the first is {damaged[0].name}: "
-        f"{damaged[0].reason}"
+        f"--data_path: {len(damaged)} damaged images from all over it, and none that can be used; the first is "
+        f"{damaged[0].name}: {damaged[0].reason}"
     )
 
 
