@@ -464,7 +464,7 @@ def test_seconds_are_those_of_one_pass_where_all_runs_have_it(study):
     report = compare(CompareConfig((str(study),)))
     assert "No arm is ranked by seconds" in said(report, "All arms")
     assert any(
-        "those of the runs themselves" in w and "et_pp-seed0 has no timing.json" in w for w in report["warnings"]
+        "those of the runs themselves" in w and ": et_pp-seed0 without timing.json" in w for w in report["warnings"]
     )
     assert 30 not in [seconds for arm in report["arms"] for seconds in arm["seconds"]["values"]], "all or none"
     time_again(study / "et_pp-seed0", 2, 1)

@@ -107,8 +107,8 @@ def clock_notes(runs: Sequence[RunRecord]) -> list[str]:
     timings = [run.timing for run in pretrained if run.timing]
     if not timings:
         return []
-    if without := [str(run.folder) for run in pretrained if not run.timing]:
-        return [f"seconds are those of the runs themselves: {', '.join(without)} has no {run_folder.TIMING}"]
+    if without := [run.folder.name for run in pretrained if not run.timing]:
+        return [f"seconds are those of the runs themselves: {', '.join(without)} without {run_folder.TIMING}"]
     passes = {(timing.device, timing.began) for timing in timings}
     named = "; ".join(f"{device}, {began}" for device, began in sorted(passes))
     fewest, most = min(t.steps for t in timings), max(t.steps for t in timings)
