@@ -379,6 +379,7 @@ def test_only_a_searchs_own_runs_are_deleted(pictures: Path, tmp_path: Path) -> 
     search(config_of(pictures, tmp_path / "out", **flags))
     began = {path.name: (path / "environment.json").stat().st_mtime_ns for path in trials.iterdir()}
     assert began and not list(trials.rglob("*.pt")) and not list(trials.rglob("*.safetensors"))
+    (trials / "of-another-search").mkdir()
     search(config_of(pictures, tmp_path / "out", **flags, overwrite=True))
     again = {path.name: (path / "environment.json").stat().st_mtime_ns for path in trials.iterdir()}
     assert again.keys() == began.keys() and all(again[name] > began[name] for name in began)
