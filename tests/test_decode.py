@@ -414,6 +414,26 @@ def test_a_damaged_png_of_16_bit_colours_is_named(damage, channels):
             read(item)
 
 
+@pytest.mark.parametrize("channels", [2, 3, 4])
+@pytest.mark.parametrize("size_px", [(1, 3), (13, 11)])
+def test_an_interlaced_png_of_16_bit_colours_is_read_whole(size_px, channels):
+    """All seven passes of Adam7 (PNG specification, section 8.2), written here by hand."""
+    wanted = np.random.default_rng(0).integers(0, 2**16, (*size_px, channels), dtype=np.uint16)
+    passes = [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)]
+    parts = [wanted[top::down, left::right] for top, left, down, right in passes]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for part in parts if part.size for row in part)
+    kind = {2: 4, 3: 2, 4: 6}[channels]
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", *size_px[::-1], 16, kind, 0, 0, 1)),
+        (b"IDAT", zlib.compress(rows)),
+        (b"IEND", b""),
+    ]
+    data = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks
+    )
+    assert np.array_equal(pixels._read_deep_png(data, 4), wanted)
+
+
 def holes(data: bytes) -> list[bytes]:
     """A JPEG with 300 bytes missing, at 36 places."""
     starts = range(1000, len(data) - 1000, (len(data) - 2000) // 36)
