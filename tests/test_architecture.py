@@ -25,7 +25,7 @@ ROOMS = {
     "card": "",
     "export": "",
     "checkpoint": "",
-    "evaluate": "config encoder classes accuracy augmentation finetune probe reconstruct",
+    "evaluate": "config encoder classes accuracy augmentation run finetune probe reconstruct",
     "compare": "runs arms words answers compare figures report",
     "search": "config trials space search report",
     "cli": "",

@@ -28,8 +28,9 @@ from mae_et.evaluate import finetune as finetune_module
 from mae_et.evaluate.augmentation import augmentation, mixed, mixing
 from mae_et.evaluate.config import FinetuneConfig
 from mae_et.evaluate.encoder import adapt_positions, build_classifier, load_encoder
-from mae_et.evaluate.finetune import finetune, layer_decay_adamw
+from mae_et.evaluate.finetune import finetune
 from mae_et.evaluate.probe import probe
+from mae_et.evaluate.run import FinetuneRun, layer_decay_adamw
 from mae_et.model import MaskedAutoencoder, sincos_table
 from mae_et.plan.curriculum import Curriculum, Stage
 from mae_et.plan.flags import parse
@@ -500,6 +501,28 @@ def test_what_was_trained_is_saved_before_an_evaluation_that_fails(
     )
 
 
+@pytest.mark.parametrize("origin", ["finetune", "like"])
+def test_a_finished_run_stays_as_it_is_unless_more_is_asked_for(run: Path, tmp_path: Path, origin: str) -> None:
+    """Not even its evaluation is run again; one by other flags is, and leaves what the folder says of the training."""
+    tuned = tmp_path / "tuned"
+    config = FinetuneConfig(**{origin: str(run)}, output_dir=str(tuned), **QUICK)
+    path = finetune(config)
+
+    def contents() -> dict[str, tuple[int, bytes]]:
+        return {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in tuned.iterdir()}
+
+    before = contents()
+    assert finetune(replace(config, resume="auto")) == path and contents() == before
+
+    assert finetune(replace(config, resume="auto", report=True)) == path
+    result, was = json.loads(path.read_text()), json.loads(before[path.name][1])
+    assert "confusion" in result and "confusion" not in was and result["top1"] == was["top1"]
+    for name in ("config.yaml", "environment.json"):
+        assert contents()[name] == before[name]
+    path.unlink()
+    assert json.loads(finetune(replace(config, resume="auto")).read_text())["top1"] == was["top1"]
+
+
 def test_gradients_are_guarded_and_logged_and_waiting_for_data_is_said(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -576,7 +599,7 @@ def test_resuming_takes_the_range_of_values_from_the_checkpoint(run: Path, pictu
     state["shape"]["decoder"] = "cross"
     checkpoint.save(state | {"value_range": [0, 200]}, path)
     rt = Runtime(torch.device("cpu"), "fp32")
-    resumed = finetune_module.build(config, rt, load_encoder(config), open_source(str(pictures), "train"))
+    resumed = FinetuneRun.create(config, rt, load_encoder(config), open_source(str(pictures), "train"))
     resumed.restore(path)
     assert resumed.encoder.record.value_range == resumed.held_out.value_range == [0, 200]
 

@@ -80,7 +80,8 @@ def pretrain(config: PretrainConfig) -> Path:
         del state
         check_ranks(run, len(source))
         check_micro_batches(run)
-        done = run.finished and resume and goes_on(run, resume) and (run.folder / run_folder.ENCODER).exists()
+        goes_on = run_folder.goes_on(run.folder, resume, config.resume)
+        done = run.finished and resume and goes_on and (run.folder / run_folder.ENCODER).exists()
         if rt.from_main(done):  # what the folder says of how it was made stays
             log.info("finished before: %s", run.folder)
             return run.folder
@@ -91,7 +92,7 @@ def pretrain(config: PretrainConfig) -> Path:
         batches = itertools.chain(list(itertools.islice(loader, 1)), loader)
         vanilla = build_curriculum(as_vanilla(config), len(source), rt.world_size)
         if rt.is_main:
-            if not (goes_on(run, resume) or config.overwrite):
+            if not (goes_on or config.overwrite):
                 run_folder.check_free(run.folder)
             log_plan(run, vanilla)
         warm_up(run)
@@ -125,20 +126,15 @@ def open_loader(run: PretrainRun, source: Source) -> Iterator[Tensor]:
     )
 
 
-def goes_on(run: PretrainRun, resume: Path | None) -> bool:
-    """Whether the run folder may hold the beginning of this run."""
-    # A first try may have died before its first checkpoint: then --resume auto starts anew.
-    return resume.parent.resolve() == run.folder.resolve() if resume else run.config.resume == "auto"
-
-
 def open_folder(run: PretrainRun, resume: Path | None, read_from: Path | None) -> None:
     """Make or take over the run folder, and write what is known before a step is run."""
     config = run.config
-    run_folder.prepare(run.folder, keep=goes_on(run, resume), overwrite=config.overwrite)
-    if resume and goes_on(run, resume) and read_from != resume:
+    goes_on = run_folder.goes_on(run.folder, resume, config.resume)
+    run_folder.prepare(run.folder, keep=goes_on, overwrite=config.overwrite)
+    if resume and goes_on and read_from != resume:
         # Otherwise the next save would rotate the corrupt file into prev1 and drop an intact one.
         files.promote(read_from, resume)
-    if resume and not goes_on(run, resume) and (origin := run_folder.run_of(resume)):
+    if resume and not goes_on and (origin := run_folder.run_of(resume)):
         files.write_json_lines(run.folder / run_folder.METRICS, files.read_json_lines(origin / run_folder.METRICS))
     lasting = dataclasses.replace(config, resume="", overwrite=False)  # it is a recipe: no one-off flags
     files.write_text(run.folder / run_folder.CONFIG, to_yaml(lasting))

@@ -86,6 +86,12 @@ def resume_path(resume: str, folder: Path) -> Path | None:
     return find_checkpoint("--resume", resume) if resume else None
 
 
+def goes_on(folder: Path, checkpoint: Path | None, resume: str) -> bool:
+    """Whether the folder may hold the beginning of the run that goes on from the checkpoint that --resume means."""
+    # A first try may have died before its first checkpoint: then --resume auto starts anew.
+    return checkpoint.parent.resolve() == folder.resolve() if checkpoint else resume == "auto"
+
+
 def run_of(source: str | Path) -> Path | None:
     """The run folder that a checkpoint lies in; None for a plain file, a foreign folder or a model name."""
     path = Path(source)

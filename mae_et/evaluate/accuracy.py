@@ -204,19 +204,17 @@ def write_result(
     record = {
         "protocol": config.protocol,
         **result,
-        "checkpoint": config.finetune or config.resume or config.like,
-        "step": encoder.step,
+        **_subject(config, encoder),
         "origin": encoder.origin,
         "input_size": encoder.input_size,
         "record": encoder.record.to_dict(),
         "cost": {"seconds": seconds, "flops": flops},
-        "flags": to_dict(config) | {"data_path": encoder.data_path},
         "environment": run_folder.environment(device=rt.describe(), precision=rt.precision, devices=rt.world_size),
     }
-    paths = [folder / f"eval-{config.protocol}.json" for folder in result_folders(config, encoder)]
+    paths = result_paths(config, encoder)
     for path in paths:
-        if path.exists():
-            _warn_of_another(path, record)
+        if changed := _differences(path, record):
+            log.warning("%s is replaced; it was of %s", path, ", ".join(changed))
         write_json(path, record)
         if config.is_probe and config.like and not (path.parent / run_folder.CONFIG).exists():
             write_text(path.parent / run_folder.CONFIG, to_yaml(config))
@@ -224,13 +222,32 @@ def write_result(
     return paths
 
 
-def _warn_of_another(path: Path, record: Mapping[str, Any]) -> None:
-    """Warn that a result is replaced by one of the same protocol that other flags or other weights gave."""
+def is_written(config: FinetuneConfig, encoder: PretrainedEncoder) -> bool:
+    """Whether all results are there, by the same flags and of the same weights."""
+    record = _subject(config, encoder)
+    return all(
+        _differences(path, record) == [] and (not config.report or "confusion" in json.loads(path.read_text()))
+        for path in result_paths(config, encoder)
+    )
+
+
+def _subject(config: FinetuneConfig, encoder: PretrainedEncoder) -> dict[str, Any]:
+    """What a result is of: weights and flags."""
+    resumed = config.resume if config.is_probe or config.eval else ""  # a training run goes on with its own
+    return {
+        "checkpoint": config.finetune or resumed or config.like,
+        "step": encoder.step,
+        "flags": to_dict(config) | {"data_path": encoder.data_path},
+    }
+
+
+def _differences(path: Path, record: Mapping[str, Any]) -> list[str] | None:
+    """Flags and weights that another result of the same protocol was of; None if there is none that can be read."""
     try:
         before = json.loads(path.read_text())
         flags, weights = before["flags"], before["checkpoint"]
-    except (ValueError, KeyError):
-        return  # damaged, or of another program: nothing to tell
+    except (FileNotFoundError, ValueError, KeyError):
+        return None  # damaged, or of another program: nothing to tell
     judged = (*names(FinetuneConfig, lambda role: role.judged), "data_path", "seed")
     told = {name: flags[name] for name in judged if flags.get(name, "") != ""}  # data_path was once left open
     changed = [f"--{name} {value}" for name, value in told.items() if value != record["flags"][name]]
@@ -238,8 +255,12 @@ def _warn_of_another(path: Path, record: Mapping[str, Any]) -> None:
         changed.append(f"the weights {weights}")
     if before.get("step") not in (None, record["step"]):
         changed.append(f"step {before['step']}")
-    if changed:
-        log.warning("%s is replaced; it was of %s", path, ", ".join(changed))
+    return changed
+
+
+def result_paths(config: FinetuneConfig, encoder: PretrainedEncoder) -> list[Path]:
+    """Of the protocol's result, in each of `result_folders`."""
+    return [folder / f"eval-{config.protocol}.json" for folder in result_folders(config, encoder)]
 
 
 def result_folders(config: FinetuneConfig, encoder: PretrainedEncoder) -> list[Path]:

@@ -10,161 +10,38 @@ import itertools
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from timm.models.vision_transformer import VisionTransformer
-from timm.optim import param_groups_layer_decay
-from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import files
-from ..checkpoint import timm_state
 from ..console import logging_to_console
-from ..data.fingerprint import fingerprint
-from ..data.labelled import EvalCrops, TrainCrops, labelled_batches, open_labelled, seeded
+from ..data.labelled import TrainCrops, labelled_batches, open_labelled
 from ..data.loader import CorruptLog
 from ..data.sources import Source, is_jpeg_source
-from ..data.stream import SampleStream, derive_seed
+from ..data.stream import SampleStream
 from ..data.workers import spare_cores
-from ..engine import run_folder, runtime, sharded, storage
+from ..engine import run_folder, runtime
 from ..engine.logger import RunLogger, data_wait_hints, warn_of_launchers
 from ..engine.meters import peak_memory_bytes
 from ..engine.optim import learning_rate
-from ..engine.resume import FORMAT, check_config, check_images
-from ..engine.runtime import Normalize, Stop, stop_signals
+from ..engine.runtime import Stop, stop_signals
 from ..engine.sinks import check_installed
-from ..engine.step import Cadence, Outcomes, Run, evaluation_time, take_step
-from ..plan.cost import Ledger
-from ..plan.curriculum import Curriculum, Stage
-from ..plan.flags import to_dict, to_yaml
-from ..plan.shapes import ModelShape, show_size
-from .accuracy import eval_crops, evaluate, evaluate_only, make_folders, open_held_out, output_folder, write_result
-from .augmentation import augmentation, mixed, mixing
-from .classes import classes_of, with_classes
+from ..engine.step import Cadence, Outcomes, evaluation_time, take_step
+from ..plan.flags import to_yaml
+from ..plan.shapes import show_size
+from .accuracy import evaluate, evaluate_only, is_written, make_folders, result_paths, write_result
+from .augmentation import augmentation
 from .config import LAYER_DECAY, FinetuneConfig
-from .encoder import PretrainedEncoder, build_classifier, load_encoder, weights_of
+from .encoder import load_encoder
+from .run import FinetuneRun
 
 log = logging.getLogger(__name__)
 
-BETAS = (0.9, 0.999)  # MAE, Table 9
 LOOK_STEPS = 20
 """On a GPU, steps after which the host waits for it: to hear of a signal on another rank, or of a loss that is NaN."""
-
-
-@dataclass
-class FinetuneRun(Run):
-    """`best`, and the average of the weights, change too."""
-
-    config: FinetuneConfig
-    model: VisionTransformer
-    encoder: PretrainedEncoder
-    """What it began with."""
-    folder: Path
-    classes: list[str]
-    held_out: EvalCrops | None
-    images: dict[str, str]
-    """Fingerprint of the training data."""
-    best: float = -1.0
-    """Highest top-1 so far."""
-    ema: ModelEmaV3 | None = field(init=False)
-    unreported: tuple[float, float, float] | None = None
-    """Loss, gradient norm and learning rate of a report whose evaluation was not finished."""
-    saved_step: int | None = None
-    """Of the newest checkpoint."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        config = self.config
-        self.normalize = Normalize(self.encoder.mean, self.encoder.std, self.rt)
-        self.ema = ModelEmaV3(self.model, decay=config.model_ema_decay) if config.model_ema else None
-        self.mix = mixing(config, len(self.classes))
-        self.mixes = bool(config.mixup or config.cutmix or config.cutmix_minmax)
-
-    @property
-    def micro_size(self) -> int:
-        return self.config.micro_batch
-
-    @property
-    def steps_per_evaluation(self) -> int:
-        images = self.config.eval_epochs * self.curriculum.num_images
-        return max(1, round(images / self.curriculum.stages[0].batch_size))
-
-    def micro_loss(self, batch: tuple[Tensor, Tensor], stage: Stage, rows: range) -> Tensor:
-        images, labels = (tensor.to(self.rt.device, non_blocking=True) for tensor in batch)
-        with seeded(derive_seed(self.config.seed, "mix", self.step, rows.start)):
-            images, targets = mixed(self.mix, images, labels, self.mixes)
-        torch.manual_seed(derive_seed(self.config.seed, "drop", self.step, rows.start))
-        with self.rt.autocast():
-            logits = self.network(images)
-        return nn.functional.cross_entropy(logits.float(), targets)
-
-    def save(self, unreported: tuple[float, float, float] | None = None) -> None:
-        """Everything that a resumed run needs, atomically; takes the place of an earlier checkpoint of this step.
-
-        unreported: see there, while its evaluation is still due.
-        """
-        again, self.saved_step = self.saved_step == self.step, self.step
-        if not self.rt.is_main:
-            return
-        state = self.identity() | self.weights() | {"unreported": unreported}
-        state |= {"optimizer": self.optimizer.state_dict(), "precision": self.rt.precision}
-        keep = None if again else self.config.keep_checkpoints
-        storage.save(state, self.folder / run_folder.CHECKPOINT, keep)
-
-    def save_best(self) -> None:
-        """Only the weights."""
-        if self.rt.is_main:
-            storage.save(self.identity() | self.weights(), self.folder / run_folder.BEST)
-
-    def weights(self) -> dict[str, Any]:
-        state = weights_of(self.model) | {"step": self.step, "best": self.best, "ledger": self.ledger.state_dict()}
-        return state | ({"ema": weights_of(self.ema.module)} if self.ema else {})
-
-    def identity(self) -> dict[str, Any]:
-        """What a checkpoint says about itself: enough to use its weights, and to refuse to resume another run."""
-        return {
-            "format": FORMAT,
-            "config": to_dict(self.config) | {"data_path": self.encoder.data_path},
-            "shape": replace(self.encoder.shape, img_size=self.encoder.input_size).to_dict(decoder=False),
-            "num_images": self.curriculum.num_images,
-            "sampled_images": self.images,
-            "batch_size": self.curriculum.stages[0].batch_size,
-            **replace(self.encoder.record, classes=tuple(self.classes), pooled=self.config.pooled).to_dict(),
-        }
-
-    def restore(self, path: Path) -> Path:
-        """Go on from a checkpoint, or from the one before if it is corrupt; returns the one that was intact.
-
-        ValueError that names the first difference if it is of another run.
-        """
-        state, read_from = sharded.load_newest(path)
-        if state.get("format") != FORMAT or "head" not in state or "optimizer" not in state:
-            raise ValueError(f"--resume {path} is not a fine-tuning checkpoint of mae_et that can go on")
-        check_config(f"--resume {path}", state["config"], self.config, lambda role: role.resume)
-        mine = self.identity()
-        # Older checkpoints leave out defaults, or say which decoder was dropped.
-        state["shape"] = ModelShape(**state["shape"]).to_dict(decoder=False)
-        for name in ("shape", "num_images", "batch_size", "classes"):
-            if state[name] != mine[name]:
-                raise ValueError(f"--resume {path}: {name} was {state[name]}, is {mine[name]}")
-        check_images(f"--resume {self.config.resume}", path, state, self.images, self.encoder.data_path)
-        self.model.load_state_dict(timm_state(state, self.config.pooled))
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.ema:
-            self.ema.module.load_state_dict(timm_state(state["ema"], self.config.pooled))
-        self.step, self.best, self.ledger = state["step"], state["best"], Ledger.from_state_dict(state["ledger"])
-        if self.config.precision == "auto":
-            self.rt = self.normalize.rt = replace(self.rt, precision=state["precision"])
-        self.unreported, self.saved_step = state.get("unreported"), self.step
-        # An older run, which has no such key, took pixels as they are.
-        facts = replace(self.encoder.record, value_range=state.get("value_range"))
-        self.encoder = replace(self.encoder, record=facts)
-        if self.held_out is not None:
-            self.held_out.value_range = facts.value_range
-        return read_from
 
 
 def finetune(config: FinetuneConfig) -> Path:
@@ -183,9 +60,12 @@ def finetune(config: FinetuneConfig) -> Path:
             return evaluate_only(config, rt, time.perf_counter())
         encoder = load_encoder(config)
         source = open_labelled(encoder.data_path, "train", config.train_images, config.seed, config.holdout)
-        run = build(config, rt, encoder.with_value_range(source, rt), source)
+        run = FinetuneRun.create(config, rt, encoder.with_value_range(source, rt), source)
         resume = run_folder.resume_path(config.resume, run.folder)
         read_from = run.restore(resume) if resume else None
+        if rt.from_main(rt.is_main and resume and finished_before(run, resume)):
+            log.info("finished before: %s", run.folder)
+            return run.folder if run.held_out is None else result_paths(config, encoder)[0]
         if run.held_out is not None and rt.is_main:
             run.held_out.look()
         # The first batch before anything on disk is replaced.
@@ -202,46 +82,22 @@ def finetune(config: FinetuneConfig) -> Path:
         return finish(run, source, result)
 
 
-def build(config: FinetuneConfig, rt: runtime.Runtime, encoder: PretrainedEncoder, source: Source) -> FinetuneRun:
-    """Model, optimiser and plan: one stage, at full size and without masks."""
-    classes = classes_of(config, source, encoder.data_path)
-    held_out = open_held_out(config, encoder)
-    if held_out is not None:
-        held_out = with_classes(held_out, classes, encoder.data_path, "the training images")
-    torch.manual_seed(derive_seed(config.seed, "head"))
-    model = build_classifier(encoder, len(classes), config.pooled, config.drop_path).to(rt.device)
-    optimizer = layer_decay_adamw(model, config)
-    batch = config.total_batch(len(source), rt.world_size)
-    steps = max(1, round(config.epochs * len(source) / batch))
-    stage = Stage(encoder.input_size, encoder.num_patches, 0, batch, steps, 3 * encoder.flops_per_image)
-    curriculum = Curriculum((stage,), len(source))
-    folder = output_folder(config, encoder.folder)
-    if encoder.folder is not None and folder.resolve() == encoder.folder.resolve():
-        raise ValueError(f"--output_dir {folder} is the pretraining run itself; leave it out or choose another folder")
-    return FinetuneRun(
-        config,
-        rt,
-        curriculum,
-        model,
-        rt.parallel(model),
-        optimizer,
-        Ledger.of(curriculum),
-        round(steps * config.start_epoch / config.epochs),
-        encoder,
-        folder,
-        classes,
-        eval_crops(config, encoder, held_out) if held_out is not None else None,
-        fingerprint(source),
-    )
+def finished_before(run: FinetuneRun, resume: Path) -> bool:
+    """Whether nothing is left to do in the run folder: trained to the end, and judged as it would be now."""
+    if not run.finished or run.unreported or not run_folder.goes_on(run.folder, resume, run.config.resume):
+        return False
+    return run.held_out is None or is_written(run.config, run.encoder)
 
 
 def open_folder(run: FinetuneRun, resume: Path | None, read_from: Path | None) -> None:
     """Make or take over the run folder, and write what is known before a step is run."""
-    goes_on = resume.parent.resolve() == run.folder.resolve() if resume else run.config.resume == "auto"
+    goes_on = run_folder.goes_on(run.folder, resume, run.config.resume)
     run_folder.prepare(run.folder, keep=goes_on, overwrite=run.config.overwrite)
     make_folders(run.config, run.encoder)
     if resume and goes_on and read_from != resume:
         files.promote(read_from, resume)  # otherwise the next save would keep the corrupt file and drop this one
+    if run.finished and goes_on:
+        return  # only an evaluation is left: what the folder says of how the weights were made stays
     files.write_text(run.folder / run_folder.CONFIG, to_yaml(run.config))
     files.write_json(run.folder / run_folder.ENVIRONMENT, run_folder.environment(**run.rt.facts()))
 
@@ -384,17 +240,3 @@ def finish(run: FinetuneRun, source: Source, result: dict[str, Any] | None) -> P
         log.info("written: %s", ", ".join(map(str, paths)))
     rt.barrier()
     return paths[0]
-
-
-def layer_decay_adamw(model: VisionTransformer, config: FinetuneConfig) -> torch.optim.AdamW:
-    """AdamW whose groups carry `lr_scale`: head 1, last block layer_decay, … embeddings its (depth+1)th power.
-
-    Weight decay on matrices only, as in pretraining. (The class token's final norm learns with the last block.)
-    """
-    groups = param_groups_layer_decay(
-        model,
-        config.weight_decay,
-        no_weight_decay_list=model.no_weight_decay(),
-        layer_decay=LAYER_DECAY if config.layer_decay is None else config.layer_decay,
-    )
-    return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, fused=True)
