@@ -330,8 +330,17 @@ def test_one_process_is_wrapped_as_several_are(monkeypatch) -> None:
     assert not torch.distributed.is_initialized()
 
 
-def test_a_cpu_is_as_many_cores_as_the_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cpu_is_its_model_and_as_many_cores_as_the_process_may_use(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    info = tmp_path / "cpuinfo"
+    monkeypatch.setattr("mae_et.engine.device.CPU_INFO", info)
+    monkeypatch.setattr("platform.processor", lambda: "")
     for cores, said in (({3}, "1 core"), ({0, 5}, "2 cores")):
         monkeypatch.setattr("os.sched_getaffinity", lambda process, cores=cores: cores, raising=False)
         with runtime.start("cpu", "fp32") as rt:
             assert rt.describe() == f"cpu ({said}), fp32"
+            for name, model in (("EPYC  7B13 ", "EPYC 7B13"), ("Xeon: 4 GHz", "Xeon: 4 GHz")):
+                info.write_text(f"vendor_id : x\nmodel\t\t: 1\nmodel name\t: {name}\n\nmodel name\t: another\n")
+                assert rt.describe() == f"cpu ({said}, {model}), fp32"
+        info.unlink()

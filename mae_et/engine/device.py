@@ -11,6 +11,7 @@ import logging
 import os
 import platform
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 
@@ -18,6 +19,7 @@ from ..data.workers import available_cores
 
 log = logging.getLogger(__name__)
 
+CPU_INFO = Path("/proc/cpuinfo")
 #: glibc's names in malloc.h: how many blocks may be mapped, and how many free bytes the heap may keep.
 M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
 
@@ -122,12 +124,21 @@ def pins(device: torch.device) -> bool:
 
 
 def name_of(device: torch.device) -> str:
-    """What the device calls itself; of a CPU, how many cores this process may use."""
+    """What the device calls itself; of a CPU, how many cores this process may use, and its model where known."""
     if device.type == "cpu":
         cores = available_cores()
-        return f"{cores} core{'s' * (cores != 1)}"
+        return ", ".join(filter(None, [f"{cores} core{'s' * (cores != 1)}", cpu_model()]))
     get_name = getattr(torch.get_device_module(device), "get_device_name", None)
     return get_name(device) if get_name else device.type
+
+
+def cpu_model() -> str:
+    """As Linux tells it, else what the platform calls its processor; empty if neither does."""
+    with contextlib.suppress(OSError):
+        for line in CPU_INFO.read_text().splitlines():
+            if line.startswith("model name"):
+                return " ".join(line.partition(":")[2].split())
+    return platform.processor()
 
 
 def _keep_freed_memory() -> None:
