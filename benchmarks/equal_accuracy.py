@@ -11,6 +11,7 @@ A study is a YAML file:
       et_pp T: {curriculum: et_pp, match_flops: vanilla T}    # epochs such that the FLOPs are another arm's
       equal steps: {curriculum: et_pp, match_flops: vanilla T, match_steps: vanilla T}   # … and its steps, by the batch
       from scratch: {pretrain: false, like: vanilla T}        # fine-tuned from random weights, probed as they are
+      longer: {branch: vanilla T, curriculum: custom, …}      # goes on where another arm's run of the same seed ended
     evaluate: [{linear_probe: true}, {knn: true}, {train_images: 6000, epochs: 5}]   # flags of main_finetune.py
     holdout: 10000         # optional: judge on the last 10,000 training images instead of the test images (IDX files)
     beside: [fashion_mnist/vanilla*]                          # optional: runs of other studies, to compare with
@@ -39,6 +40,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from queue import SimpleQueue
+from threading import Event
 from typing import Any, BinaryIO
 
 import tyro
@@ -58,7 +60,7 @@ from mae_et.plan.flags import from_dict, from_recipe, to_dict, to_yaml
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ("config.yaml", "environment.json", "ledger.json", "metrics.jsonl")
 #: Keys of an arm that are no flags of main_pretrain.py.
-STUDY_KEYS = ("match_flops", "match_steps", "pretrain", "like", "seeds", "evaluate")
+STUDY_KEYS = ("match_flops", "match_steps", "pretrain", "like", "branch", "seeds", "evaluate")
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class StudyConfig:
     jobs: int = 1
     """Runs side by side; the cores are shared out among them."""
     discard: bool = False
-    """Delete a run's folder, with its checkpoint, when its results are kept."""
+    """Delete a run's folder, with its checkpoint, when its results are kept, unless another arm branches from it."""
     dry_run: bool = False
     """Print what would be run and stop."""
 
@@ -95,6 +97,8 @@ class Job:
     """Flags of main_finetune.py by the name of their result."""
     like: str = ""
     """Without pretraining: the arm whose model is fine-tuned from random weights."""
+    branch: str = ""
+    """The arm with whose run it begins."""
 
     @property
     def name(self) -> str:
@@ -109,9 +113,11 @@ class Job:
 def jobs_of(study: dict[str, Any], config: StudyConfig, data_path: str | None) -> list[Job]:
     """All jobs, the first seed of every arm before the second of any. ValueError names an unknown arm or flag."""
     arms = {name: dict(changes or {}) for name, changes in study["arms"].items()}
-    for name in config.arms:
+    named = [("--arms", name) for name in config.arms]
+    named += [(f"{config.study}: branch", changes["branch"]) for changes in arms.values() if "branch" in changes]
+    for what, name in named:
         if name not in arms:
-            raise ValueError(f"--arms: no arm {name!r} in {config.study}; choose from {', '.join(arms)}")
+            raise ValueError(f"{what}: no arm {name!r} in {config.study}; choose from {', '.join(arms)}")
     plain = {name: {k: v for k, v in changes.items() if k not in STUDY_KEYS} for name, changes in arms.items()}
     flags = {name: study["flags"] | changes for name, changes in plain.items()}
     if data_path:
@@ -127,9 +133,14 @@ def jobs_of(study: dict[str, Any], config: StudyConfig, data_path: str | None) -
             raise ValueError(f"{config.study}: two evaluations write the same result of {', '.join(results)}")
         for seed in changes.get("seeds", study["seeds"]):
             if (not config.arms or name in config.arms) and (not config.seeds or seed in config.seeds):
-                jobs.append(Job(name, seed, flags[name] if pretrains else {}, results, changes.get("like", "")))
-    # Runs that others are compared with first; `like` needs the run it names.
-    return sorted(jobs, key=lambda job: (job.seed, bool(job.like)))
+                origin = changes.get("like", ""), changes.get("branch", "")
+                jobs.append(Job(name, seed, flags[name] if pretrains else {}, results, *origin))
+
+    def trunks(name: str) -> int:
+        return 1 + trunks(arms[name]["branch"]) if "branch" in arms[name] else 0
+
+    # Runs that others are compared with first; `like` and `branch` need the run they name.
+    return sorted(jobs, key=lambda job: (job.seed, bool(job.like), trunks(job.arm)))
 
 
 def matched(flags: dict[str, dict], name: str, changes: dict[str, Any]) -> dict[str, Any]:
@@ -173,7 +184,8 @@ def run_job(job: Job, config: StudyConfig, data_path: str | None, cores: list[in
     if job.flags and not (folder / "encoder.safetensors").exists():
         recipe = config.out / f"{job.name}.yaml"
         recipe.write_text(to_yaml(planned(job.flags)[0]))
-        words = arguments({"recipe": recipe, "seed": job.seed, "output_dir": folder, "resume": "auto"})
+        branch = {"branch": config.out / replace(job, arm=job.branch).name} if job.branch else {}
+        words = arguments({"recipe": recipe, "seed": job.seed, "output_dir": folder, "resume": "auto"} | branch)
         if problem := script("main_pretrain.py", words, log, cores):
             return problem
     for name, flags in job.evaluations.items():
@@ -191,8 +203,6 @@ def run_job(job: Job, config: StudyConfig, data_path: str | None, cores: list[in
     kept.mkdir(parents=True, exist_ok=True)
     for name in job.kept_files:
         (kept / name).write_text(without_places((folder / name).read_text(), config))
-    if config.discard:
-        shutil.rmtree(folder)
     return ""
 
 
@@ -334,12 +344,19 @@ def main() -> None:
     for i in range(config.jobs):
         free.put(cores[i * share : (i + 1) * share] or cores)
 
+    done, trunks = {job.name: Event() for job in jobs}, {job.branch for job in jobs}
+
     def work(job: Job) -> str:
+        if trunk := done.get(replace(job, arm=job.branch).name if job.branch else ""):
+            trunk.wait()
         own_cores = free.get()
         try:
             problem = run_job(job, config, data_path, own_cores)
+            if config.discard and not problem and job.arm not in trunks:
+                shutil.rmtree(config.out / job.name, ignore_errors=True)  # not there: was kept before
         finally:
             free.put(own_cores)
+            done[job.name].set()
         print(f"{job.name}: {problem or 'done'}", flush=True)
         return problem
 
