@@ -186,9 +186,9 @@ def _compare(argv: list[str]) -> None:
     from .compare.report import notes, terminal_tables, write_report
     from .compare.words import verdict
 
+    report = compare(config)
     if config.out:
         make_folder(Path(config.out), "--out")
-    report = compare(config)
     paths = write_report(report, Path(config.out)) if config.out else []
     if config.json:
         print(json.dumps(report, indent=1))

@@ -26,7 +26,7 @@ ROOMS = {
     "export": "",
     "checkpoint": "",
     "evaluate": "config encoder classes accuracy augmentation run finetune probe reconstruct",
-    "compare": "runs arms words answers compare figures report",
+    "compare": "words runs arms answers compare figures report",
     "search": "config trials space search report",
     "cli": "",
     "__main__": "",

@@ -289,6 +289,16 @@ def test_the_baseline_has_maes_optimiser_where_some_run_has(tmp_path):
             lambda run: (run / "metrics.jsonl").write_text('{"step": 1, "p": 1.0, "loss": NaN}\n'),
             "loss should be a finite",
         ),
+        (
+            lambda run: (run / "metrics.jsonl").write_text('{"step": 1, "p": 1.0, "loss": 1.0, "knn_cls": 40.0}\n'),
+            "metrics.jsonl is damaged .*flops should be a finite number, not None",
+        ),
+        (
+            lambda run: (run / "metrics.jsonl").write_text(
+                '{"step": 1, "p": 1.0, "loss": 1.0, "flops": 1, "seconds": 1, "rankme_cls": "x"}\n'
+            ),
+            "metrics.jsonl is damaged .*rankme_cls should be a finite number, not 'x'",
+        ),
     ],
 )
 def test_damaged_folders_are_named_in_one_line(tmp_path, capsys, spoil, message):
@@ -303,8 +313,24 @@ def test_damaged_folders_are_named_in_one_line(tmp_path, capsys, spoil, message)
 def test_an_out_that_is_a_file_is_named_by_its_flag(tmp_path, capsys):
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit):
-        main(["compare", str(tmp_path / "none"), "--out", str(tmp_path / "file")])
+        main(["compare", str(write_run(tmp_path / "a")), "--out", str(tmp_path / "file")])
     assert capsys.readouterr().err == f"mae_et compare: error: --out {tmp_path}/file: can't be created: File exists\n"
+
+
+def test_nothing_is_left_of_a_comparison_that_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["compare", str(tmp_path / "none"), "--out", str(tmp_path / "out")])
+    assert "no such folder" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_online_quality_that_some_reports_lack_has_no_curve(tmp_path):
+    run = write_run(tmp_path / "a")
+    points = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for i, more in ((4, {"knn_cls": 30.0}), (9, {})):
+        points[i] |= {"flops": i * 1e11, "seconds": i, "knn_mean": 40 + i} | more
+    (run / "metrics.jsonl").write_text("".join(json.dumps(point) + "\n" for point in points))
+    (curve,) = compare(CompareConfig((str(run),)))["arms"][0]["online_curves"]
+    assert curve == {"flops": [4e11, 9e11], "seconds": [4, 9], "knn_mean": [44, 49]}
 
 
 def test_online_quality_has_a_column_and_a_curve_where_runs_have_it(study):

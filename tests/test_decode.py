@@ -234,6 +234,15 @@ def test_what_does_not_fit_is_damage(item, in_chans, message):
         to_image(item, in_chans)
 
 
+def test_bands_count_towards_the_limit_of_pixels_before_they_are_decompressed(monkeypatch):
+    monkeypatch.setattr("mae_et.data.pixels.MAX_PIXELS", BANDS.shape[0] * BANDS.shape[1])
+    item = tiff(BANDS, planarconfig="contig", photometric="minisblack", compression="zlib")
+    assert to_image(item, 13).shape == BANDS.shape
+    monkeypatch.setattr(tifffile.TiffPageSeries, "asarray", lambda *arguments, **options: pytest.fail("decompressed"))
+    with pytest.raises(CorruptImage, match=r"13\] values are more than the limit of \d+ × 4"):
+        to_image(item, 3)
+
+
 # -------------------------------------------------------------------------------------------------------- value range
 
 SENTINEL = np.linspace(776, 1009, 12 * 20 * 13).astype(np.uint16).reshape(12, 20, 13)  # EuroSAT's values

@@ -28,6 +28,7 @@ from mae_et.evaluate import probe as probe_module
 from mae_et.evaluate.accuracy import Accuracy
 from mae_et.evaluate.config import FinetuneConfig
 from mae_et.evaluate.encoder import build_classifier, load_encoder
+from mae_et.evaluate.finetune import finetune
 from mae_et.evaluate.probe import features_of, lars, probe, probe_heads, solve_linear, standardize
 from mae_et.files import CheckpointError
 from mae_et.model import MaskedAutoencoder
@@ -212,6 +213,14 @@ def test_mistakes_are_explained_in_one_line(run: Path, changes: dict, message: s
     changes = {name: str(run) if value == "RUN" else value for name, value in changes.items()}
     with pytest.raises(ValueError, match=message):
         probe(FinetuneConfig(**QUICK | {"finetune": str(run), "knn": True} | changes))
+
+
+@pytest.mark.parametrize("judge", [{"knn": True}, {"eval": True}])
+def test_nothing_is_left_of_an_evaluation_that_is_refused(run: Path, tmp_path: Path, judge: dict) -> None:
+    flags = {"finetune": str(run), "output_dir": str(tmp_path / "out"), "data_path": str(tmp_path / "none")} | judge
+    with pytest.raises((FileNotFoundError, ValueError), match=r"--data_path|no classifier"):
+        (probe if "knn" in judge else finetune)(FinetuneConfig(**QUICK | flags))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_that_cannot_be_made_is_named_before_the_work(run: Path, tmp_path: Path, monkeypatch) -> None:

@@ -16,7 +16,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import tiny
 
-from mae_et.cli import main_pretrain
+from mae_et.cli import main_finetune, main_pretrain
 from mae_et.engine.pretrain import pretrain
 from mae_et.engine.sinks import SINKS, open_sinks
 from mae_et.plan.shared import SINKS as NAMES
@@ -150,6 +150,17 @@ def test_a_sink_that_is_not_installed_is_named_before_anything_is_replaced(photo
     assert capsys.readouterr().err == (
         "main_pretrain.py: error: --log_to trackio: trackio isn't installed; pip install 'mae_et[trackio]'\n"
     )
+
+
+@pytest.mark.parametrize("script", [main_pretrain, main_finetune])
+def test_a_log_dir_that_cannot_be_made_is_named_before_anything_is_replaced(photos, tmp_path, capsys, script):
+    (tmp_path / "file").touch()
+    words = ["--data_path", str(photos), "--output_dir", str(tmp_path / "run"), "--log_dir", str(tmp_path / "file/x")]
+    with pytest.raises(SystemExit) as end:
+        script(words)
+    assert end.value.code == 1 and not (tmp_path / "run").exists()
+    error = f"{script.__name__}.py: error: --log_dir {tmp_path}/file/x: can't be created: Not a directory\n"
+    assert capsys.readouterr().err == error
 
 
 def test_every_name_has_a_sink_and_an_extra() -> None:

@@ -120,7 +120,7 @@ def test_an_unknown_arm_is_named(harness):
 
 
 def test_a_branch_comes_after_its_trunk(harness):
-    """Wherever the file has it, and if several of them run at once; --arms may leave the trunk out, if it ran before."""
+    """Wherever the file has it. --arms may leave the trunk out, if it ran before."""
     arms = {"b": {"branch": "a"}, "c": {"branch": "b"}, "a": {}, "d": {}}
     study = {"flags": {"recipe": "demo"}, "seeds": [0, 1], "arms": arms, "evaluate": []}
     jobs = harness.jobs_of(study, harness.StudyConfig(Path("x.yaml")), None)

@@ -226,7 +226,7 @@ def _thinned(run: RunRecord) -> dict[str, Any]:
 def _online(run: RunRecord) -> dict[str, Any]:
     """Curves of online quality (--probe_every) against what the run had cost by then; empty if it has none."""
     points = [record for record in run.metrics if ONLINE.keys() & record.keys()]
-    names = [name for name in ONLINE if name in points[0]] if points else []
+    names = [name for name in ONLINE if points and all(name in point for point in points)]
     return {name: [point[name] for point in points] for name in ("flops", "seconds", *names)} if names else {}
 
 

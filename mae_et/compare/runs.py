@@ -20,6 +20,7 @@ from ..plan.config import PretrainConfig
 from ..plan.cost import Ledger, StageCost
 from ..plan.flags import MODEL, from_dict, names
 from ..plan.shapes import as_size, model_shape
+from .words import ONLINE
 
 ARCHIVE = "runs.zip"
 """Run folders of a study in one file, in the folder of its report."""
@@ -233,6 +234,8 @@ def _metrics(text: str) -> list[dict[str, Any]]:
     records = [_mapping(record) for record in parse_json_lines(text)]
     for record in records:
         _numbers(record, *NEEDED)
+        if online := ONLINE.keys() & record.keys():
+            _numbers(record, "flops", "seconds", *online)
     return records
 
 

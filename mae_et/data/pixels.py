@@ -313,10 +313,10 @@ def _open_tiff(data: bytes, in_chans: int, all_bits: bool) -> Image.Image | np.n
             # Pillow takes separate planes of 16 bits for planes of 8, and makes 8 bits of colours of 16
             if max(bits) <= 8 or (planes == 1 and not (all_bits and len(bits) > 1)):
                 return image
-    return _read_tiff(data)
+    return _read_tiff(data, in_chans)
 
 
-def _read_tiff(data: bytes) -> np.ndarray:
+def _read_tiff(data: bytes, in_chans: int) -> np.ndarray:
     """[H, W, C] from a multi-band TIFF, whether its bands are samples, planes or pages."""
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as tiff:
@@ -325,6 +325,8 @@ def _read_tiff(data: bytes) -> np.ndarray:
             is_image = len(shape) <= 3 and "Y" in axes and "X" in axes
             if is_image:
                 check_size(shape[axes.index("X")], shape[axes.index("Y")])
+                if math.prod(shape) > MAX_PIXELS * (channels := max(4, in_chans)):  # compressed, a file may hold any
+                    raise CorruptImage(f"{list(shape)} values are more than the limit of {MAX_PIXELS} × {channels}")
                 pixels = bands.asarray(maxworkers=1)
     except _TIFFFILE_ERRORS as error:
         if "imagecodecs" in str(error):

@@ -40,7 +40,7 @@ from .picture import reconstruction_blocks, write_sheet
 from .progress import write_progress
 from .run import PretrainRun, check_micro_batches, check_ranks
 from .runtime import Stop, stop_signals
-from .sinks import check_installed
+from .sinks import check_sinks
 from .step import Cadence, Outcomes, evaluation_time, take_step
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def pretrain(config: PretrainConfig) -> Path:
 
     Raises ValueError, OSError or CheckpointError, with one line, for whatever the user can mend.
     """
-    check_installed(config.log_to)
+    check_sinks(config)
     resume = run_folder.resume_path(config.resume, Path(config.output_dir))
     branch = None if resume or not config.branch else run_folder.find_checkpoint("--branch", config.branch)
     state, read_from = sharded.load_newest(resume or branch) if resume or branch else ({}, None)

@@ -10,11 +10,11 @@ import importlib.util
 import logging
 import os
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
-from ..files import write_text
+from ..files import make_folder, write_text
 from ..plan.flags import to_dict
 from ..plan.shared import RunFlags
 from .run_folder import SINK_ID
@@ -30,11 +30,16 @@ class Sink(Protocol):
     def close(self, failed: bool) -> None: ...
 
 
-def check_installed(names: Sequence[str]) -> None:
-    """ValueError that names the extra if a sink's library isn't installed: before anything on disk is replaced."""
-    for name in names:
+def check_sinks(config: RunFlags) -> None:
+    """ValueError that names the extra if a sink's library isn't installed, CheckpointError if --log_dir can't be made.
+
+    For the time before anything on disk is replaced.
+    """
+    for name in config.log_to:
         if importlib.util.find_spec(name) is None:
             raise ValueError(f"--log_to {name}: {name} isn't installed; pip install 'mae_et[{name}]'")
+    if config.log_dir and "tensorboard" in config.log_to:
+        make_folder(Path(config.log_dir), "--log_dir")
 
 
 def open_sinks(folder: Path, config: RunFlags, first_step: int) -> list[Sink]:

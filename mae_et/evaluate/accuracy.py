@@ -63,6 +63,7 @@ def evaluate_only(config: FinetuneConfig, rt: Runtime, began: float) -> Path:
     model = build_classifier(encoder, outputs, "fc_norm.weight" in encoder.head, head=encoder.head).to(rt.device)
     encoder.log_record()
     crops, normalize = eval_crops(config, encoder, val), Normalize(encoder.mean, encoder.std, rt)
+    make_folders(config, encoder)
     accuracy, images = evaluate(model, crops, normalize, config, outputs), len(val)
     result = accuracy.result() | {"num_classes": outputs} | (accuracy.details(classes) if config.report else {})
     if config.corruptions:
@@ -276,10 +277,7 @@ def result_folders(config: FinetuneConfig, encoder: PretrainedEncoder) -> list[P
 
 
 def check_result_folders(config: FinetuneConfig, encoder: PretrainedEncoder) -> None:
-    """Before the work: ValueError if results would lie in the run of other weights and be taken for theirs.
-
-    Makes the folders; CheckpointError if that can't be done.
-    """
+    """Before the work: ValueError if results would lie in the run of other weights and be taken for theirs."""
     for folder in result_folders(config, encoder):
         path = folder / run_folder.CONFIG
         if not path.exists() or (encoder.folder and folder.resolve() == encoder.folder.resolve()):
@@ -287,7 +285,6 @@ def check_result_folders(config: FinetuneConfig, encoder: PretrainedEncoder) -> 
         held = yaml.safe_load(path.read_text())
         if not (config.like and held.get("like") == config.like and held.get("seed") == config.seed):
             raise ValueError(f"--output_dir {folder} is the run of other weights; choose another folder for these")
-    make_folders(config, encoder)
 
 
 def make_folders(config: FinetuneConfig, encoder: PretrainedEncoder) -> None:

@@ -28,7 +28,7 @@ from ..engine.logger import RunLogger, data_wait_hints, warn_of_launchers
 from ..engine.meters import peak_memory_bytes
 from ..engine.optim import learning_rate
 from ..engine.runtime import Stop, stop_signals
-from ..engine.sinks import check_installed
+from ..engine.sinks import check_sinks
 from ..engine.step import Cadence, Outcomes, evaluation_time, take_step
 from ..plan.flags import to_yaml
 from ..plan.shapes import show_size
@@ -49,7 +49,7 @@ def finetune(config: FinetuneConfig) -> Path:
 
     Raises ValueError, OSError or CheckpointError, with one line, for whatever the user can mend.
     """
-    check_installed(config.log_to)
+    check_sinks(config)
     runtime.check_launcher(config.world_size)
     with (
         runtime.start(config.device, config.precision, config.dist_url) as rt,

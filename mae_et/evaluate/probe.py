@@ -29,7 +29,7 @@ from ..engine.optim import learning_rate, set_learning_rate
 from ..engine.runtime import Normalize, Runtime
 from ..plan.curriculum import Curriculum, Stage
 from ..plan.shapes import height_width
-from .accuracy import Accuracy, check_result_folders, eval_crops, under_corruptions, write_result
+from .accuracy import Accuracy, check_result_folders, eval_crops, make_folders, under_corruptions, write_result
 from .classes import classes_of, with_classes
 from .config import FinetuneConfig
 from .encoder import PretrainedEncoder, build_classifier, load_encoder
@@ -78,6 +78,7 @@ def probe(config: FinetuneConfig) -> dict[str, dict[str, Any]]:
         layers = _layers(config, encoder)
         encoder.log_record()
         crops = eval_crops(config, encoder, val)
+        make_folders(config, encoder)
         held_out, labels = extract(model, crops, layers, encoder, config, rt)
         images, known, results = len(val) * (1 + len(CORRUPTIONS) * config.corruptions), None, {}
 
