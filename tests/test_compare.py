@@ -253,6 +253,26 @@ def test_the_baseline_has_maes_optimiser_where_some_run_has(tmp_path):
     assert "adamw" in name and all("muon" in other for other in arms.keys() - {name})
 
 
+def test_the_baseline_has_maes_mask_ratio_where_some_run_has(tmp_path):
+    for epochs in (1, 2):
+        write_run(tmp_path / f"cheap{epochs}", curriculum="vanilla", mask_ratio=0.9, epochs=epochs, flops=epochs * 1e12)
+    assert len(compare(CompareConfig((str(tmp_path),)))["baseline"]) == 2
+    write_run(tmp_path / "vanilla-seed0", curriculum="vanilla", epochs=1)
+    (name,) = compare(CompareConfig((str(tmp_path),)))["baseline"]
+    assert "0.75" in name
+
+
+def test_arms_with_other_decoders_are_compared_and_not_one_curve(tmp_path):
+    """The decoder is thrown away and its cost is in the ledger, so what is judged is of one model."""
+    for depth, flops in ((8, 2e12), (1, 1e12)):
+        write_run(tmp_path / f"depth{depth}-seed0", curriculum="vanilla", decoder_depth=depth, flops=flops)
+    report = compare(CompareConfig((str(tmp_path),)))
+    assert len({arm["family"] for arm in report["arms"]}) == len(report["arms"]) == 2 and not report["forced"]
+    write_run(tmp_path / "other-seed0", curriculum="vanilla", depth=2)
+    with pytest.raises(ValueError, match=r"not comparable: depth is 24 in .*depth1-seed0 and 2 in .*other-seed0"):
+        compare(CompareConfig((str(tmp_path),)))
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [

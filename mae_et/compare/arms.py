@@ -17,6 +17,7 @@ from ..plan.flags import names, to_dict
 from .runs import MODEL_FLAGS, RunRecord, flag_value
 
 SCRATCH = "from scratch"
+MASK_RATIO = PretrainConfig.mask_ratio
 #: Arms that differ in nothing else are one family.
 LENGTHS = frozenset(names(PretrainConfig, lambda role: role.arm and not role.family))
 #: Fields whose values say what they are of.
@@ -162,17 +163,21 @@ def _numbered(labels: Sequence[str], arms: Sequence[Mapping[str, Any]]) -> Itera
         yield label if arm == same[0] else f"{label} ({same.index(arm) + 1})"
 
 
+def _as_mae(config: PretrainConfig) -> tuple[bool, bool]:
+    return config.opt == "adamw", config.mask_ratio == MASK_RATIO
+
+
 def baseline_arms(arms: Sequence[Arm], named: Container[Path]) -> list[Arm]:
     """Arms that hold a run at one of the `named` resolved paths; without any, the largest family of vanilla arms.
 
-    A family with MAE's optimiser comes first.
+    A family with MAE's optimiser and mask ratio comes first.
     """
     if named:
         chosen = [arm for arm in arms if any(run.folder.resolve() in named for run in arm.runs)]
     else:
         vanilla = [arm for arm in arms if arm.pretrained and arm.runs[0].config.curriculum == "vanilla"]
         families = [[a for a in vanilla if a.family == family] for family in dict.fromkeys(a.family for a in vanilla)]
-        chosen = max(families, key=lambda each: (each[0].runs[0].config.opt == "adamw", len(each)), default=[])
+        chosen = max(families, key=lambda each: (*_as_mae(each[0].runs[0].config), len(each)), default=[])
     if not chosen:
         raise ValueError("no run with --curriculum vanilla among these: say what to compare with, --baseline RUN…")
     if not all(arm.pretrained for arm in chosen):

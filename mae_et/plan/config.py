@@ -65,11 +65,11 @@ class ModelFlags:
     """Encoder blocks; default: the model's."""
     num_heads: Annotated[int | None, MODEL, POSITIVE] = None
     """Encoder heads; default: the model's."""
-    decoder_embed_dim: Annotated[int, MODEL, POSITIVE] = 512
+    decoder_embed_dim: Annotated[int, TASK, POSITIVE] = 512
     """Decoder width."""
-    decoder_depth: Annotated[int, MODEL, POSITIVE] = 8
+    decoder_depth: Annotated[int, TASK, POSITIVE] = 8
     """Decoder blocks."""
-    decoder_num_heads: Annotated[int, MODEL, POSITIVE] = 16
+    decoder_num_heads: Annotated[int, TASK, POSITIVE] = 16
     """Decoder heads."""
     decoder: Annotated[str, TASK, OneOf(tuple(DECODERS))] = "self"
     """self (MAE's), or cross: predicted patches attend to the visible ones only (CrossMAE), which is cheaper."""
