@@ -7,6 +7,9 @@ out. No torch.
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +17,12 @@ import yaml
 
 from .engine import run_folder
 from .plan.config import PretrainConfig
+from .plan.cost import Ledger
 from .plan.flags import from_dict, names, to_dict
 from .plan.shapes import ModelShape, SizePx, as_size, show_size
 from .record import WeightsRecord, to_timm
+
+log = logging.getLogger(__name__)
 
 UNKNOWN_LICENSE = "unknown"
 """The hub's word for weights of which nobody has said it."""
@@ -122,18 +128,9 @@ def _images(shape: ModelShape, facts: WeightsRecord, outputs: int) -> str:
 
 
 def _training(run: Path, config: PretrainConfig) -> str:
-    environment = _read_json(run / run_folder.ENVIRONMENT)
-    count = f", {environment['num_images']:,} images" if environment.get("num_images") else ""
-    text = f"## Pretraining\n\n- Data: {_data_name(config.data_path)}{count}\n"
-    if environment:
-        text += f"- On {environment['device']}\n"
-        versions = {"mae_et": environment.get("mae_et"), "revision": environment.get("git")} | environment["packages"]
-        text += "- " + ", ".join(f"{name} {version}" for name, version in versions.items() if version) + "\n"
-    if (run / run_folder.LEDGER).is_file():
-        ledger = run_folder.read_ledger(run)
-        text += "\n| stage | steps | images | training FLOPs | seconds |\n|---|---|---|---|---|\n"
-        for label, cost in [*((f"{_show(c.size_px)} px", c) for c in ledger.stages), ("total", ledger.total)]:
-            text += f"| {label} | {cost.steps:,} | {cost.images:,} | {cost.flops:.3g} | {cost.seconds:,.0f} |\n"
+    text = f"## Pretraining\n\n- Data: {_data_name(config.data_path)}"
+    text += _told(run / run_folder.ENVIRONMENT, _environment) or "\n"
+    text += _told(run / run_folder.LEDGER, _costs)
     # Roles say what a model depends on; the rest is where and how a run ran.
     defaults = to_dict(PretrainConfig())
     told = names(PretrainConfig, lambda role: role.name not in ("run", "images"))
@@ -143,30 +140,50 @@ def _training(run: Path, config: PretrainConfig) -> str:
     return text + f"\n{recipe}hat differs from the defaults of `main_pretrain.py`:\n\n```yaml\n{listing}```\n"
 
 
+def _environment(text: str) -> str:
+    facts = json.loads(text)
+    count = f", {facts['num_images']:,} images" if facts.get("num_images") else ""
+    versions = {"mae_et": facts.get("mae_et"), "revision": facts.get("git")} | facts["packages"]
+    listing = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    return f"{count}\n- On {facts['device']}\n- {listing}\n"
+
+
+def _costs(text: str) -> str:
+    ledger = Ledger.from_state_dict(json.loads(text))
+    table = "\n| stage | steps | images | training FLOPs | seconds |\n|---|---|---|---|---|\n"
+    for label, cost in [*((f"{_show(c.size_px)} px", c) for c in ledger.stages), ("total", ledger.total)]:
+        table += f"| {label} | {cost.steps:,} | {cost.images:,} | {cost.flops:.3g} | {cost.seconds:,.0f} |\n"
+    return table
+
+
 def _evaluations(run: Path, config: PretrainConfig | None) -> str:
-    """Of each the images, too, where they are not the test images of the pretraining's data."""
-    rows = []
-    for path in sorted(run.glob("eval-*.json")):
-        found = _read_json(path)
-        if "top1" in found:
-            flags = found.get("flags") or {}
-            protocol = PROTOCOLS.get(found["protocol"].partition("-")[0], found["protocol"])
-            if flags.get("global_pool") and (flags.get("knn") or flags.get("linear_probe")):
-                protocol += " of the mean patch token"
-            if labels := flags.get("train_images"):
-                protocol += f", {labels:,} labels"
-            data = flags.get("data_path") or ""
-            if data and (config is None or data.rstrip("/") != config.data_path.rstrip("/")):
-                protocol += f", on {_data_name(data)}"
-            if holdout := flags.get("holdout"):
-                protocol += f", on training images kept out (--holdout {holdout})"
-            images = f"{found.get('num_images', 0):,}"
-            rows.append(f"| {protocol} | {found['top1']:.2f} % | {images} |\n")
-            if "corrupted_top1" in found:
-                rows.append(f"| {protocol}, corrupted images | {found['corrupted_top1']:.2f} % | {images} |\n")
-    if not rows:
+    rows = [_told(path, partial(_evaluation, config=config)) for path in sorted(run.glob("eval-*.json"))]
+    if not any(rows):
         return "## Evaluation\n\nNone is recorded in the run folder.\n"
     return "## Evaluation\n\n| protocol | top-1 | held-out images |\n|---|---|---|\n" + "".join(rows)
+
+
+def _evaluation(text: str, config: PretrainConfig | None) -> str:
+    """Its rows; with the images, where they are not the test images of the pretraining's data."""
+    found = json.loads(text)
+    if "top1" not in found:
+        return ""
+    flags = found.get("flags") or {}
+    protocol = PROTOCOLS.get(found["protocol"].partition("-")[0], found["protocol"])
+    if flags.get("global_pool") and (flags.get("knn") or flags.get("linear_probe")):
+        protocol += " of the mean patch token"
+    if labels := flags.get("train_images"):
+        protocol += f", {labels:,} labels"
+    data = flags.get("data_path") or ""
+    if data and (config is None or data.rstrip("/") != config.data_path.rstrip("/")):
+        protocol += f", on {_data_name(data)}"
+    if holdout := flags.get("holdout"):
+        protocol += f", on training images kept out (--holdout {holdout})"
+    images = f"{found.get('num_images', 0):,}"
+    rows = f"| {protocol} | {found['top1']:.2f} % | {images} |\n"
+    if "corrupted_top1" in found:
+        rows += f"| {protocol}, corrupted images | {found['corrupted_top1']:.2f} % | {images} |\n"
+    return rows
 
 
 def _license(license: str) -> str:
@@ -177,11 +194,15 @@ def _license(license: str) -> str:
 
 def _config(run: Path | None) -> PretrainConfig | None:
     """Of the run, even where it was written by another version with other flags; None for one of fine-tuning."""
-    values = {} if run is None else yaml.safe_load((run / run_folder.CONFIG).read_text()) or {}
+    return None if run is None else _told(run / run_folder.CONFIG, _pretraining) or None
+
+
+def _pretraining(text: str) -> PretrainConfig | None:
+    values = yaml.safe_load(text) or {}
     if "curriculum" not in values:
         return None
     known = PretrainConfig.__dataclass_fields__
-    return from_dict(PretrainConfig, {k: v for k, v in values.items() if k in known}, str(run / run_folder.CONFIG))
+    return from_dict(PretrainConfig, {k: v for k, v in values.items() if k in known}, "flags")
 
 
 def _data_name(data_path: str) -> str:
@@ -201,6 +222,12 @@ def _numbers(values: Any) -> str:
     return " ".join(f"{value:g}" for value in values)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """{} where a run has none."""
-    return json.loads(path.read_text()) if path.is_file() else {}
+def _told(path: Path, words: Callable[[str], Any]) -> Any:
+    """What a file of the run says, in words; "" where there is none, and, with a warning, where it is damaged."""
+    if not path.is_file():
+        return ""
+    try:
+        return words(path.read_text())
+    except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+        log.warning("%s is damaged or of another program, and left out of the model card: %r", path, error)
+        return ""

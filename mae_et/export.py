@@ -80,7 +80,7 @@ def write_timm(weights: Exported, out: Path) -> None:
     write_text(beside, config)
     if not is_file:
         _write_decoder(weights, out / DECODER)
-        name, has_decoder = weights.name or f"local-dir:{out.name}", interop.has_decoder(weights.state)
+        name, has_decoder = weights.name or f"local-dir:{out.resolve().name}", interop.has_decoder(weights.state)
         about = weights.shape, weights.record, weights.num_classes, has_decoder, weights.run, weights.license
         card = out / CARD
         if card.exists() and OURS not in card.read_text():

@@ -78,21 +78,25 @@ def append_json_line(path: Path, record: Any) -> None:
 
 
 def read_json_lines(path: Path) -> list[Any]:
-    """The records of a file of JSON lines, in order; none if there is no such file."""
-    return parse_json_lines(path.read_text()) if path.exists() else []
+    """The records of a file of JSON lines, in order; none if there is no such file. ValueError names a damaged line."""
+    try:
+        return parse_json_lines(path.read_text()) if path.exists() else []
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; mend or remove it") from error
 
 
 def parse_json_lines(text: str) -> list[Any]:
-    """The records of a text of JSON lines, in order.
+    """The records of a text of JSON lines, in order. ValueError for a damaged line.
 
-    A killed process may leave half a last line: reading stops there.
+    Half a last line is none: a killed process may leave it.
     """
-    records = []
-    for line in text.splitlines():
+    records, lines = [], {number: line for number, line in enumerate(text.splitlines(), 1) if line.strip()}
+    for number, line in lines.items():
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:
-            break
+            if number != max(lines):
+                raise ValueError(f"line {number} is damaged") from None
     return records
 
 

@@ -51,9 +51,10 @@ def study(tmp_path: Path) -> Path:
 
 
 def change(path: Path, part: str = "", **values) -> None:
-    """Change a file of JSON, or the first record of a list in it."""
+    """Change a file of JSON, or a part of it, of a list the first record."""
     content = json.loads(path.read_text())
-    (content[part][0] if part else content).update(values)
+    changed = content[part] if part else content
+    (changed[0] if isinstance(changed, list) else changed).update(values)
     path.write_text(json.dumps(content))
 
 
@@ -285,6 +286,19 @@ def test_arms_with_other_decoders_are_compared_and_not_one_curve(tmp_path):
         (lambda run: (run / "config.yaml").write_text("like: runs/a\nseed: x"), "config.yaml is damaged"),
         (lambda run: (run / "config.yaml").write_text("data_path: ''"), "config.yaml is damaged"),
         (lambda run: (run / "environment.json").write_text("null"), "environment.json is damaged"),
+        (lambda run: change(run / "environment.json", packages=None), "names and values are expected, not None"),
+        (
+            lambda run: change(run / "environment.json", device=7),
+            "environment.json .*device should be a word, not 7",
+        ),
+        (lambda run: change(run / "eval-knn.json", environment=None), "names and values are expected, not None"),
+        (lambda run: change(run / "eval-knn.json", "flags", model=5), "eval-knn.json .*model should be a word, not 5"),
+        (lambda run: change(run / "eval-knn.json", "flags", data_path=[1]), "data_path should be a word"),
+        (lambda run: damage_line(run, 3), "metrics.jsonl is damaged .*line 3 is damaged"),
+        (
+            lambda run: (run / "metrics.jsonl").write_text(f'{{"step": 1, "p": 1.0, "loss": {10**400}}}\n'),
+            "loss should be a finite number, not 1000",
+        ),
         (lambda run: (run / "ledger.json").write_text('{"stages": [{"size_px": 32, "new": 1}]}'), "unknown key 'new'"),
         (lambda run: (run / "ledger.json").write_text("{}"), "ledger.json is damaged"),
         (lambda run: (run / "ledger.json").write_text('{"stages": []}'), "ledger.json is damaged"),
@@ -328,6 +342,31 @@ def test_damaged_folders_are_named_in_one_line(tmp_path, capsys, spoil, message)
     printed = capsys.readouterr()
     assert end.value.code == 1 and re.search(message, printed.err) and len(printed.err.splitlines()) == 1
     assert str(tmp_path / "a") in printed.err
+
+
+def damage_line(run, number: int) -> None:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    lines[number - 1] = lines[number - 1][:9]
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def test_half_a_last_line_and_blank_ones_are_none(tmp_path):
+    run = write_run(tmp_path / "a")
+    text = (run / "metrics.jsonl").read_text()
+    whole = compare(CompareConfig((str(run),)))
+    (run / "metrics.jsonl").write_text(f"\n{text}\n" + '{"step": 10, "p": 1.0, "lo')
+    assert compare(CompareConfig((str(run),)))["arms"] == whole["arms"]
+
+
+def test_a_name_that_begins_with_an_underscore_is_in_the_legends(tmp_path):
+    for name in ("_hidden", "plain"):
+        curriculum = "vanilla" if name == "plain" else "et_pp"
+        for seed in (0, 1):
+            write_run(tmp_path / f"{name}-seed{seed}", curriculum=curriculum, seed=seed)
+    figures = draw_figures(compare(CompareConfig((str(tmp_path),))))
+    for name in ("knn-flops", "loss"):
+        (legend,) = figures[name].legends
+        assert sorted(text.get_text().strip() for text in legend.get_texts()) == ["_hidden", "plain"]
 
 
 def test_an_out_that_is_a_file_is_named_by_its_flag(tmp_path, capsys):

@@ -147,6 +147,40 @@ def test_the_card_names_images_that_are_not_the_test_images_of_the_pretraining(t
     assert text.count("| kNN | ") == 2 and str(tmp_path) not in text
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "lost"),
+    [
+        ("eval-knn.json", '{"top1": 1.0', "| kNN | "),
+        ("eval-knn.json", '{"top1": 50.0}', "| kNN | "),
+        ("eval-knn.json", "7", "| kNN | "),
+        ("eval-knn.json", '{"protocol": "knn", "top1": "x"}', "| kNN | "),
+        ("eval-knn.json", '{"protocol": "knn", "top1": 1.0, "flags": [1]}', "| kNN | "),
+        ("environment.json", "", "- On "),
+        ("environment.json", '{"device": "cpu"}', "- On "),
+        ("ledger.json", "", "| total |"),
+        ("ledger.json", '{"stages": [{"size": 3}]}', "| total |"),
+        ("config.yaml", "curriculum: [", "## Pretraining"),
+        ("config.yaml", "curriculum: et_ppp", "## Pretraining"),
+    ],
+)
+def test_a_damaged_file_of_the_run_is_left_out_of_the_card_and_named(trained, tmp_path, capsys, name, text, lost):
+    cli.main(["export", str(trained), "--out", str(tmp_path / "whole")])
+    assert lost in (tmp_path / "whole/README.md").read_text() and "left out" not in capsys.readouterr().out
+    (trained / name).write_text(text)
+    cli.main(["export", str(trained), "--out", str(tmp_path / "model")])
+    card = (tmp_path / "model/README.md").read_text()
+    assert lost not in card and "## Evaluation" in card and (tmp_path / "model/model.safetensors").exists()
+    said = "".join(capsys.readouterr().out.split())
+    assert f"{trained}/{name}isdamagedorofanotherprogram,andleftoutofthemodelcard" in said
+
+
+def test_a_card_names_the_folder_that_is_meant_by_a_dot(trained, tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")
+    cli.main(["export", str(trained), "--out", "."])
+    assert 'timm.create_model("local-dir:mine"' in (tmp_path / "mine/README.md").read_text()
+
+
 def test_weights_without_a_run_get_a_card_too(trained, tmp_path):
     lonely = tmp_path / "elsewhere" / "checkpoint.pt"
     lonely.parent.mkdir()

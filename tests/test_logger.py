@@ -54,6 +54,19 @@ def test_progress_is_one_line_on_a_terminal_and_plain_lines_elsewhere(
         assert lines[0].startswith(LINE) and "\x1b" not in out.getvalue()
 
 
+def test_a_damaged_record_is_named_before_later_ones_are_lost(tmp_path: Path) -> None:
+    config = tiny(tmp_path / "data", tmp_path / "run", log_to=[])
+    curriculum, metrics = build_curriculum(config, 40), tmp_path / "metrics.jsonl"
+    text = '{"step": 0}\n{"st\n\n{"step": 2}\n{"step": 3}\n{"ste'
+    metrics.write_text(text)
+    with pytest.raises(ValueError, match=rf"^{metrics}: line 2 is damaged; mend or remove it$"):
+        RunLogger(tmp_path, config, curriculum, 3, Ledger.of(curriculum), on=True)
+    assert metrics.read_text() == text
+    metrics.write_text(text.replace('{"st\n', '{"step": 1}\n', 1))
+    RunLogger(tmp_path, config, curriculum, 3, Ledger.of(curriculum), on=True)
+    assert metrics.read_text() == '{"step": 0}\n{"step": 1}\n{"step": 2}\n'
+
+
 def test_what_start_epoch_skips_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, out = tiny(tmp_path / "data", tmp_path), io.StringIO()
     curriculum = build_curriculum(config, 20, 1)

@@ -295,6 +295,32 @@ def test_a_result_says_its_step_and_what_it_replaces(run: Path, caplog: pytest.L
     assert [line[-6:] for line in caplog.messages if "is replaced" in line] == [" --k 3", "step 7"]
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["[]", "null", "7", '{"flags": [], "checkpoint": "x"}', '{"flags": {}, "checkpoint": null}', "{", '{"flags'],
+)
+def test_a_result_of_another_program_is_replaced(run: Path, text: str) -> None:
+    (run / "eval-knn.json").write_text(text)
+    probe(FinetuneConfig(**QUICK, knn=True, finetune=str(run)))
+    assert json.loads((run / "eval-knn.json").read_text())["protocol"] == "knn"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "holds a config.yaml that can't be read; choose another"),
+        ("!!python/object:x.Y {}", "holds a config.yaml that can't be read; choose another"),
+        ("", "is the run of other weights"),
+        ("- like", "is the run of other weights"),
+    ],
+)
+def test_a_run_folder_of_another_program_takes_no_result(run: Path, tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    for origin in ({"finetune": str(run)}, {"like": str(run)}):
+        with pytest.raises(ValueError, match=f"^--output_dir {tmp_path} {message}"):
+            probe(FinetuneConfig(**QUICK | origin, knn=True, output_dir=str(tmp_path)))
+
+
 def test_a_result_of_other_weights_or_data_is_not_replaced_silently(
     run: Path, pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

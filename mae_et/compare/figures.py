@@ -53,7 +53,9 @@ def _draw_quality(report: Mapping, arms: Sequence[Mapping], protocol: str, axis:
             ticks += [cost] if arm["baseline"] else []
             plot.plot([cost] * summary["n"], summary["values"], marker, color=colour, alpha=0.35, ms=4, mew=0)
         label = family if len(members) > 1 else members[0]["name"]
-        plot.plot(*zip(*sorted(points), strict=True), "-", marker=marker, color=colour, ms=6, lw=1.5, label=label)
+        plot.plot(
+            *zip(*sorted(points), strict=True), "-", marker=marker, color=colour, ms=6, lw=1.5, label=_shown(label)
+        )
     for arm in report["arms"]:
         if not arm["stages"] and protocol in arm["quality"]:
             level = arm["quality"][protocol]["mean"]
@@ -70,13 +72,24 @@ def _draw_quality(report: Mapping, arms: Sequence[Mapping], protocol: str, axis:
     return figure
 
 
+def _shown(name: str) -> str:
+    """A name in a legend, from which matplotlib leaves out those that begin with an underscore."""
+    return f" {name}" if name.startswith("_") else name
+
+
 def _draw_loss(arms: Sequence[Mapping]) -> Figure:
     figure, axis = plt.subplots(figsize=FIGURE_INCHES, layout="constrained")
     for i, arm in enumerate(arms):
         for j, curve in enumerate(arm["loss"]):
             colour, dashes = COLOURS[i % len(COLOURS)], "-" if i < len(COLOURS) else "--"
             axis.plot(
-                curve["p"], curve["loss"], dashes, color=colour, lw=1, alpha=0.8, label=None if j else arm["name"]
+                curve["p"],
+                curve["loss"],
+                dashes,
+                color=colour,
+                lw=1,
+                alpha=0.8,
+                label=None if j else _shown(arm["name"]),
             )
     axis.set_xlabel("p, share of the compute")
     axis.set_ylabel("training loss")
@@ -93,7 +106,7 @@ def _draw_online(arms: Sequence[Mapping], name: str) -> Figure:
     for i, arm in enumerate(arms):
         for j, curve in enumerate(curve for curve in arm["online_curves"] if name in curve):
             colour, dashes = COLOURS[i % len(COLOURS)], "-" if i < len(COLOURS) else "--"
-            label = None if j else arm["name"]
+            label = None if j else _shown(arm["name"])
             plot.plot(curve["flops"], curve[name], dashes, color=colour, lw=1, alpha=0.8, label=label)
     plot.set_xscale("log")
     plot.set_xlabel(AXIS_LABELS["flops"])

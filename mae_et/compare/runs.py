@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -153,7 +154,7 @@ def read_run(folder: RunFolder) -> RunRecord:
     """A run folder of pretraining, or of fine-tuning from random weights. ValueError names the file that is wrong."""
     where = Path(str(folder))
     config = _read(folder / run_folder.CONFIG, _config)
-    environment = _read(folder / run_folder.ENVIRONMENT, lambda text: _mapping(json.loads(text)))
+    environment = _read(folder / run_folder.ENVIRONMENT, _environment)
     evaluations = {}
     for path in sorted(folder.iterdir(), key=lambda path: path.name):
         if path.name.startswith("eval-") and path.name.endswith(".json"):
@@ -190,11 +191,19 @@ def _protocols(name: str, result: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
+def _environment(text: str) -> dict[str, Any]:
+    facts = _mapping(json.loads(text))
+    _mapping(facts.get("packages", {}))
+    _words(facts, "device", "precision")
+    return facts
+
+
 def _evaluation(text: str) -> dict[str, Any]:
     result = _mapping(json.loads(text))
     if missing := {"protocol", "top1", "num_images", "flags"} - result.keys():
         raise ValueError(f"it lacks {', '.join(sorted(missing))}: not a result of main_finetune.py")
-    _mapping(result["flags"])
+    _words(_mapping(result["flags"]), "model", "data_path")
+    _words(_mapping(result.get("environment", {})), "precision")
     places = result.get("places", [])
     if not isinstance(places, list):
         raise ValueError("its places are no list")
@@ -248,8 +257,16 @@ def _mapping(value: Any) -> dict[str, Any]:
 def _numbers(record: Mapping[str, Any], *wanted: str) -> None:
     """ValueError unless these are finite numbers: JSON may hold NaN, of which no mean or interval can be told."""
     for name in wanted:
-        if not isinstance(value := record.get(name), (int, float)) or not math.isfinite(value):
+        value = record.get(name)
+        if not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
             raise ValueError(f"{name} should be a finite number, not {value!r:.40}")
+
+
+def _words(record: Mapping[str, Any], *wanted: str) -> None:
+    """ValueError unless these are text, where they are there."""
+    for name in wanted:
+        if not isinstance(value := record.get(name) or "", str):
+            raise ValueError(f"{name} should be a word, not {value!r:.40}")
 
 
 def _read(path: RunFolder, parse: Callable[[str], Any]) -> Any:

@@ -246,16 +246,17 @@ def _differences(path: Path, record: Mapping[str, Any]) -> list[str] | None:
     """Flags and weights that another result of the same protocol was of; None if there is none that can be read."""
     try:
         before = json.loads(path.read_text())
-        flags, weights = before["flags"], before["checkpoint"]
-    except (FileNotFoundError, ValueError, KeyError):
+        flags, weights, step = dict(before["flags"]), before["checkpoint"], before.get("step")
+        same_weights = Path(weights).resolve() == Path(record["checkpoint"]).resolve()
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None  # damaged, or of another program: nothing to tell
     judged = (*names(FinetuneConfig, lambda role: role.judged), "data_path", "seed")
     told = {name: flags[name] for name in judged if flags.get(name, "") != ""}  # data_path was once left open
     changed = [f"--{name} {value}" for name, value in told.items() if value != record["flags"][name]]
-    if Path(weights).resolve() != Path(record["checkpoint"]).resolve():
+    if not same_weights:
         changed.append(f"the weights {weights}")
-    if before.get("step") not in (None, record["step"]):
-        changed.append(f"step {before['step']}")
+    if step not in (None, record["step"]):
+        changed.append(f"step {step}")
     return changed
 
 
@@ -282,7 +283,11 @@ def check_result_folders(config: FinetuneConfig, encoder: PretrainedEncoder) -> 
         path = folder / run_folder.CONFIG
         if not path.exists() or (encoder.folder and folder.resolve() == encoder.folder.resolve()):
             continue
-        held = yaml.safe_load(path.read_text())
+        try:
+            held = yaml.safe_load(path.read_text())
+        except (yaml.YAMLError, ValueError) as error:
+            raise ValueError(f"--output_dir {folder} holds a {path.name} that can't be read; choose another") from error
+        held = held if isinstance(held, dict) else {}
         if not (config.like and held.get("like") == config.like and held.get("seed") == config.seed):
             raise ValueError(f"--output_dir {folder} is the run of other weights; choose another folder for these")
 

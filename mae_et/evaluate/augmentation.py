@@ -9,7 +9,7 @@ import logging
 import re
 
 import torch
-from timm.data import Mixup
+from timm.data import Mixup, create_transform
 from torch import Tensor
 
 from ..data.labelled import Augmentation
@@ -17,7 +17,7 @@ from .config import RAND_AUGMENT, FinetuneConfig
 
 log = logging.getLogger(__name__)
 
-#: What timm's policies may look like; it has no error of its own for others.
+#: What timm's policies may look like; it leaves out parts that it doesn't know.
 POLICY = re.compile(r"(rand|augmix)(-t\w+|-(mstd|mmax|inc|m|n|p|w|d|a|b)[\d.]+)*|(original|v0|3a)r?(-mstd[\d.]+)?")
 
 
@@ -56,8 +56,17 @@ def augmentation(config: FinetuneConfig, channels: int) -> Augmentation:
             raise ValueError(f"--aa and --color_jitter need 1 or 3 channels, not {channels}; leave them out")
         log.warning("%d channels: trained without RandAugment, which needs 1 or 3", channels)
         policy = ""
-    if policy and not POLICY.fullmatch(policy):
+    if policy and not _is_policy(policy):
         raise ValueError(
             f"--aa {policy}: not a policy of timm; for example {RAND_AUGMENT}, original, v0, augmix or none"
         )
     return Augmentation(config.crop_scale, policy, config.color_jitter, config.reprob, config.remode, config.recount)
+
+
+def _is_policy(policy: str) -> bool:
+    """Whether timm makes something of all its parts."""
+    try:
+        create_transform(8, is_training=True, auto_augment=policy)
+    except (AssertionError, ValueError):  # an unknown name or part, a number that is none
+        return False
+    return bool(POLICY.fullmatch(policy))
