@@ -166,6 +166,9 @@ def _export(argv: list[str]) -> None:
 
     with logging_to_console():
         pretrained = read_pretrained(config.source, config.encoder_only, config.num_heads)
+        heads = pretrained.shape.num_heads
+        if config.num_heads not in (None, heads):
+            raise ValueError(f"--num_heads {config.num_heads}: {config.source} has {heads}; leave it out")
         names = {"timm": "timm", "facebook": "facebook.pth", "huggingface": "huggingface"}
         source = Path(config.source)
         folder = source if source.is_dir() else source.parent if source.exists() else Path()

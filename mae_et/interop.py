@@ -192,7 +192,9 @@ def shape_from_huggingface_config(config: Mapping) -> dict:
     shape = {ours: config.get(theirs, default) for ours, (theirs, default) in names.items()}
     shape |= {"img_size": as_size(shape["img_size"]), "patch_size": as_size(shape["patch_size"])}
     shape["mlp_ratio"] = config.get("intermediate_size", 3072) / shape["embed_dim"]
-    decoder_mlp_ratio = config.get("decoder_intermediate_size", 2048) / shape["decoder_embed_dim"]
+    decoder_mlp_ratio = shape["mlp_ratio"]
+    if config.keys() & {"decoder_intermediate_size", "decoder_hidden_size"}:  # not of an encoder alone
+        decoder_mlp_ratio = config.get("decoder_intermediate_size", 2048) / shape["decoder_embed_dim"]
     for name, value, legal in (
         ("hidden_act", config.get("hidden_act", "gelu"), "gelu"),
         ("decoder_intermediate_size / decoder_hidden_size", decoder_mlp_ratio, shape["mlp_ratio"]),

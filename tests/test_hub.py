@@ -181,6 +181,15 @@ def test_a_card_names_the_folder_that_is_meant_by_a_dot(trained, tmp_path, monke
     assert 'timm.create_model("local-dir:mine"' in (tmp_path / "mine/README.md").read_text()
 
 
+def test_heads_that_the_weights_contradict_are_refused(trained, tmp_path, capsys):
+    heads = read_pretrained(trained).shape.num_heads
+    cli.main(["export", str(trained), "--out", str(tmp_path / "same"), "--num_heads", str(heads)])
+    with pytest.raises(SystemExit):
+        cli.main(["export", str(trained), "--out", str(tmp_path / "model"), "--num_heads", str(2 * heads)])
+    assert f"--num_heads {2 * heads}: {trained} has {heads}; leave it out" in capsys.readouterr().err
+    assert not (tmp_path / "model").exists()
+
+
 def test_weights_without_a_run_get_a_card_too(trained, tmp_path):
     lonely = tmp_path / "elsewhere" / "checkpoint.pt"
     lonely.parent.mkdir()

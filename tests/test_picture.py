@@ -415,6 +415,16 @@ def test_a_foreign_checkpoint_is_drawn_at_the_sizes_of_et_pp(tmp_path, blocks):
         reconstruct(ReconstructConfig(str(foreign)))
 
 
+def test_a_folder_by_its_address_is_drawn_here(tmp_path, monkeypatch):
+    pretrained = checkpoint.read_pretrained(write_run(tmp_path / "run", tmp_path / "gone"))
+    checkpoint.write_export(pretrained, pretrained.shape, "timm", tmp_path / "exported")
+    images = write_images(tmp_path / "images")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    reconstruct(ReconstructConfig(f"local-dir:{tmp_path}/exported", images=str(images)))
+    assert (tmp_path / "here/reconstruction.png").exists() and not (tmp_path / "exported/reconstruction.png").exists()
+
+
 def test_bad_input_is_named_in_one_line(tmp_path):
     run = write_run(tmp_path / "run", tmp_path / "gone")
     (tmp_path / "empty").mkdir()
@@ -425,7 +435,7 @@ def test_bad_input_is_named_in_one_line(tmp_path):
     checkpoint.write_export(pretrained, pretrained.shape, "timm", encoder)
     hog = write_run(tmp_path / "hog", target="hog")
     for config, message in (
-        ({"run": str(tmp_path / "no_run")}, "no_run: no such run folder or checkpoint"),
+        ({"run": str(tmp_path / "no_run")}, "no_run: no such file or timm model"),
         ({"run": str(run)}, "--images .*gone does not exist"),
         ({"run": str(run), "images": str(tmp_path / "empty")}, "--images .*empty: no images"),
         ({"run": str(run), "images": str(tmp_path / "damaged")}, "--images: none of 1 images could be read, .*a.png"),

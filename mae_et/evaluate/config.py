@@ -351,11 +351,11 @@ class ReconstructConfig:
     """Draw what a masked autoencoder reconstructs, at every size that it was trained at."""
 
     run: Annotated[str, WEIGHTS, tyro.conf.Positional]
-    """Run folder, or any checkpoint that has a decoder."""
+    """Run folder, or any checkpoint that has a decoder, also at an address."""
     images: Annotated[str, IMAGES] = ""
     """Images to draw, anything that --data_path takes; default: the run's own, held-out ones if there are any."""
     out: Annotated[str, RUN] = ""
-    """PNG to write; default: reconstruction.png in the run folder, or beside the checkpoint."""
+    """PNG to write; default: reconstruction.png in the run folder, or beside the checkpoint; for an address, here."""
     true_statistics: Annotated[bool, RUN] = False
     """Undo normalised pixels with the hidden patches' own mean and std: a leak, shows more than the model knows."""
     num_images: Annotated[int, RUN, POSITIVE] = 6

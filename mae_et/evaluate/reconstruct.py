@@ -37,15 +37,12 @@ def reconstruct(config: ReconstructConfig) -> Path:
     Raises FileNotFoundError, CheckpointError or ValueError, in one line, if the checkpoint can't be read or has no
     decoder, if there are no images, or if a flag contradicts the checkpoint.
     """
-    run = Path(config.run)
-    if not run.exists():
-        raise FileNotFoundError(f"{run}: no such run folder or checkpoint")
-    make_folder(_path(config).parent, "--out")
-    pretrained = checkpoint.read_pretrained(run)
+    pretrained = checkpoint.read_pretrained(config.run)
     normalized = _check_decoder(config, pretrained)
+    make_folder(_path(config).parent, "--out")
     model = MaskedAutoencoder(**pretrained.shape)
     model.load_state_dict(pretrained.state)
-    record = pretrained.training
+    record, name = pretrained.training, Path(config.run).resolve().name
     facts = pretrained.record.completed_by(WeightsRecord(*default_statistics(model.in_chans)))
     mean, std = facts.mean, facts.std
     draw_reconstruction(
@@ -60,7 +57,7 @@ def reconstruct(config: ReconstructConfig) -> Path:
         seed=config.seed,
         operator=spectral_operator(record.get("config", {}).get("lowfreq", "dct")),
         statistics="true" if config.true_statistics else "visible",
-        title=f"{run.resolve().name} after {record['step']} steps" if record else run.resolve().name,
+        title=name + (f" after {record['step']} steps" if record else ""),
         max_images=config.num_images,
     )
     return _path(config)
@@ -68,7 +65,8 @@ def reconstruct(config: ReconstructConfig) -> Path:
 
 def _path(config: ReconstructConfig) -> Path:
     run = Path(config.run)
-    return Path(config.out) if config.out else (run if run.is_dir() else run.parent) / run_folder.PICTURE
+    beside = run if run.is_dir() else run.parent if run.exists() else Path()  # an address is no place
+    return Path(config.out) if config.out else beside / run_folder.PICTURE
 
 
 def _check_decoder(config: ReconstructConfig, pretrained: checkpoint.Pretrained) -> bool:
