@@ -340,6 +340,7 @@ def test_fewer_labels_are_balanced_and_the_same_each_time(run: Path) -> None:
         ({"aa": "rand-n1.5"}, "--aa rand-n1.5: not a policy of timm"),
         ({"aa": "augmix-n2"}, "--aa augmix-n2: not a policy of timm"),
         ({"aa": "rand-m9-foo1"}, "--aa rand-m9-foo1: not a policy of timm"),
+        ({"aa": "rand-foo"}, "--aa rand-foo: not a policy of timm"),
         ({"remode": "pixels"}, r"unknown --remode 'pixels' \(did you mean pixel\?\)"),
         ({"epochs": 1, "warmup_epochs": 2}, "--warmup_epochs 2 is longer than --epochs 1"),
         ({"train_images": 99}, "--train_images 99: .* has 24"),
