@@ -20,7 +20,7 @@ from mae_et.data import decode, pixels
 from mae_et.data.decode import center_crop, center_crops, jpeg_objection, train_crop, train_crops
 from mae_et.data.labelled import EvalCrops, eval_batches
 from mae_et.data.photos import photograph
-from mae_et.data.pixels import CorruptImage, measure_value_range, to_image
+from mae_et.data.pixels import CorruptImage, format_and_channels, measure_value_range, to_image
 from mae_et.data.views import draw_view
 from mae_et.data.workers import Loading
 from mae_et.plan.shapes import OPERATORS, SPECTRAL
@@ -221,7 +221,8 @@ def test_bands_are_cropped_like_colours(photo):
         (np.zeros((4, 4, 5), np.uint8), 3, "--in_chans is 3"),
         (np.zeros((4, 4, 3), np.uint8), 4, "--in_chans is 4"),
         (np.zeros((4, 4), np.float32), 1, "float32"),
-        (npy(np.zeros((4, 4), np.float32)), 1, "float32"),
+        (npy(np.zeros((4, 4), np.float32)), 1, "float32.*; give --value_range"),
+        (npy(np.zeros((4, 4), bool)), 1, "bool; only uint8 and uint16 have a known range$"),
         (np.zeros(4, np.uint8), 1, r"\[H, W\]"),
         (encode(Image.new("F", (4, 4), 0.5), "TIFF"), 3, "no known range"),
         (encode(Image.new("I", (4, 4), 70000), "TIFF"), 3, "no known range"),
@@ -232,6 +233,34 @@ def test_what_does_not_fit_is_damage(item, in_chans, message):
     """One such file among many is skipped and named like any other that is of no use."""
     with pytest.raises(CorruptImage, match=message):
         to_image(item, in_chans)
+
+
+@pytest.mark.parametrize("side", [60, 64, 128, 100])
+def test_every_channel_and_column_is_measured(side):
+    """At the sides of images, a power of two, a step through the values would meet one channel, or a few columns."""
+    ramp = np.arange(side * side).reshape(side, side) % 1000
+    bands = np.stack([ramp, *[10 * ramp] * 3], axis=2).astype(np.float32)
+    low, high = measure_value_range(Items([bands] * 4))
+    assert 0 <= low < 100 and high > 9900
+    columns = np.tile(np.arange(side, dtype=np.float32), (side, 1))
+    assert measure_value_range(Items([columns])) == (0, side - 1)
+
+
+@pytest.mark.parametrize("order", "<>")
+def test_the_order_of_bytes_changes_no_range(order):
+    ramp = np.linspace(0, 65535, 64 * 64).astype(f"{order}u2").reshape(64, 64)
+    for item in (npy(ramp), tiff(ramp, byteorder=order)):
+        assert measure_value_range(Items([item])) is None
+    dark = npy((ramp // 10).astype(f"{order}u2"))
+    low, high = measure_value_range(Items([dark]))
+    assert low < 10 and 6500 < high <= 6553
+
+
+def test_alpha_of_a_tiff_is_not_measured():
+    """Nor counted as a channel."""
+    pixels = np.dstack([SENTINEL[..., :3], np.full(SENTINEL.shape[:2], 65535, np.uint16)])
+    item = tiff(pixels, photometric="rgb", extrasamples=["unassalpha"])
+    assert measure_value_range(Items([item]))[1] < 1010 and format_and_channels(item) == ("TIFF", 3)
 
 
 def test_bands_count_towards_the_limit_of_pixels_before_they_are_decompressed(monkeypatch):
@@ -262,7 +291,7 @@ def deep_png(pixels: np.ndarray, damage: str = "") -> bytes:
     )
 
 
-RED = SENTINEL[..., :3]
+RED, PLANES = SENTINEL[..., :3], np.moveaxis(SENTINEL[..., :4], 2, 0)
 DEEP = {
     "array": (SENTINEL, SENTINEL),
     "npy": (npy(SENTINEL), SENTINEL),
@@ -274,6 +303,16 @@ DEEP = {
     "colour png": (deep_png(RED), RED),
     "transparent png": (deep_png(np.concatenate([RED, RED[..., :1]], axis=2)), RED),
     "grey and alpha png": (deep_png(RED[..., :2]), RED[..., :1]),
+    "transparent tiff": (tiff(SENTINEL[..., :4], photometric="rgb", extrasamples=["unassalpha"]), RED),
+    "planar transparent tiff": (
+        tiff(PLANES, photometric="rgb", planarconfig="separate", extrasamples=["assocalpha"]),
+        RED,
+    ),
+    "grey and alpha tiff": (
+        tiff(RED[..., :2], photometric="minisblack", planarconfig="contig", extrasamples=["unassalpha"]),
+        RED[..., :1],
+    ),
+    "four bands": (tiff(SENTINEL[..., :4], photometric="minisblack", planarconfig="contig"), SENTINEL[..., :4]),
     "grey png": (encode(RED[..., 0]), RED[..., :1]),
     "grey tiff": (encode(RED[..., 0], "TIFF"), RED[..., :1]),
     "float tiff": (encode(RED[..., 0].astype(np.float32), "TIFF"), RED[..., :1]),

@@ -209,7 +209,7 @@ def test_huggingface_config_round_trip_and_refusals():
     assert base == {key: getattr(wanted, key) for key in base}
     narrow = {"model_type": "vit_mae", "hidden_size": 192, "intermediate_size": 576}  # of an encoder without a decoder
     assert interop.shape_from_huggingface_config(narrow)["mlp_ratio"] == 3
-    with pytest.raises(ValueError, match="decoder_hidden_size must be 3.0, got 4.0"):
+    with pytest.raises(ValueError, match=r"decoder_hidden_size must be 3\.0, got 4\.0"):
         interop.shape_from_huggingface_config(narrow | {"decoder_hidden_size": 512})
     with pytest.raises(ValueError, match="another target"):
         interop.huggingface_config(shape | {"target_dim": 108})

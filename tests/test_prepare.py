@@ -214,6 +214,30 @@ def test_a_broken_index_is_named(folder, tmp_path):
     assert "is missing" in message(lambda index, shard: shard.update(file="9.tar"))
     assert "beyond its 2 classes" in message(lambda index, shard: shard["labels"].__setitem__(0, 7))
     assert "is no index" in message(lambda index, shard: index.update(format="other"))
+    assert "is no index" in message(lambda index, shard: index.pop("classes"))
+    assert "is no index" in message(lambda index, shard: index.update(classes=5))
+    assert "is no index" in message(lambda index, shard: index.update(shards={"a": 1}))
+    assert "broken entries" in message(lambda index, shard: index.update(shards=[7]))
+    assert "broken entries" in message(lambda index, shard: shard.pop("offsets"))
+    assert "broken entries" in message(lambda index, shard: shard.update(sizes=None))
+    assert "broken entries" in message(lambda index, shard: shard.update(bytes="9"))
+    for column in ("keys", "offsets", "sizes", "labels"):
+        assert "broken entries" in message(lambda index, shard, c=column: shard[c].__setitem__(0, "x"))
+        assert "broken entries" in message(lambda index, shard, c=column: shard[c].__setitem__(0, 2**70))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "7", '{"settings": {', '{"settings": {}}'])
+def test_a_damaged_sidecar_is_named_and_its_shard_written_again(folder, tmp_path, caplog, text):
+    packed(folder, tmp_path / "out")
+    train = tmp_path / "out" / "train"
+    before = {path.name: path.read_bytes() for path in train.iterdir()}
+    (sidecar,) = train.rglob("00000.tar.json")
+    whole = sidecar.read_bytes()
+    sidecar.write_text(text)
+    with caplog.at_level(logging.WARNING, logger="mae_et"):
+        packed(folder, tmp_path / "out")
+    assert f"{sidecar} is damaged" in caplog.text and sidecar.read_bytes() == whole
+    assert {path.name: path.read_bytes() for path in train.iterdir()} == before
 
 
 @pytest.mark.parametrize(

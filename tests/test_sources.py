@@ -211,6 +211,8 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     (root / "c").symlink_to(tmp_path / "elsewhere")
     (root / "file.png").symlink_to(tmp_path / "elsewhere" / "1.png")
     (root / "broken.png").symlink_to(tmp_path / "nowhere.png")
+    for name in ("itself", "itself.png", "a/itself.png"):
+        (root / name).symlink_to(root / name)
     assert names(open_source(root)) == ["a/2.png", "b/1.png", "c/1.png", "file.png"]
 
 
@@ -771,6 +773,42 @@ def test_a_tar_of_tars_has_a_class_for_each(tmp_path):
     source = open_source(pack(tmp_path / "imagenet.tar", tmp_path / "in"))
     assert (source.classes, source.labels.tolist()) == (["n01", "n02"], [0, 1, 0, 1])
     assert source.read(2)[0] == (tmp_path / "n01" / "2.webp").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("damage", "what"),
+    [
+        (lambda data: data[:2000], "no complete tar"),
+        (lambda data: data[:512], "no complete tar"),
+        (lambda data: b"", "no complete tar (it is empty)"),
+        (lambda data: b"garbage" * 300, "no complete tar"),
+        (lambda data: gzip.compress(data, mtime=0), "compressed"),
+        (lambda data: break_header(data, 3), "no complete tar (no end mark"),
+    ],
+)
+def test_a_damaged_tar_in_a_tar_is_named(tmp_path, damage, what):
+    (tmp_path / "in").mkdir()
+    for name in ("cat", "dog"):
+        files(tmp_path / name, "1.jpg", "2.jpg", "3.jpg", "4.jpg")
+        pack(tmp_path / "in" / f"{name}.tar", tmp_path / name)
+    path = tmp_path / "in" / "dog.tar"
+    path.write_bytes(damage(path.read_bytes()))
+    outer = pack(tmp_path / "all.tar", tmp_path / "in")
+    with pytest.raises(ValueError, match="is") as error:
+        open_source(outer)
+    assert one_line(error).startswith(f"--data_path: {outer}[./dog.tar] is {what}")
+
+
+def break_header(data: bytes, number: int) -> bytes:
+    """A tar with a bit of one header changed."""
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        offset = tar.getmembers()[number].offset
+    return data[:offset] + bytes([data[offset] ^ 1]) + data[offset + 1 :]
+
+
+def test_folders_of_a_tar_may_be_called_by_any_digits(tmp_path):
+    files(tmp_path / "in", "10²/1.jpg", "9/1.jpg", "10/1.jpg")
+    assert open_source(pack(tmp_path / "all.tar", tmp_path / "in")).classes == ["9", "10", "10²"]
 
 
 def test_classes_of_a_held_out_tar_are_those_of_train(labelled):

@@ -302,6 +302,17 @@ def test_a_tar_that_is_cut_short_is_named(tmp_path, keep):
     assert "0.tar is no complete tar" in message(tmp_path)
 
 
+def test_a_tar_that_is_cut_anywhere_is_named(tmp_path):
+    """In a label, too, which is read while the tar is looked through."""
+    file = write_tar(tmp_path / "0.tar", [("0.jpg", b"0"), ("0.json", b'{"label": 3}' * 60), ("0.cls", b"3")])
+    whole = file.read_bytes()
+    with tarfile.open(file) as tar:
+        end = tar.getmembers()[-1].offset_data + 512
+    for keep in range(0, end + 1, 61):
+        file.write_bytes(whole[:keep])
+        assert "0.tar is no complete tar" in message(tmp_path)
+
+
 def test_a_broken_header_is_not_the_end(tmp_path):
     file = write_tar(tmp_path / "0.tar", samples(0, 4))
     with tarfile.open(file) as tar:

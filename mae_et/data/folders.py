@@ -232,10 +232,10 @@ def _find_images(
         if is_litter(entry.name):
             continue
         extension = os.path.splitext(entry.name)[1].lower()
-        if entry.is_dir():
+        if _is_dir(entry):
             _find_images(entry.path, os.path.join(prefix, entry.name), (*above, identity), paths, left_out)
         elif extension in extensions:
-            if entry.is_file():  # a broken link is none
+            if os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file():  # a broken link is none
                 paths.append(os.path.join(prefix, entry.name))
         elif extension not in _NOT_DATA:
             left_out[extension] += 1
@@ -253,9 +253,14 @@ def is_litter(name: str) -> bool:
     return name.startswith(".") or name.lower() in _LITTER
 
 
+def _is_dir(entry: os.DirEntry) -> bool:
+    """A link to itself is none; it makes `entry.is_dir` fail."""
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+
+
 def _sub_folders(folder: Path) -> list[str]:
     with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not is_litter(entry.name))
+        return sorted(entry.name for entry in entries if _is_dir(entry) and not is_litter(entry.name))
 
 
 def _holds_images(folder: Path, itself: bool = False) -> bool:

@@ -33,6 +33,7 @@ _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _NPY_MAGIC, _PNG_MAGIC = b"\x93NUMPY", b"\x89PNG"
 _ORIENTATION_TAG = 0x0112  # EXIF
 _BITS_TAG, _PLANES_TAG = 258, 284  # TIFF
+_ALPHA = (tifffile.EXTRASAMPLE.ASSOCALPHA, tifffile.EXTRASAMPLE.UNASSALPHA)
 UPRIGHT = {  # EXIF orientation -> the transposition that brings the stored pixels upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -109,20 +110,28 @@ def measure_value_range(source: Source, samples: int = 64) -> ValueRange | None:
     for index in (place * len(source) // samples for place in range(samples)):
         with contextlib.suppress(CorruptImage, OSError):  # named when its turn comes
             pixels = more_than_8_bits(source.read(index)[0])
-            if pixels is not None:
-                flat = pixels.reshape(-1)[:: max(1, pixels.size // 4096)]
-                finite = flat[np.isfinite(flat)]
+            if pixels is not None and pixels.ndim in (2, 3):
+                some = _spread(pixels)
+                finite = some[np.isfinite(some)]
                 if finite.size:
                     values.append(finite)
     if not values:
         return None
     low, high = np.quantile(np.concatenate(values), (0.001, 0.999), method="nearest").tolist()
-    is_16_bits = all(part.dtype == np.uint16 for part in values)
+    is_16_bits = all(_is_uint16(part) for part in values)
     if high <= low or (is_16_bits and high - low >= 65535 / 4):
         return None
     levels = f"; as they are, these would be {1 + round((high - low) / 257)} of 256 levels" if is_16_bits else ""
     log.warning("pixels lie between %g and %g, measured in %d images%s", low, high, len(values), levels)
     return float(low), float(high)
+
+
+def _spread(pixels: np.ndarray) -> np.ndarray:
+    """The values of up to 4096 pixels, all channels of each: [H, W] or [H, W, C] -> [N]."""
+    step = max(1, -(-pixels.shape[0] * pixels.shape[1] // 4096))
+    while math.gcd(step, pixels.shape[1]) > 1:  # or the same few columns would be taken of each row
+        step += 1
+    return pixels.reshape(pixels.shape[0] * pixels.shape[1], -1)[::step].reshape(-1)
 
 
 @contextlib.contextmanager
@@ -240,9 +249,14 @@ def _to_uint8(pixels: np.ndarray, value_range: ValueRange | None) -> np.ndarray:
         low, high = value_range
         levels = (pixels.astype(np.float64) - low) * (255 / (high - low))
         return np.nan_to_num(levels, nan=0, posinf=255, neginf=0).clip(0, 255).round().astype(np.uint8)
-    if pixels.dtype.kind != "u" or pixels.dtype.itemsize != 2:
+    if not _is_uint16(pixels):
         raise CorruptImage(f"pixels are {pixels.dtype}; only uint8 and uint16 have a known range; give --value_range")
     return ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)  # v/257 rounded: 0 -> 0, 65535 -> 255
+
+
+def _is_uint16(pixels: np.ndarray) -> bool:
+    """In either byte order."""
+    return pixels.dtype.kind == "u" and pixels.dtype.itemsize == 2
 
 
 def _array_to_channels(pixels: np.ndarray, in_chans: int, value_range: ValueRange | None) -> Image.Image | np.ndarray:
@@ -273,7 +287,8 @@ def _read_npy(data: bytes, all_types: bool) -> np.ndarray:
     except (ValueError, KeyError, SyntaxError, TypeError, RecursionError, tokenize.TokenError) as error:
         raise CorruptImage(f"not a readable .npy file ({error})") from error
     if dtype.kind not in ("uif" if all_types else "u"):
-        raise CorruptImage(f"a .npy image holds {dtype}; only uint8 and uint16 have a known range; give --value_range")
+        remedy = "" if dtype.kind not in "uif" else "; give --value_range"
+        raise CorruptImage(f"a .npy image holds {dtype}; only uint8 and uint16 have a known range{remedy}")
     if len(shape) not in (2, 3) or any(type(length) is not int or length < 0 for length in shape):  # NumPy checks less
         raise CorruptImage(f"an image array has shape [H, W] or [H, W, C], not {list(shape)}")
     expected_bytes = math.prod(shape) * dtype.itemsize
@@ -328,6 +343,7 @@ def _read_tiff(data: bytes, in_chans: int) -> np.ndarray:
                 if math.prod(shape) > MAX_PIXELS * (channels := max(4, in_chans)):  # compressed, a file may hold any
                     raise CorruptImage(f"{list(shape)} values are more than the limit of {MAX_PIXELS} × {channels}")
                 pixels = bands.asarray(maxworkers=1)
+                extra = bands[0].extrasamples
     except _TIFFFILE_ERRORS as error:
         if "imagecodecs" in str(error):
             raise CorruptImage(f"a TIFF cannot be read without the package imagecodecs ({error})") from error
@@ -336,4 +352,6 @@ def _read_tiff(data: bytes, in_chans: int) -> np.ndarray:
         raise CorruptImage(f"a TIFF with axes {axes} and shape {list(shape)} is no image of bands")
     if pixels.ndim == 2:
         return pixels
-    return np.moveaxis(pixels, (axes.index("Y"), axes.index("X")), (0, 1))
+    pixels = np.moveaxis(pixels, (axes.index("Y"), axes.index("X")), (0, 1))
+    has_alpha = pixels.shape[2] in (2, 4) and len(extra) == 1 and extra[0] in _ALPHA
+    return pixels[..., :-1] if has_alpha and in_chans in MODES else pixels

@@ -198,7 +198,13 @@ def _finished(folder: Path, settings: dict[str, Any], source: Source) -> list[di
     """Shards that an earlier call has completed, in order; damaged ones and all after them are written again."""
     shards: list[dict[str, Any]] = []
     while (sidecar := _sidecar(folder, f"{len(shards):05}.tar")).exists():
-        shard = json.loads(sidecar.read_text())
+        try:
+            shard = json.loads(sidecar.read_text())
+            if not isinstance(shard, dict) or {"settings", "file", "sha256"} - shard.keys():
+                raise ValueError("it is no entry of a shard")
+        except ValueError as error:
+            log.warning("%s is damaged (%s); writing its shard again", sidecar, error)
+            break
         earlier = {"value_range": None, "labels_sha256": settings["labels_sha256"]}  # versions had no such settings
         before = earlier | shard.pop("settings")
         if before != settings:

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -66,11 +68,12 @@ class ShardSource(Members):
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         index = read_index(folder)
+        numbers = ("keys", "offsets", "sizes", *(["labels"] if index["classes"] is not None else []))
         for shard in index["shards"]:
-            check_shard(folder, shard)
+            check_shard(folder, shard, numbers)
         columns = {
             name: np.concatenate([np.array(shard[name], dtype=np.int64) for shard in index["shards"]])
-            for name in ("keys", "offsets", "sizes", *(["labels"] if index["classes"] is not None else []))
+            for name in numbers
         }
         self._keys, labels = columns["keys"], columns.get("labels")
         if labels is not None and not 0 <= labels.min() <= labels.max() < len(index["classes"]):
@@ -102,13 +105,23 @@ def read_index(folder: Path) -> dict:
         index = json.loads((folder / INDEX).read_text())
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"--data_path: {folder / INDEX} is not JSON ({error})") from error
-    if not isinstance(index, dict) or index.get("format") != FORMAT or not index.get("shards"):
+    shards = index.get("shards") if isinstance(index, dict) and "classes" in index else None
+    if not shards or not isinstance(shards, list) or index.get("format") != FORMAT or not _names(index["classes"]):
         raise ValueError(f"--data_path: {folder / INDEX} is no index of {FORMAT!r}; write it with mae_et prepare")
     return index
 
 
-def check_shard(folder: Path, shard: dict) -> None:
-    """ValueError unless the shard lies in `folder`, has its size, and its images lie inside of it."""
+def _names(classes: Any) -> bool:
+    return classes is None or (isinstance(classes, list) and all(isinstance(name, str) for name in classes))
+
+
+def check_shard(folder: Path, shard: dict, numbers: Sequence[str] = ("offsets", "sizes")) -> None:
+    """ValueError unless the shard lies in `folder`, has its size, and its images lie inside of it.
+
+    numbers: the columns that hold whole numbers.
+    """
+    if not _is_entry(shard, numbers):
+        raise ValueError(f"--data_path: {folder / INDEX} has broken entries; write it with mae_et prepare")
     file = folder / shard["file"]
     if Path(shard["file"]).name != shard["file"]:
         raise ValueError(f"--data_path: {folder / INDEX} names a shard outside of it, {shard['file']!r}")
@@ -121,3 +134,14 @@ def check_shard(folder: Path, shard: dict) -> None:
         raise ValueError(f"--data_path: {folder / INDEX} has broken entries for {shard['file']}")
     if (offsets + sizes).max(initial=0) > shard["bytes"]:
         raise ValueError(f"--data_path: {folder / INDEX} has images beyond the end of {shard['file']}")
+
+
+def _is_entry(shard: Any, numbers: Sequence[str]) -> bool:
+    """Whether it has all that an index says of a shard."""
+    if not isinstance(shard, dict) or {"keys", "offsets", "sizes", "labels"} - shard.keys():
+        return False
+    return (
+        (isinstance(shard.get("file"), str) and isinstance(shard.get("bytes"), int))
+        and all(isinstance(shard[name], list) for name in ("keys", *numbers))
+        and all(type(number) is int and abs(number) < 2**62 for name in numbers for number in shard[name])
+    )

@@ -8,6 +8,7 @@ import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -71,8 +72,8 @@ def _images(file: Path) -> Iterator[tuple[str, str, int, int]]:
         if any(map(is_litter, _steps(member.name))):
             continue
         if member.name.lower().endswith(".tar"):
-            with tarfile.open(fileobj=tar.extractfile(member), mode="r:") as inner:
-                for image in inner:
+            with tar.extractfile(member) as inner:
+                for image, _ in _members(inner, f"{file}[{member.name}]"):
                     if _is_image(image):
                         folder = [Path(member.name).stem, *_steps(image.name)[:-1]][-1]
                         yield image.name, folder, member.offset_data + image.offset_data, image.size
@@ -92,31 +93,45 @@ def _steps(path: str) -> list[str]:
 
 def _natural_key(text: str) -> list[str | int]:
     """For an order in which 9 comes before 10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", text.lower())]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", text.lower())]
 
 
 def regular_members(file: Path) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
     """Members of a tar that are files, in order. ValueError unless it is whole, uncompressed and not sparse."""
     with file.open("rb") as raw:
-        head = raw.read(512)
-        if head.startswith(_COMPRESSED):
-            raise ValueError(f"--data_path: {file} is compressed, and images are read at offsets; unpack it to a .tar")
-        try:
-            with tarfile.open(file, "r:") as tar:
-                # At 0 the archive has no member, and next() of Python 3.10 fails.
-                while tar.offset and (member := tar.next()) is not None:
-                    tar.members.clear()  # or tarfile keeps every header in memory
-                    if tar.offset <= member.offset or member.issparse():
-                        raise tarfile.ReadError(f"{member.name} is sparse or has a negative size")
-                    if member.isreg():
-                        yield member, tar
-                # tarfile takes any broken header for the end, which is really a block of zeros
-                raw.seek(tar.offset)
-                if raw.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                    raise tarfile.ReadError(f"no end mark at byte {tar.offset}")
-        except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
-            what = _kind(head) or str(error)
-            raise ValueError(f"--data_path: {file} is no complete tar ({what})") from error
+        yield from _members(raw, str(file))
+
+
+def _members(raw: BinaryIO, name: str) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
+    """As `regular_members`, of an open file."""
+    head = raw.read(512)
+    if head.startswith(_COMPRESSED):
+        raise ValueError(f"--data_path: {name} is compressed, and images are read at offsets; unpack it to a .tar")
+    raw.seek(0)
+    try:
+        with tarfile.open(fileobj=raw, mode="r:") as tar:
+            # At 0 the archive has no member, and next() of Python 3.10 fails.
+            while tar.offset and (member := tar.next()) is not None:
+                tar.members.clear()  # or tarfile keeps every header in memory
+                if tar.offset <= member.offset or member.issparse():
+                    raise tarfile.ReadError(f"{member.name} is sparse or has a negative size")
+                if member.isreg():
+                    yield member, tar
+            # tarfile takes any broken header for the end, which is really a block of zeros
+            raw.seek(tar.offset)
+            if raw.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError(f"no end mark at byte {tar.offset}")
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
+        if str(error).startswith("--data_path"):
+            raise  # of a tar in it
+        what = _kind(head) or str(error)
+        raise ValueError(f"--data_path: {name} is no complete tar ({what})") from error
+
+
+def read_small(member: tarfile.TarInfo, tar: tarfile.TarFile) -> bytes:
+    """A member's bytes; fewer where the tar is cut short, which the step to the next member finds."""
+    tar.fileobj.seek(member.offset_data)
+    return tar.fileobj.read(member.size)
 
 
 def _kind(head: bytes) -> str:

@@ -24,7 +24,7 @@ import numpy as np
 from ..files import CheckpointError, make_folder, write_text
 from .folders import EXTENSIONS, TRAIN_NAMES, VAL_NAMES, has_word, is_litter, split_word
 from .shards import Members, check_shard, shard_numbers
-from .tars import TAR, regular_members
+from .tars import TAR, read_small, regular_members
 
 log = logging.getLogger(__name__)
 
@@ -192,7 +192,7 @@ def scan(file: Path) -> dict[str, Any]:
         if f".{extension}".endswith(EXTENSIONS):
             images.setdefault(key, {})[extension] = member.name, member.offset_data, member.size
         elif extension in ("cls", "json") and member.size <= MAX_LABEL_BYTES:
-            text = tar.extractfile(member).read().decode(errors="replace")
+            text = read_small(member, tar).decode(errors="replace")
             labels.setdefault(key, {})[extension] = _normal(text) if extension == "cls" else _field(text)
     entry = {"file": file.name, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
     entry |= {"keys": [], "offsets": [], "sizes": [], "labels": []}
