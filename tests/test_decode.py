@@ -257,10 +257,14 @@ def test_the_order_of_bytes_changes_no_range(order):
 
 
 def test_alpha_of_a_tiff_is_not_measured():
-    """Nor counted as a channel."""
+    """Nor counted as a channel; what is not said to be alpha is."""
     pixels = np.dstack([SENTINEL[..., :3], np.full(SENTINEL.shape[:2], 65535, np.uint16)])
     item = tiff(pixels, photometric="rgb", extrasamples=["unassalpha"])
     assert measure_value_range(Items([item]))[1] < 1010 and format_and_channels(item) == ("TIFF", 3)
+    bands = tiff(pixels, photometric="rgb", extrasamples=["unspecified"])  # the fourth may be infrared
+    assert format_and_channels(bands) == ("TIFF", 4)
+    with pytest.raises(CorruptImage, match="--in_chans is 3, but an image array of shape .* has 4"):
+        to_image(bands, 3, (776, 1009))
 
 
 def test_bands_count_towards_the_limit_of_pixels_before_they_are_decompressed(monkeypatch):

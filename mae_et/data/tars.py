@@ -122,8 +122,6 @@ def _members(raw: BinaryIO, name: str) -> Iterator[tuple[tarfile.TarInfo, tarfil
             if raw.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError(f"no end mark at byte {tar.offset}")
     except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
-        if str(error).startswith("--data_path"):
-            raise  # of a tar in it
         what = _kind(head) or str(error)
         raise ValueError(f"--data_path: {name} is no complete tar ({what})") from error
 
