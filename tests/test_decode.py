@@ -263,7 +263,7 @@ def test_alpha_of_a_tiff_is_not_measured():
     assert measure_value_range(Items([item]))[1] < 1010 and format_and_channels(item) == ("TIFF", 3)
     bands = tiff(pixels, photometric="rgb", extrasamples=["unspecified"])  # the fourth may be infrared
     assert format_and_channels(bands) == ("TIFF", 4)
-    with pytest.raises(CorruptImage, match="--in_chans is 3, but an image array of shape .* has 4"):
+    with pytest.raises(CorruptImage, match=r"--in_chans is 3, but an image array of shape .* has 4"):
         to_image(bands, 3, (776, 1009))
 
 
