@@ -369,6 +369,28 @@ def test_a_name_that_begins_with_an_underscore_is_in_the_legends(tmp_path):
         assert sorted(text.get_text().strip() for text in legend.get_texts()) == ["_hidden", "plain"]
 
 
+@pytest.mark.parametrize("lowfreq", ["fourier", "lanczos"])
+def test_legends_lie_within_their_figures(tmp_path, lowfreq):
+    """Also those of families that differ in many flags, and of a folder with a long name."""
+    many = {"lr": 1.25e-4, "opt": "muon", "mask_ratio": 0.85, "clip_grad": 1.5, "lowfreq": lowfreq, "batch_size": 48}
+    for epochs in (1, 2):
+        write_run(tmp_path / f"vanilla-{epochs}e", curriculum="vanilla", epochs=epochs, flops=epochs * 1e12)
+        write_run(tmp_path / f"other-{epochs}e", curriculum="et_pp", epochs=epochs, flops=epochs * 1e12, **many)
+    write_run(tmp_path / f"a {'long ' * 22}name", curriculum="et", flops=1e12)
+    for name, figure in draw_figures(compare(CompareConfig((str(tmp_path),)))).items():
+        figure.canvas.draw()
+        for legend in figure.legends:
+            box = legend.get_window_extent()
+            assert box.x0 >= 0 and box.x1 <= figure.bbox.width and box.y0 >= 0, name
+
+
+def test_many_arms_look_different(tmp_path):
+    for i in range(20):
+        write_run(tmp_path / f"arm{chr(97 + i)}", curriculum="vanilla", lr=1e-4 * (i + 1), flops=1e12)
+    (legend,) = draw_figures(compare(CompareConfig((str(tmp_path),))))["knn-flops"].legends
+    assert len({(line.get_color(), line.get_marker()) for line in legend.get_lines()}) == 20
+
+
 def test_an_out_that_is_a_file_is_named_by_its_flag(tmp_path, capsys):
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from .words import AXIS_LABELS, ONLINE, captions, number
 #: Okabe and Ito's colours, which people with any colour vision can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 MARKERS = "osD^vP*X"
+COLUMN_CHARACTERS = 40
 FIGURE_INCHES = (5.6, 4.2)
 """Small enough for its text to be read on a phone."""
 
@@ -44,7 +46,8 @@ def _draw_quality(report: Mapping, arms: Sequence[Mapping], protocol: str, axis:
     families = list(dict.fromkeys(arm["family"] for arm in arms if protocol in arm["quality"]))
     ticks = []
     for i, family in enumerate(families):
-        colour, marker, points = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], []
+        turn, place = divmod(i, len(COLOURS))  # each turn, a colour has another marker
+        colour, marker, points = COLOURS[place], MARKERS[(place + turn) % len(MARKERS)], []
         members = [arm for arm in arms if arm["family"] == family and protocol in arm["quality"]]
         for arm in members:
             cost = arm["flops"] if axis == "flops" else arm["seconds"]["mean"]
@@ -68,13 +71,20 @@ def _draw_quality(report: Mapping, arms: Sequence[Mapping], protocol: str, axis:
     plot.set_xlabel(AXIS_LABELS[axis])
     plot.set_ylabel(f"{protocol}, top-1 %")
     plot.grid(alpha=0.25)
-    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    _legend(figure)
     return figure
+
+
+def _legend(figure: Figure) -> None:
+    """Below the plot, in two columns where the names fit into them."""
+    names = figure.axes[0].get_legend_handles_labels()[1]
+    columns = 1 if any(len(name) > COLUMN_CHARACTERS for name in names) else 2
+    figure.legend(loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
 
 
 def _shown(name: str) -> str:
     """A name in a legend, from which matplotlib leaves out those that begin with an underscore."""
-    return f" {name}" if name.startswith("_") else name
+    return textwrap.fill(f" {name}" if name.startswith("_") else name, 2 * COLUMN_CHARACTERS, drop_whitespace=False)
 
 
 def _draw_loss(arms: Sequence[Mapping]) -> Figure:
@@ -97,7 +107,7 @@ def _draw_loss(arms: Sequence[Mapping]) -> Figure:
     axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     axis.yaxis.set_minor_formatter(FuncFormatter(lambda v, _: f"{v:.2g}"))
     axis.grid(alpha=0.25, which="both")
-    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    _legend(figure)
     return figure
 
 
@@ -112,7 +122,7 @@ def _draw_online(arms: Sequence[Mapping], name: str) -> Figure:
     plot.set_xlabel(AXIS_LABELS["flops"])
     plot.set_ylabel(ONLINE[name] + (", top-1 %" if name.startswith("knn") else ""))
     plot.grid(alpha=0.25)
-    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    _legend(figure)
     return figure
 
 
