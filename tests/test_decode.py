@@ -390,6 +390,8 @@ def test_a_range_that_the_type_tells_is_not_measured(caplog):
         assert measure_value_range(Items([FORMATS[name]] * 3)) is None
     assert measure_value_range(Items([b"broken"])) is measure_value_range(Items([])) is None
     assert measure_value_range(Items([np.full((4, 4), np.nan, np.float32)])) is None
+    for shape in ((0, 4), (4, 0), (4, 4, 0), (4,), (2, 2, 2, 2)):  # no images
+        assert measure_value_range(Items([np.ones(shape, np.float32)])) is None
     assert measure_value_range(Items([np.full((4, 4), 900, np.uint16)])) is None  # of a constant nothing can be made
     assert not caplog.records
 

@@ -110,7 +110,7 @@ def measure_value_range(source: Source, samples: int = 64) -> ValueRange | None:
     for index in (place * len(source) // samples for place in range(samples)):
         with contextlib.suppress(CorruptImage, OSError):  # named when its turn comes
             pixels = more_than_8_bits(source.read(index)[0])
-            if pixels is not None and pixels.ndim in (2, 3):
+            if pixels is not None and pixels.ndim in (2, 3) and pixels.size:
                 some = _spread(pixels)
                 finite = some[np.isfinite(some)]
                 if finite.size:
@@ -343,7 +343,7 @@ def _read_tiff(data: bytes, in_chans: int) -> np.ndarray:
                 if math.prod(shape) > MAX_PIXELS * (channels := max(4, in_chans)):  # compressed, a file may hold any
                     raise CorruptImage(f"{list(shape)} values are more than the limit of {MAX_PIXELS} × {channels}")
                 pixels = bands.asarray(maxworkers=1)
-                extra = bands[0].extrasamples
+                extra = bands.keyframe.extrasamples
     except _TIFFFILE_ERRORS as error:
         if "imagecodecs" in str(error):
             raise CorruptImage(f"a TIFF cannot be read without the package imagecodecs ({error})") from error
