@@ -136,8 +136,10 @@ def jobs_of(study: dict[str, Any], config: StudyConfig, data_path: str | None) -
                 origin = changes.get("like", ""), changes.get("branch", "")
                 jobs.append(Job(name, seed, flags[name] if pretrains else {}, results, *origin))
 
-    def trunks(name: str) -> int:
-        return 1 + trunks(arms[name]["branch"]) if "branch" in arms[name] else 0
+    def trunks(name: str, before: tuple[str, ...] = ()) -> int:
+        if name in before:
+            raise ValueError(f"{config.study}: branch: {' of '.join([*before, name])}: an arm can't begin with itself")
+        return 1 + trunks(arms[name]["branch"], (*before, name)) if "branch" in arms[name] else 0
 
     # Runs that others are compared with first; `like` and `branch` need the run they name.
     return sorted(jobs, key=lambda job: (job.seed, bool(job.like), trunks(job.arm)))
@@ -344,7 +346,8 @@ def main() -> None:
     for i in range(config.jobs):
         free.put(cores[i * share : (i + 1) * share] or cores)
 
-    done, trunks = {job.name: Event() for job in jobs}, {job.branch for job in jobs}
+    done = {job.name: Event() for job in jobs}
+    trunks = {changes.get("branch") for changes in study["arms"].values() if changes}  # of all arms, run now or not
 
     def work(job: Job) -> str:
         if trunk := done.get(replace(job, arm=job.branch).name if job.branch else ""):

@@ -130,6 +130,9 @@ def test_a_branch_comes_after_its_trunk(harness):
     arms["b"]["branch"] = "e"
     with pytest.raises(ValueError, match=r"x.yaml: branch: no arm 'e' in x.yaml; choose from b, c, a, d"):
         harness.jobs_of(study, harness.StudyConfig(Path("x.yaml")), None)
+    arms["b"]["branch"] = "c"
+    with pytest.raises(ValueError, match=r"x.yaml: branch: b of c of b: an arm can't begin with itself"):
+        harness.jobs_of(study, harness.StudyConfig(Path("x.yaml")), None)
 
 
 def test_two_evaluations_that_write_the_same_result_are_refused(harness):
@@ -207,6 +210,10 @@ def test_a_study_runs_keeps_its_results_and_goes_on(harness, monkeypatch, tmp_pa
         assert longer[0] == plain[0] and longer[1]["steps"] == plain[0]["steps"]
     left = [path.name for path in (tmp_path / "out").iterdir() if path.is_dir()]
     assert left == ["plain-seed0"]  # a branch of which may still come
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--arms", "plain"])
+    harness.main()
+    assert (tmp_path / "out" / "plain-seed0").exists()
+    monkeypatch.setattr(sys, "argv", sys.argv[:-2])
     report = json.loads((kept / "report.json").read_text())
     costs = {arm["name"]: arm["flops"] for arm in report["arms"]}
     assert costs["grown"] == pytest.approx(costs["plain"], rel=0.15)  # five steps: whole ones
