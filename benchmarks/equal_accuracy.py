@@ -12,7 +12,7 @@ A study is a YAML file:
       equal steps: {curriculum: et_pp, match_flops: vanilla T, match_steps: vanilla T}   # … and its steps, by the batch
       from scratch: {pretrain: false, like: vanilla T}        # fine-tuned from random weights, probed as they are
       longer: {branch: vanilla T, curriculum: custom, …}      # goes on where another arm's run of the same seed ended
-    evaluate: [{linear_probe: true}, {knn: true}, {train_images: 6000, epochs: 5}]   # flags of main_finetune.py
+    evaluate: [{linear_probe: true, knn: true}, {train_images: 6000, epochs: 5}]   # flags of main_finetune.py's calls
     holdout: 10000         # optional: judge on the last 10,000 training images instead of the test images (IDX files)
     beside: [fashion_mnist/vanilla*]                          # optional: runs of other studies, to compare with
 
@@ -128,8 +128,9 @@ def jobs_of(study: dict[str, Any], config: StudyConfig, data_path: str | None) -
     for name, changes in arms.items():
         pretrains = changes.get("pretrain", True)
         evaluations = tuple(changes.get("evaluate", study["evaluate"]))
-        results = {f"eval-{protocol(evaluation)}.json": evaluation for evaluation in evaluations}
-        if len(results) < len(evaluations):
+        written = [(f"eval-{name}.json", evaluation) for evaluation in evaluations for name in protocols(evaluation)]
+        results = dict(written)
+        if len(results) < len(written):
             raise ValueError(f"{config.study}: two evaluations write the same result of {', '.join(results)}")
         for seed in changes.get("seeds", study["seeds"]):
             if (not config.arms or name in config.arms) and (not config.seeds or seed in config.seeds):
@@ -215,9 +216,10 @@ def without_places(text: str, config: StudyConfig) -> str:
     return text
 
 
-def protocol(flags: dict[str, Any]) -> str:
-    """Names the result of an evaluation."""
-    return from_dict(FinetuneConfig, flags | {"finetune": "x"}, "study").protocol
+def protocols(flags: dict[str, Any]) -> list[str]:
+    """Name the results of an evaluation: one, or two of `{linear_probe: true, knn: true}`."""
+    config = from_dict(FinetuneConfig, flags | {"finetune": "x"}, "study")
+    return [each.protocol for each in config.probes or (config,)]
 
 
 def script(name: str, words: list[str], log: Path, cores: list[int]) -> str:

@@ -143,6 +143,16 @@ def test_two_evaluations_that_write_the_same_result_are_refused(harness):
     study["evaluate"] = [knn, knn | {"global_pool": True}]
     (job,) = harness.jobs_of(study, harness.StudyConfig(Path("x.yaml")), None)
     assert list(job.evaluations) == ["eval-knn.json", "eval-knn-mean.json"]
+    study["evaluate"] = [knn | {"linear_probe": True}, knn]
+    with pytest.raises(ValueError, match="two evaluations write the same result"):
+        harness.jobs_of(study, harness.StudyConfig(Path("x.yaml")), None)
+
+
+def test_two_probes_in_one_call_are_two_results(harness):
+    study = {"flags": {"recipe": "demo"}, "seeds": [0], "arms": {"a": {}}}
+    study["evaluate"] = [{"knn": True, "linear_probe": True}]
+    (job,) = harness.jobs_of(study, harness.StudyConfig(Path("x.yaml")), None)
+    assert list(job.evaluations) == ["eval-knn.json", "eval-linear_probe.json"]
 
 
 def one_real_script(script, name, words, log, cores):
@@ -155,7 +165,7 @@ def one_real_script(script, name, words, log, cores):
 
 @pytest.mark.long
 def test_a_study_runs_keeps_its_results_and_goes_on(harness, monkeypatch, tmp_path):
-    probe = {"knn": True, "k": 3, "train_images": 34, "eval_images": 34, "num_workers": 0}
+    probe = {"knn": True, "linear_probe": True, "k": 3, "train_images": 34, "eval_images": 34, "num_workers": 0}
     study = {
         "flags": {
             "recipe": "demo",
@@ -199,10 +209,13 @@ def test_a_study_runs_keeps_its_results_and_goes_on(harness, monkeypatch, tmp_pa
     kept = tmp_path / "kept"
     assert not any(path.is_dir() for path in kept.iterdir())
     with zipfile.ZipFile(kept / "runs.zip") as archive:
-        of_a_run = ("config.yaml", "environment.json", "eval-knn-34-of-34.json", "ledger.json", "metrics.jsonl")
+        results = [f"eval-{probe}-34-of-34.json" for probe in ("knn", "linear_probe")]
+        of_a_run = ["config.yaml", "environment.json", *results, "ledger.json", "metrics.jsonl"]
         assert [name for name in archive.namelist() if "grown" in name] == [f"grown-seed0/{name}" for name in of_a_run]
         texts = [archive.read(name).decode() for name in archive.namelist()]
         assert any("grown-seed0.yaml" in text for text in texts)
+        log = (tmp_path / "out" / "grown-seed0.log").read_text()
+        assert log.count("$ python main_finetune.py") == 1  # of both probes
         assert [t for t in texts for place in (ROOT, tmp_path / "out") if str(place) in t] == []
         longer, plain = (
             json.loads(archive.read(f"{name}-seed0/ledger.json"))["stages"] for name in ("longer", "plain")
