@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tarfile
 import types
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -906,6 +907,35 @@ def test_subsets_are_balanced_nested_and_reproducible(labels, data, seed):
     assert images == [subset(source, size, seed).read(i)[0] for i in range(size)]
     larger = subset(source, data.draw(st.integers(size, len(labels))), seed)
     assert set(images) <= {larger.read(i)[0] for i in range(len(larger))}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.sampled_from([-1, 0, 1, 2, 2, 2, 2, 5]), min_size=1, max_size=80), st.data(), st.integers(0, 9))
+def test_proportional_subsets_give_every_class_its_share(labels, data, seed):
+    source = Numbers(labels)
+    size = data.draw(st.integers(1, len(labels)))
+    part, larger = (subset(source, n, seed, proportional=True) for n in (size, min(size + 1, len(labels))))
+    assert len(part) == size == len(np.unique(part.indices)) and set(part.indices) <= set(larger.indices)
+    # Webster's apportionment: nobody's last seat is dearer than anybody's next one
+    seats, classes = Counter(part.labels.tolist()), Counter(labels)
+    last = max((seats[c] - 0.5) / classes[c] for c in classes)
+    following = min((seats[c] + 0.5) / classes[c] for c in classes)
+    assert last <= following
+    if len(set(classes.values())) == 1:
+        assert np.array_equal(part.indices, subset(source, size, seed).indices)
+
+
+def test_what_is_held_out_has_the_shares_of_the_classes(tmp_path):
+    """Equally many of each class would take a rare one out of training, and judge by a mixture that is nowhere else."""
+    for name, images in (("rare", 3), ("common", 57)):
+        for i in range(images):
+            write_image(tmp_path / "train" / name / f"{i}.png")
+    held_out, others = (open_source(tmp_path, split, holdout=20) for split in ("val", "train"))
+    assert [Counter(s.labels.tolist()) for s in (held_out, others)] == [{0: 19, 1: 1}, {0: 38, 1: 2}]
+    part = open_labelled(str(tmp_path), "val", 20, seed=0, holdout=40)  # --eval_images 20
+    assert Counter(part.labels.tolist()) == {0: 19, 1: 1}
+    part = open_labelled(str(tmp_path), "train", 20, seed=0)  # --train_images 20: as many of each
+    assert Counter(part.labels.tolist()) == {0: 17, 1: 3}
 
 
 def test_subsets_depend_on_the_seed_and_need_no_labels():

@@ -49,7 +49,9 @@ class Augmentation:
 
 
 def open_labelled(data_path: str, split: str, num_images: int | None, seed: int, holdout: int = 0) -> Source:
-    """A split with labels, or `num_images` of it with balanced classes. ValueError if there are no labels.
+    """A split with labels, or `num_images` of it. ValueError if there are no labels.
+
+    num_images: of "train" equally many of each class, of "val", which is to stand for the whole, the same share.
 
     holdout: as :func:`open_source` has it.
     """
@@ -65,7 +67,7 @@ def open_labelled(data_path: str, split: str, num_images: int | None, seed: int,
     if num_images > len(source):
         flag = "--train_images" if split == "train" else "--eval_images"
         raise ValueError(f"{flag} {num_images}: {data_path} ({split}) has {len(source)}")
-    return subset(source, num_images, derive_seed(seed, "subset", split))
+    return subset(source, num_images, derive_seed(seed, "subset", split), proportional=split != "train")
 
 
 class TrainCrops(Dataset):

@@ -71,7 +71,7 @@ def open_source(data_path: str | os.PathLike[str], split: str = "train", holdout
 
     Names of 1 and 2 that are also paths are refused: ./photos is the folder, photos: (with a colon) the data set.
 
-    holdout: so many training images, equally many of each class, are "val" instead, and not in "train".
+    holdout: so many training images, the same share of each class, are "val" instead, and not in "train".
 
     Raises FileNotFoundError for what is missing and ValueError for what cannot be used, in one line.
     """
@@ -166,15 +166,16 @@ def split_off(source: Source, holdout: int, data_path: str | os.PathLike[str]) -
     """(the held-out images, the others), always the same ones. ValueError if none would be left."""
     if not 0 < holdout < len(source):
         raise ValueError(f"--holdout {holdout}: {data_path} has {len(source)} training images, and some must be left")
-    held_out = subset(source, holdout, HOLDOUT_SEED)
+    held_out = subset(source, holdout, HOLDOUT_SEED, proportional=True)
     return held_out, Subset(source, np.setdiff1d(np.arange(len(source)), held_out.indices))
 
 
-def subset(source: Source, num_images: int, seed: int) -> Subset:
+def subset(source: Source, num_images: int, seed: int, proportional: bool = False) -> Subset:
     """`num_images` images of `source`, the same ones for the same seed.
 
     With labels every class gives equally many (one more or less where it does not divide; classes that run out leave
-    their share to the others). A smaller subset with the same seed is contained in a larger one.
+    their share to the others), or `proportional` to what it has. The same where classes are equally large. A smaller
+    subset with the same seed is contained in a larger one.
     """
     if not 1 <= num_images <= len(source):
         raise ValueError(f"a subset of {num_images} images is asked for; this source has 1..{len(source)} to give")
@@ -183,8 +184,10 @@ def subset(source: Source, num_images: int, seed: int) -> Subset:
         labels = source.labels[order]
         by_class = np.argsort(labels, kind="stable")
         _, first, counts = np.unique(labels[by_class], return_index=True, return_counts=True)
-        turn = np.empty(len(order), dtype=np.int64)  # the how-many-th image of its class each one is
+        turn = np.empty(len(order))  # the how-many-th image of its class each one is, or after what share of the class
         turn[by_class] = np.arange(len(order)) - np.repeat(first, counts)
+        if proportional:
+            turn[by_class] = (turn[by_class] + 0.5) / np.repeat(counts, counts)
         order = order[np.argsort(turn, kind="stable")]  # all first images, then all second ones, ...
     return Subset(source, np.sort(order[:num_images]))
 

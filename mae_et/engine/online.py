@@ -47,7 +47,7 @@ class OnlineProbe:
         source = open_source(config.data_path, "val", config.holdout)
         if len(source) < max(2, run.rt.world_size):
             raise ValueError(f"--probe_every: --holdout {config.holdout} is too few images; give a hundred or more")
-        source = subset(source, min(len(source), MAX_IMAGES), seed=0)
+        source = subset(source, min(len(source), MAX_IMAGES), seed=0, proportional=True)
         size_px = height_width(config.input_size)
         pixels = config.in_chans, default_crop_pct(size_px), run.value_range
         self.crops = EvalCrops(source, size_px, *pixels, damaged_limit=config.damaged_limit)

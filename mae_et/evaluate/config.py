@@ -197,8 +197,8 @@ class LabelledDataFlags(DataFlags):
     data_path: Annotated[str, IMAGES] = ""
     """Folder with train/ and val/, of IDX files, wds/…, a timm dataset name, or photos; default: pretraining's."""
     holdout: Annotated[int, DATA, NOT_NEGATIVE] = 0
-    """Evaluate on so many training images, always the same ones, which are not trained on, instead of the test images;
-    pretrain with the same --holdout."""
+    """Evaluate on so many training images, the same share of each class and always the same ones, instead of the test
+    images, and don't train on them; pretrain with the same --holdout."""
     mean: Annotated[tuple[float, ...] | None, DATA] = None
     """Mean per channel in [0, 1]; default: the pretraining's, else ImageNet's."""
     std: Annotated[tuple[float, ...] | None, DATA] = None
@@ -206,7 +206,7 @@ class LabelledDataFlags(DataFlags):
     train_images: Annotated[int | None, DATA, POSITIVE] = None
     """Use only so many labelled images, equally many of each class, the same ones for the same seed."""
     eval_images: Annotated[int | None, EVALUATION, POSITIVE] = None
-    """Evaluate on only so many images, chosen likewise."""
+    """Evaluate on only so many images, the same share of each class, the same ones for the same seed."""
     crop_pct: Annotated[float | None, EVALUATION, SHARE_ABOVE_0] = None
     """Centre crop in evaluation; default: 0.875 from 96 to 224 px, as MAE has it at 224; 1 for other sizes."""
 
