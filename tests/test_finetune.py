@@ -409,6 +409,14 @@ def test_judging_on_what_pretraining_has_seen_is_said(run: Path, caplog: pytest.
     assert not caplog.text
 
 
+@pytest.mark.parametrize(("every", "ends"), [(1, [3, 7, 10, 14]), (2, [7, 14]), (3, [10, 14]), (0.01, range(1, 15))])
+def test_evaluations_are_at_the_steps_nearest_to_whole_epochs(run: Path, every: float, ends: list[int]) -> None:
+    """24 images in batches of 7 are 3.43 steps an epoch: every third step would be one evaluation more, and drift."""
+    finetune(FinetuneConfig(finetune=str(run), **QUICK | {"batch_size": 7, "epochs": 4, "eval_epochs": every}))
+    lines = [json.loads(line) for line in (run / "finetune/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] + 1 for line in lines] == list(ends)
+
+
 def test_the_loss_that_is_reported_is_the_mean_since_the_last_evaluation(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

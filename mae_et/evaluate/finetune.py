@@ -158,7 +158,7 @@ def train(
         if run.ema:
             run.ema.update(run.model)
         run.step += 1
-        evaluation = run.step % run.steps_per_evaluation == 0 or run.finished
+        evaluation = run.evaluation_is_due
         due = cadence.after(run.step, save=evaluation, stopping=stop.requested)
         stopping, data_seconds = False, 0.0
         if due.look:

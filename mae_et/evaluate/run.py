@@ -106,9 +106,10 @@ class FinetuneRun(Run):
         return self.config.micro_batch
 
     @property
-    def steps_per_evaluation(self) -> int:
-        images = self.config.eval_epochs * self.curriculum.num_images
-        return max(1, round(images / self.curriculum.stages[0].batch_size))
+    def evaluation_is_due(self) -> bool:
+        """After the step nearest to each multiple of --eval_epochs, and at the end."""
+        per_step = self.curriculum.stages[0].batch_size / (self.config.eval_epochs * self.curriculum.num_images)
+        return self.finished or int((self.step + 0.5) * per_step) > int((self.step - 0.5) * per_step)
 
     def micro_loss(self, batch: tuple[Tensor, Tensor], stage: Stage, rows: range) -> Tensor:
         images, labels = (tensor.to(self.rt.device, non_blocking=True) for tensor in batch)
