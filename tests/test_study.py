@@ -155,8 +155,9 @@ def test_two_probes_in_one_call_are_two_results(harness):
     assert list(job.evaluations) == ["eval-knn.json", "eval-linear_probe.json"]
 
 
-def one_real_script(script, name, words, log, cores):
+def one_real_script(script, calls, name, words, log, cores):
     """The first arm by the script itself, others by what it calls, which need not wait for torch to load."""
+    calls.append(name)
     if log.name.startswith("plain"):
         return script(name, words, log, cores)
     in_a_process(log, getattr(cli, Path(name).stem), words)
@@ -204,7 +205,8 @@ def test_a_study_runs_keeps_its_results_and_goes_on(harness, monkeypatch, tmp_pa
     command = ["equal_accuracy.py", str(tmp_path / "study.yaml"), "--discard"]
     monkeypatch.setattr(sys, "argv", [*command, "--out", str(tmp_path / "out"), "--keep", str(tmp_path / "kept")])
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(harness, "script", partial(one_real_script, harness.script))
+    calls = []
+    monkeypatch.setattr(harness, "script", partial(one_real_script, harness.script, calls))
     harness.main()
     kept = tmp_path / "kept"
     assert not any(path.is_dir() for path in kept.iterdir())
@@ -214,8 +216,7 @@ def test_a_study_runs_keeps_its_results_and_goes_on(harness, monkeypatch, tmp_pa
         assert [name for name in archive.namelist() if "grown" in name] == [f"grown-seed0/{name}" for name in of_a_run]
         texts = [archive.read(name).decode() for name in archive.namelist()]
         assert any("grown-seed0.yaml" in text for text in texts)
-        log = (tmp_path / "out" / "grown-seed0.log").read_text()
-        assert log.count("$ python main_finetune.py") == 1  # of both probes
+        assert calls.count("main_finetune.py") == 1  # of both probes
         assert [t for t in texts for place in (ROOT, tmp_path / "out") if str(place) in t] == []
         longer, plain = (
             json.loads(archive.read(f"{name}-seed0/ledger.json"))["stages"] for name in ("longer", "plain")

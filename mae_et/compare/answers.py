@@ -50,7 +50,7 @@ def equal_compute(arm: Arm, baseline: Sequence[Arm], protocol: str, axis: str) -
     quality, cost = statistics.fmean(arm.quality(protocol)), arm.cost(axis)
     curve, at = _answering(baseline, protocol, axis, lambda curve: interpolate(*_means(curve), cost))
     row = {"arm": arm.name, "protocol": protocol, "axis": axis, "cost": cost}
-    row |= _counted(arm, baseline, protocol, axis, curve)
+    row |= _counted(arm, baseline, protocol, axis, _around(curve, cost))
     row |= {"quality": quality, "baseline_quality": at, "difference": None, "interval": None, "nearest": None}
     if at is None:
         return row | {"nearest": _nearest(arm.quality(protocol), cost, curve)} if curve else row
@@ -113,7 +113,7 @@ def not_ranked(arms: Sequence[Arm]) -> str:
 
 
 def _counted(arm: Arm, baseline: Sequence[Arm], protocol: str, axis: str, curve: Sequence[Point]) -> dict[str, Any]:
-    """Seeds of the arm and of the baseline's arm that has fewest, and why the costs are not firm enough to rank by."""
+    """Seeds of the arm, of that arm of the curve that has fewest, and why the costs are not firm enough to rank by."""
     why = "" if axis == "flops" else not_ranked([arm, *baseline])
     seeds = min((len(values) for _, values in curve), default=0)
     return {"n": len(arm.quality(protocol)), "baseline_n": seeds, "not_ranked": why}
@@ -144,6 +144,15 @@ def _best(points: Sequence[Point]) -> list[Point]:
         elif statistics.fmean(values) > statistics.fmean(curve[-1][1]):
             curve[-1] = cost, values
     return curve
+
+
+def _around(curve: Sequence[Point], cost: float) -> Sequence[Point]:
+    """The arms that decide the curve's quality at a cost: one that costs as much (1 % is rounding), else neighbours."""
+    for point in curve:
+        if point[0] * 0.99 <= cost <= point[0] * 1.01:
+            return [point]
+    above = sum(c < cost for c, _ in curve)
+    return curve[max(0, above - 1) : above + 1]
 
 
 def _means(curve: Sequence[Point]) -> tuple[list[float], list[float]]:
