@@ -19,7 +19,7 @@ from .engine import run_folder
 from .plan.config import PretrainConfig
 from .plan.cost import Ledger
 from .plan.flags import from_dict, names, to_dict
-from .plan.shapes import ModelShape, SizePx, as_size, show_size
+from .plan.shapes import ModelShape, SizePx, as_size, height_width, show_size
 from .record import WeightsRecord, to_timm
 
 log = logging.getLogger(__name__)
@@ -87,17 +87,20 @@ def _use(name: str, shape: ModelShape, outputs: int) -> str:
         if outputs
         else f"features = model(images)  # [1, {shape.embed_dim}]"
     )
-    convert = {1: '.convert("L")', 3: '.convert("RGB")'}.get(shape.in_chans, "")
+    colours, (height, width) = {1: "L", 3: "RGB"}.get(shape.in_chans), height_width(shape.img_size)
+    load = f"""transform = timm.data.create_transform(**config, is_training=False)
+images = transform(Image.open("image.jpg").convert("{colours}"))[None]"""
+    if colours is None:  # no picture of Pillow
+        load = f"images = torch.zeros(1, {shape.in_chans}, {height}, {width})  # yours, normalised as below"
     return f"""## Use
 
 ```python
 import timm
-from PIL import Image
+{"from PIL import Image" if colours else "import torch"}
 
 model = timm.create_model("{name}", pretrained=True).eval()
 config = timm.data.resolve_model_data_config(model)  # size, mean, std, interpolation and crop of this model
-transform = timm.data.create_transform(**config, is_training=False)
-images = transform(Image.open("image.jpg"){convert})[None]
+{load}
 {result}
 tokens = model.forward_features(images)  # [1, 1 + {shape.num_patches}, {shape.embed_dim}]: class token, patches
 ```
@@ -157,16 +160,28 @@ def _costs(text: str) -> str:
 
 
 def _evaluations(run: Path, config: PretrainConfig | None) -> str:
-    rows = [_told(path, partial(_evaluation, config=config)) for path in sorted(run.glob("eval-*.json"))]
+    steps = _told(run / run_folder.LEDGER, lambda text: Ledger.from_state_dict(json.loads(text)).total.steps)
+    rows = [
+        _told(path, partial(_evaluation, name=path.name, config=config, steps=steps))
+        for path in sorted(run.glob("eval-*.json"))
+    ]
     if not any(rows):
         return "## Evaluation\n\nNone is recorded in the run folder.\n"
     return "## Evaluation\n\n| protocol | top-1 | held-out images |\n|---|---|---|\n" + "".join(rows)
 
 
-def _evaluation(text: str, config: PretrainConfig | None) -> str:
-    """Its rows; with the images, where they are not the test images of the pretraining's data."""
+def _evaluation(text: str, name: str, config: PretrainConfig | None, steps: int | str) -> str:
+    """Its rows; with the images, where they are not the test images of the pretraining's data.
+
+    "" for one of weights of another step than the run's last one, which are not those of the card.
+    """
     found = json.loads(text)
     if "top1" not in found:
+        return ""
+    if found.get("step") is not None and steps and found["step"] != steps:
+        log.warning(
+            "%s is of the weights after step %d of %d, and left out of the model card", name, found["step"], steps
+        )
         return ""
     flags = found.get("flags") or {}
     protocol = PROTOCOLS.get(found["protocol"].partition("-")[0], found["protocol"])

@@ -27,7 +27,7 @@ from .engine.storage import local_file, read, save, save_safetensors
 from .export import DECODER, PREDICTS_KEY, Exported, write_facebook, write_huggingface, write_timm
 from .files import CheckpointError, CorruptCheckpoint, kept, load_intact, load_newest
 from .interop import METADATA_KEY
-from .plan.shapes import ModelShape, choice, target_dim
+from .plan.shapes import ModelShape, choice, of_file, target_dim
 from .plan.shared import default_statistics
 from .record import RECORD_KEY, WeightsRecord
 from .wrappers import unwrap
@@ -204,7 +204,7 @@ def _read_weights(path: Path, encoder_only: bool, num_heads: int | None) -> Pret
     state = _without_decoder(state) if encoder_only else state
     with prefix_errors(path):
         ours = state if "encoder.cls_token" in state else interop.from_facebook(state)
-        shape = ModelShape(**(stored_shape or interop.infer_shape(ours, num_heads)))
+        shape = of_file(ModelShape, stored_shape or interop.infer_shape(ours, num_heads), "its shape")
     if not (stored_shape or num_heads):
         heads, width = shape.num_heads, shape.embed_dim // shape.num_heads
         log.warning(
@@ -288,7 +288,7 @@ def _read_huggingface(folder: Path, encoder_only: bool, weights: Path | None = N
         is_vit = config.get("model_type") == "vit"
         shape = interop.shape_from_huggingface_config(config | ({"model_type": "vit_mae"} if is_vit else {}))
         shape = ModelShape(**shape | {"norm_eps": config.get("layer_norm_eps", HF_NORM_EPS)})
-    state, _ = read(weights)
+    state, metadata = read(weights)
     head = {k.replace("classifier.", "head."): t for k, t in state.items() if k.startswith("classifier.")}
     state = {k: t for k, t in state.items() if not (is_vit and k.startswith(("classifier.", "vit.pooler.", "pooler.")))}
     with prefix_errors(weights):
@@ -296,6 +296,7 @@ def _read_huggingface(folder: Path, encoder_only: bool, weights: Path | None = N
     decoder, facts, beside = interop.has_decoder(ours), WeightsRecord(), folder / "preprocessor_config.json"
     if beside.is_file():
         facts = records.from_preprocessor(_read_json(beside), str(beside), shape.in_chans)
+    facts = facts.completed_by(WeightsRecord.of(json.loads(metadata.get(RECORD_KEY, "{}")), str(weights)))
     if head:
         facts = replace(facts, classes=records.labels_of_huggingface(config), pooled=False)
     origin = f"transformers {'ViT' if is_vit else 'ViTMAE'} folder {folder}"
@@ -330,7 +331,8 @@ def _download(name: str) -> Pretrained:
 def _complete(shape: Mapping, state: Mapping[str, Tensor]) -> ModelShape:
     """A shape that leaves out what equals a default of `MaskedAutoencoder`, with what the weights say about it."""
     heads = shape.get("num_heads"), shape.get("decoder_num_heads")
-    return ModelShape(**interop.infer_shape(state, *heads, shape.get("img_size")) | dict(shape))
+    stated = interop.infer_shape(state, *heads, shape.get("img_size")) | dict(shape)
+    return of_file(ModelShape, stated, "its shape")
 
 
 def _without_decoder(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -71,10 +71,11 @@ def _finetune(argv: list[str]) -> None:
 
 
 def _plan(argv: list[str]) -> None:
+    from .plan.config import PretrainConfig
     from .plan.report import PlanConfig, plan_report, plan_summary, plan_table, scaling_table
 
     config = parse(PlanConfig, argv, default_recipe="demo", prog="mae_et plan")
-    if _printed(config):
+    if _printed(PretrainConfig(**{f.name: getattr(config, f.name) for f in fields(PretrainConfig)})):
         return
     from .data.sources import count_images
 

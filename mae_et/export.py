@@ -133,6 +133,7 @@ def write_huggingface(weights: Exported, out: Path) -> None:
         config = interop.huggingface_config(weights.stored_shape, weights.norm_pix_loss)
         tensors = interop.to_huggingface(weights.state, shape.img_size)
     make_folder(out, "--out")
-    save_safetensors(tensors, out / "model.safetensors")
+    unsaid = json.dumps(WeightsRecord(value_range=facts.value_range).to_dict())  # transformers has no word for it
+    save_safetensors(tensors, out / "model.safetensors", {RECORD_KEY: unsaid})
     write_text(out / "config.json", json.dumps(config, indent=2))
     write_text(out / "preprocessor_config.json", json.dumps(record.to_preprocessor(facts, shape), indent=2))

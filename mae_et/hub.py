@@ -48,7 +48,11 @@ def push(folder: Path, repository: str) -> str:
 
     try:
         name = huggingface_hub.create_repo(repository, repo_type="model", exist_ok=True).repo_id
-        huggingface_hub.upload_folder(repo_id=name, folder_path=folder, allow_patterns=list(FILES))
+        # A decoder of an earlier export belongs to other weights.
+        others = None if (folder / "decoder").exists() else ["decoder/*"]
+        huggingface_hub.upload_folder(
+            repo_id=name, folder_path=folder, allow_patterns=list(FILES), delete_patterns=others
+        )
     except _errors() as error:
         raise CheckpointError(f"--push {repository}: {_reason(error)}; {folder} is written") from error
     return f"{HUB}{name}"

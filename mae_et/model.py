@@ -23,6 +23,9 @@ from torch.utils.checkpoint import checkpoint
 from .plan.shapes import ModelShape, grid_of, height_width, model_shape
 from .targets import take_patches
 
+TABLE_TOLERANCE = 4e-3
+"""Twice what rounding to bfloat16 changes in sines and cosines."""
+
 
 class Output(NamedTuple):
     """What a masked forward pass returns."""
@@ -78,7 +81,7 @@ class MaskedAutoencoder(nn.Module):
         self.decoder_norm = norm(width)
         self.decoder_pred = nn.Linear(width, shape.target_dim)
         self._tables: dict[tuple, tuple[Tensor, Tensor]] = {}
-        self.register_load_state_dict_post_hook(lambda model, _: model._tables.clear())
+        self.register_load_state_dict_post_hook(_forget_tables)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -198,26 +201,37 @@ class MaskedAutoencoder(nn.Module):
         weights may bring, is interpolated.
         """
         stored = self.encoder.pos_embed
-        key = (grid, stored.device)
+        key = (grid, stored.device, stored.dtype)
         if key not in self._tables:
-            coordinates = grid if self.own_positions else self.grid
-            decoder = sincos_table(self.decoder_embed_dim, grid, coordinates)[None].to(stored.device)
-            if grid == self.grid:
-                encoder = stored
-            elif self._has_sincos_positions():
-                table = sincos_table(self.embed_dim, grid, coordinates)[None].to(stored)
-                encoder = torch.cat([stored.detach()[:, :1], table], dim=1)
-            else:
-                encoder = resample_abs_pos_embed(stored.detach(), list(grid), list(self.grid), num_prefix_tokens=1)
-            self._tables[key] = encoder, decoder
+            with torch.inference_mode(False):  # tables made under it couldn't be trained with
+                self._tables[key] = self._tables_on(grid)
         return self._tables[key]
+
+    def _tables_on(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        stored, coordinates = self.encoder.pos_embed, grid if self.own_positions else self.grid
+        decoder = sincos_table(self.decoder_embed_dim, grid, coordinates)[None].to(stored.device)
+        if grid == self.grid:
+            return stored, decoder
+        if self._has_sincos_positions():
+            table = sincos_table(self.embed_dim, grid, coordinates)[None].to(stored)
+            return torch.cat([stored.detach()[:, :1], table], dim=1), decoder
+        return resample_abs_pos_embed(stored.detach(), list(grid), list(self.grid), num_prefix_tokens=1), decoder
 
     def _has_sincos_positions(self) -> bool:
         stored = self.encoder.pos_embed
         if stored.is_meta:
             return True
-        table = sincos_table(self.embed_dim, self.grid, self.grid).to(stored.device)
-        return torch.allclose(stored[0, 1:].float(), table, atol=1e-4)
+        return same_table(stored[0, 1:], sincos_table(self.embed_dim, self.grid, self.grid))
+
+
+def _forget_tables(model: MaskedAutoencoder, _: Any) -> None:
+    """Of other weights. Not a lambda, with which a model couldn't be pickled."""
+    model._tables.clear()
+
+
+def same_table(stored: Tensor, table: Tensor) -> bool:
+    """Whether a position table is MAE's fixed one, perhaps rounded to half precision."""
+    return bool((stored.cpu().double() - table.cpu().double()).abs().max() <= TABLE_TOLERANCE)
 
 
 def sincos_table(width: int, grid: tuple[int, int], full_grid: tuple[int, int]) -> Tensor:

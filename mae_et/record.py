@@ -94,9 +94,10 @@ def to_timm(record: WeightsRecord, shape: ModelShape, num_classes: int) -> dict[
         "crop_pct": record.crop_pct or default_crop_pct(shape.img_size),
         "interpolation": record.interpolation or INTERPOLATION,
         "num_classes": num_classes,
-        "first_conv": "patch_embed.proj",
         "classifier": "head",
     }
+    if shape.in_chans == 3:  # older versions of timm would "adapt" other weights that fit, and fail
+        cfg["first_conv"] = "patch_embed.proj"
     cfg |= {"label_names": list(record.classes)} if record.classes else {}
     return {k: list(v) if isinstance(v, tuple) else v for k, v in cfg.items() if v is not None}
 

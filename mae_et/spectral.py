@@ -84,7 +84,8 @@ def low_frequency_input(images: Tensor, stage: Stage, operator: str = "fourier")
 @functools.lru_cache(maxsize=128)
 def _operator(name: str, full: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """What one axis is multiplied with, [s, N] or with the Nyquist row [s + 1, N], built in float64."""
-    return {"fourier": _fourier, "dct": _dct}[name](full, size).to(device=device, dtype=dtype)
+    with torch.inference_mode(False):  # one made under it couldn't be differentiated through, ever after
+        return {"fourier": _fourier, "dct": _dct}[name](full, size).to(device=device, dtype=dtype)
 
 
 def _fourier(full: int, size: int) -> Tensor:

@@ -186,6 +186,19 @@ def test_et_pp_with_hog_costs_a_quarter_of_1600_epochs():
     assert [row["compute_share"] for row in found["stages"]] == pytest.approx([0.2, 0.4, 0.4], abs=0.01)
 
 
+def test_another_recipe_is_compared_on_the_same_images():
+    config = replace(from_recipe(PlanConfig, "in1k_vitb_etpp400_hog"), vs="in1k_vitb_mae1600", num_images=50_000)
+    for changed in (config, replace(config, data_path="mine", holdout=10_000)):
+        counted = []
+
+        def count(config, counted=counted):
+            counted.append((config.data_path, config.num_images, config.holdout))
+            return config.num_images - config.holdout
+
+        assert plan_report(changed, count)["vs"]["speedup_flops"] == pytest.approx(3.98, abs=0.04)
+        assert counted == [(changed.data_path, 50_000, changed.holdout)] * 2
+
+
 @pytest.mark.parametrize(("recipe", "stated"), [("in1k_vitb_et1600", 1.54), ("in1k_vitl_et1600", 1.53)])
 def test_et_is_as_much_cheaper_than_its_vanilla_twin_as_published(recipe, stated):
     found = report(recipe)

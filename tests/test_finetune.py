@@ -705,3 +705,30 @@ def _refuses_damage(run: Path, data: Path) -> None:
     config = FinetuneConfig(finetune=str(run), data_path=str(data), knn=True, k=3, damaged_limit=0.6)
     with pytest.raises(ValueError, match=r"8 of 12 images are damaged, more than --damaged_limit 0\.6"):
         probe(config)
+
+
+def test_weights_of_another_run_are_not_gone_on_with(run: Path, tmp_path: Path, capsys) -> None:
+    """A run folder that was replaced, or trained on, has other weights than those that fine-tuning there began with."""
+    config = FinetuneConfig(finetune=str(run), resume="auto", **QUICK)
+    finetune(config)
+    before = (run / "eval-finetune.json").read_bytes()
+    finetune(config)  # of the same weights
+    state = checkpoint.load(run / "checkpoint.pt")
+    state["model"]["encoder.norm.bias"] += 1e-3
+    checkpoint.save(state, run / "checkpoint.pt")
+    with pytest.raises(ValueError, match=r"--resume auto: .* began with other weights than those of .*--overwrite"):
+        finetune(config)
+    assert (run / "eval-finetune.json").read_bytes() == before
+    finetune(replace(config, resume=str(run / "finetune/checkpoint.pt")))
+    assert "began with other weights" in " ".join(capsys.readouterr().out.split())
+
+
+def test_small_grids_of_own_positions_are_numbered_from_zero_in_evaluation_too(run: Path) -> None:
+    encoder = load_encoder(FinetuneConfig(finetune=str(run), input_size=8))
+    for own in (False, True):
+        model = MaskedAutoencoder(**encoder.shape.to_dict(decoder=False) | {"own_positions": own}).eval()
+        state = {key: tensor for key, tensor in model.state_dict().items() if key.startswith("encoder.")}
+        judged = build_classifier(replace(encoder, shape=model.shape, state=state), 0, pooled=False).eval()
+        images = torch.randn(2, 3, 8, 8)
+        with torch.no_grad():
+            torch.testing.assert_close(judged.forward_features(images), model.encode(images), rtol=1e-4, atol=1e-5)

@@ -21,6 +21,7 @@ from tiny import SHAPE
 
 from mae_et import cli, hub
 from mae_et.checkpoint import read_pretrained, write_export
+from mae_et.engine import run_folder
 from mae_et.evaluate.config import FinetuneConfig
 from mae_et.evaluate.encoder import load_encoder
 from mae_et.files import CheckpointError
@@ -57,7 +58,11 @@ class FakeHub:
         (self.folder / repo_id).mkdir(parents=True, exist_ok=True)
         return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
 
-    def upload_folder(self, *, repo_id: str, folder_path: Path, allow_patterns: list[str]) -> None:
+    def upload_folder(
+        self, *, repo_id: str, folder_path: Path, allow_patterns: list[str], delete_patterns: list[str] | None
+    ) -> None:
+        for path in (p for pattern in delete_patterns or () for p in (self.folder / repo_id).glob(pattern)):
+            path.unlink()
         self._copy(Path(folder_path), self.folder / repo_id, allow_patterns)
 
     def snapshot_download(self, repo_id: str, *, revision: str | None, allow_patterns: list[str]) -> str:
@@ -174,6 +179,21 @@ def test_a_damaged_file_of_the_run_is_left_out_of_the_card_and_named(trained, tm
     assert f"{trained}/{name}isdamagedorofanotherprogram,andleftoutofthemodelcard" in said
 
 
+def test_the_card_has_no_figures_of_other_weights(trained, tmp_path, capsys):
+    """Such as of an evaluation on the way, of a run that went on."""
+    told = json.loads((trained / "eval-knn.json").read_text())
+    steps = run_folder.read_ledger(trained).total.steps
+    for name, step, top1 in (("early", steps - 1, 7.77), ("late", steps, 8.88), ("older", None, 9.99)):
+        (trained / f"eval-{name}.json").write_text(json.dumps(told | {"step": step, "top1": top1}))
+    cli.main(["export", str(trained), "--out", str(tmp_path / "model")])
+    card = (tmp_path / "model/README.md").read_text()
+    assert "8.88" in card and "9.99" in card and "7.77" not in card
+    said = " ".join(capsys.readouterr().out.split())
+    assert (
+        f"eval-early.json is of the weights after step {steps - 1} of {steps}, and left out of the model card" in said
+    )
+
+
 def test_a_card_names_the_folder_that_is_meant_by_a_dot(trained, tmp_path, monkeypatch):
     (tmp_path / "mine").mkdir()
     monkeypatch.chdir(tmp_path / "mine")
@@ -199,7 +219,7 @@ def test_weights_without_a_run_get_a_card_too(trained, tmp_path):
     assert "## Use" in text and "## Pretraining" not in text and "## Evaluation" not in text
 
 
-@pytest.mark.parametrize("in_chans", [1, 3])
+@pytest.mark.parametrize("in_chans", [1, 3, 5])
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 def test_the_code_of_the_card_takes_grey_and_colour_pictures(in_chans, mode, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -225,6 +245,9 @@ def test_what_is_pushed_is_fine_tuned_from_the_hub(trained, tmp_path, monkeypatc
         assert encoder.state.keys() == {k for k in read_pretrained(trained).state if k.startswith("encoder.")}
     for file in ("model.safetensors", "decoder/model.safetensors"):
         assert (there.folder / "cache" / "me" / "mae-tiny" / "v1.0" / file).is_file()
+    cli.main(["export", str(trained), "--push", "me/mae-tiny", "--encoder_only"])
+    left = {path.name for path in (there.folder / "me" / "mae-tiny").rglob("*") if path.is_file()}
+    assert left == {"README.md", "config.json", "model.safetensors"}, "a decoder of another export"
 
 
 def test_what_the_hub_refuses_is_one_line_and_the_folder_stays(trained, tmp_path, monkeypatch, capsys):

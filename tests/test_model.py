@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import timm
@@ -165,3 +166,40 @@ def test_the_residual_stream_may_be_bf16(decoder: str) -> None:
     (pred, gradient), (pred_16, gradient_16) = step(None), step(torch.bfloat16)
     for exact, rounded in ((pred, pred_16), (gradient, gradient_16)):
         assert 0 < (exact - rounded).norm() / exact.norm() < 0.03
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("back", [True, False])
+def test_a_table_rounded_to_half_precision_is_still_maes(dtype: torch.dtype, back: bool) -> None:
+    """Else small grids would have it interpolated, off by a tenth and more."""
+    model = build().to(dtype)
+    model = model.float() if back else model
+    table = model.positions((2, 2))[0]
+    torch.testing.assert_close(table[0, 1:].float(), sincos_table(32, (2, 2), (4, 4)), atol=4e-3, rtol=0)
+
+
+def test_a_model_may_be_cast_between_two_uses() -> None:
+    small = torch.randn(2, 3, 16, 16)
+    model = build()
+    model(small, 1)
+    assert model.bfloat16()(small.bfloat16(), 1).pred.dtype == torch.bfloat16
+
+
+def test_a_model_that_was_used_under_inference_mode_can_be_trained() -> None:
+    small, model = torch.randn(2, 3, 16, 16), build()
+    with torch.inference_mode():
+        model(small, 1)
+        model.encode(small)
+    model(small.requires_grad_(), 1).pred.sum().backward()
+    assert small.grad.abs().sum() > 0
+
+
+def test_a_model_can_be_pickled(tmp_path: Path) -> None:
+    model = build()
+    torch.save(model, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    images = torch.randn(1, 3, 32, 32)
+    assert torch.equal(again.encode(images), model.encode(images))
+    again.encode(images[..., :16, :16])
+    again.load_state_dict(model.state_dict())
+    assert not again._tables

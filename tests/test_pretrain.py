@@ -39,7 +39,7 @@ from mae_et.evaluate.probe import probe
 from mae_et.evaluate.reconstruct import reconstruct
 from mae_et.plan.config import PretrainConfig
 from mae_et.plan.curriculum import Stage
-from mae_et.plan.flags import from_dict
+from mae_et.plan.flags import from_dict, from_recipe
 from mae_et.plan.shapes import SPECTRAL, height_width
 from mae_et.spectral import low_frequency_crop, low_pass
 
@@ -408,7 +408,14 @@ def test_non_finite_gradient_never_reaches_the_weights(
     assert all(torch.isfinite(v).all() for v in state["model"].values())
 
 
-def test_overwrite_keeps_the_old_run_until_the_new_one_has_data(photos: Path, tmp_path: Path) -> None:
+def said(capsys: pytest.CaptureFixture[str]) -> str:
+    """Without blanks: lines are wrapped."""
+    return "".join(capsys.readouterr().out.split())
+
+
+def test_overwrite_keeps_the_old_run_until_the_new_one_has_data(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = pretrain(tiny(photos, tmp_path / "run", epochs=0.6))
     before = (folder / "checkpoint.pt").read_bytes()
     junk = tmp_path / "junk"
@@ -419,7 +426,9 @@ def test_overwrite_keeps_the_old_run_until_the_new_one_has_data(photos: Path, tm
     assert (folder / "checkpoint.pt").read_bytes() == before
     for name in ("timing.json", "eval-knn.json"):
         (folder / name).write_text("{}")  # of the old run
+    (folder / "finetune").mkdir()
     pretrain(tiny(photos, folder, epochs=0.7, overwrite=True))
+    assert f"--overwrite: finetune in {folder} stays, of the run that was there".replace(" ", "") in said(capsys)
     assert not (folder / "timing.json").exists() and not (folder / "eval-knn.json").exists()
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["epochs"] == 0.7 and config["overwrite"] is False
@@ -439,6 +448,14 @@ def test_refuses_to_resume_another_run(photos: Path, tmp_path: Path, whole: Path
     refused("torn.pt", resume=str(tmp_path / "torn.pt"))
     torch.save({"model": {}}, tmp_path / "foreign.pt")
     refused("not a pretraining checkpoint", resume=str(tmp_path / "foreign.pt"))
+    state = checkpoint.load(whole / "checkpoint.pt")
+    checkpoint.save(state | {"head": {}}, tmp_path / "tuned.pt")
+    refused("is a checkpoint of fine-tuning; that goes on with main_finetune.py", resume=str(tmp_path / "tuned.pt"))
+    checkpoint.save(state | {"stages": [s | {"colour": 1} for s in state["stages"]]}, tmp_path / "newer.pt")
+    refused(r"newer.pt holds colour: a newer mae_et has written it", resume=str(tmp_path / "newer.pt"))
+    checkpoint.save(state | {"shape": state["shape"] | {"colour": 1}}, tmp_path / "newer.pt")
+    with pytest.raises(ValueError, match=r"newer.pt: its shape holds colour: a newer"):
+        checkpoint.read_pretrained(tmp_path / "newer.pt")
     refused("no checkpoint there", resume=str(tmp_path / "missing.pt"))
     # Going on from elsewhere must not replace the run that the output folder holds.
     other = pretrain(tiny(photos, tmp_path / "other", epochs=1))
@@ -467,6 +484,9 @@ def test_a_finished_run_that_is_resumed_stays_as_it_is(photos: Path, tmp_path: P
         ("--data_path {tmp}/none", ["--data_path", "none"]),
         ("--data_path {tmp}/empty", ["--data_path", "empty", "png"]),
         ("--input_size 30", ["30", "divisible", "32"]),
+        ("--input_size 8 --curriculum vanilla", ["8 px is one patch of 8 px"]),
+        ("--recipe {tmp}/own.yaml", ["own.yaml", "`stages`", "curriculum: custom"]),
+        ("--recipe {tmp}/own.yaml --curriculum custom", ["own.yaml", "`stages`", "curriculum: custom"]),
         ("--recipe dmo", ["--recipe", "did you mean demo", "in1k_vitb_etpp400_hog"]),
         ("--model vit_bas_patch16", ["vit_bas_patch16", "mae_vit_base_patch16"]),
         ("--lowfreq furier", ["--lowfreq", "fourier, dct, lanczos, bilinear, scaled"]),
@@ -492,6 +512,7 @@ def test_bad_input_is_one_line(
     (tmp_path / "file").write_text("")
     recipe_file(TINY | {"stages": [{"size_px": 16, "share": 0.9}]}, tmp_path / "shares.yaml")
     recipe_file(TINY | {"epoch": 3}, tmp_path / "unknown.yaml")
+    recipe_file({key: value for key, value in TINY.items() if key != "curriculum"}, tmp_path / "own.yaml")
     base = [] if "--recipe" in flags else ["--recipe", str(recipe_file(TINY, tmp_path / "tiny.yaml"))]
     if "--mask_ratio" in flags or "--input_size" in flags or "--model" in flags:
         base += ["--curriculum", "vanilla"]
@@ -567,6 +588,33 @@ def test_older_runs_go_on_with_their_masks(photos: Path, tmp_path: Path) -> None
     pretrain(replace(config, resume=str(path)))
     assert losses(run.folder) == pytest.approx(json.loads(GOLDEN.read_text())["mt19937"], rel=1e-3)
     assert checkpoint.load(path)["mask_generator"] == "mt19937"  # and so does whoever resumes this one
+
+
+def test_a_resumed_run_has_the_learning_rate_that_it_had(photos: Path, tmp_path: Path) -> None:
+    """Where every stage states its batch, --batch_size has no part in the plan, but --blr is for that many images."""
+    stages = [{"size_px": size, "share": 0.5, "batch_size": 6} for size in (16, 32)]
+    config = tiny(photos, tmp_path / "run", stages=stages, lr=None, blr=1e-2)
+    pretrain(config)
+    with pytest.raises(
+        ValueError, match=r"the peak learning rate was 0.000234375, is 0.000117187, which is --blr times"
+    ):
+        pretrain(replace(config, resume="auto", batch_size=3))
+    pretrain(replace(config, resume="auto", batch_size=3, total_batch_size=6))
+
+
+def test_a_rate_that_would_grow_is_named(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pretrain(tiny(photos, tmp_path / "run", epochs=0.3, warmup_epochs=0, min_lr=0.1))
+    assert "--min_lr0.1isabovethepeak,0.001:thelearningrategrowstowardstheend" in said(capsys)
+    pretrain(tiny(photos, tmp_path / "other", epochs=0.3, warmup_epochs=0, min_lr=1e-3))
+    assert "min_lr" not in said(capsys)
+
+
+def test_a_plan_printed_as_a_recipe_is_one_of_pretraining(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from mae_et.cli import main
+
+    main(["plan", "--recipe", "fast", "--vs", "small", "--devices", "8", "--print_config"])
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    from_recipe(PretrainConfig, str(tmp_path / "printed.yaml"))
 
 
 @pytest.mark.parametrize("command", ["pretrain", "plan", "search"])

@@ -29,7 +29,7 @@ from mae_et.evaluate.encoder import build_classifier, load_encoder
 from mae_et.evaluate.finetune import finetune
 from mae_et.model import MaskedAutoencoder
 from mae_et.plan.shapes import ModelShape
-from mae_et.record import WeightsRecord
+from mae_et.record import WeightsRecord, to_timm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
@@ -76,7 +76,7 @@ FACTS_AND_DOORS = {
     "std": DOORS,
     "crop_pct": DOORS,
     "interpolation": DOORS,
-    "value_range": ("timm file", "timm folder", "facebook"),
+    "value_range": DOORS,
     "num_heads": DOORS,
     "norm_eps": DOORS,
     "img_size": DOORS,
@@ -397,3 +397,10 @@ def test_another_file_of_the_same_name_is_no_record(content, tmp_path):
     out = exported(pretrained(classes=False), "facebook", tmp_path)
     out.with_suffix(".json").write_text(content)
     assert read_pretrained(out).record.mean == MEAN
+
+
+@pytest.mark.parametrize("in_chans", [1, 2, 3, 4])
+def test_only_weights_of_colour_pictures_are_for_timm_to_adapt(in_chans):
+    """timm before 1.0.31 adapts all that have a first_conv: unless they have 1 or 3 channels, to random ones."""
+    cfg = to_timm(WeightsRecord(), replace(SHAPE, in_chans=in_chans), 0)
+    assert ("first_conv" in cfg) == (in_chans == 3)

@@ -327,3 +327,13 @@ def test_the_fourier_crop_rings_at_borders_of_photographs_and_the_cosine_crop_do
     tiles = torch.from_numpy(np.stack([p.mean(-1) if p.ndim == 3 else p for p in pixels]))
     errors = {operator: border_error(tiles, operator) for operator in (*SPECTRAL, "lanczos", "bilinear")}
     assert errors == pytest.approx({"fourier": 0.151, "dct": 0.041, "lanczos": 0.043, "bilinear": 0.073}, abs=0.003)
+
+
+@pytest.mark.parametrize("operator", SPECTRAL)
+def test_operators_made_under_inference_mode_can_be_differentiated(operator):
+    images = noise(1, 11, 13).float()
+    with torch.inference_mode():
+        low_frequency_crop(images, (7, 9), operator)
+    images.requires_grad_()
+    low_frequency_crop(images, (7, 9), operator).square().sum().backward()
+    assert images.grad.abs().sum() > 0

@@ -108,6 +108,11 @@ def fitting(line: str, room: int) -> str:
     return SEPARATOR.join(facts)
 
 
+def warn_of_rates(floor: float, peak: float) -> None:
+    if floor > peak:
+        log.warning("--min_lr %g is above the peak, %g: the learning rate grows towards the end", floor, peak)
+
+
 def log_plan(run: Run, vanilla: Curriculum) -> None:
     """Log what is going to run, and what it is going to cost."""
     config, rt, curriculum = run.config, run.rt, run.curriculum
@@ -139,6 +144,7 @@ def log_plan(run: Run, vanilla: Curriculum) -> None:
     log.info("%.2e training FLOPs; vanilla MAE needs %.2f× that for the same images", curriculum.total_flops, ratio)
     if curriculum.update_share:
         log.info("%.0f%% of them are updates by %s", 100 * curriculum.update_share, config.opt)
+    warn_of_rates(config.min_lr, run.peak_lr)
     warmup, hold, epochs = config.warmup_epochs, config.hold_epochs, config.epochs
     if warmup and curriculum.total_steps == 1:
         log.warning("--epochs %g is one step, whose learning rate is 0: it never trains anything", epochs)

@@ -12,6 +12,7 @@ from ..plan.build import shape_of
 from ..plan.config import PretrainConfig
 from ..plan.curriculum import Curriculum, Stage
 from ..plan.flags import Role, names, to_dict
+from ..plan.shapes import of_file
 
 log = logging.getLogger(__name__)
 
@@ -19,8 +20,11 @@ FORMAT = "mae_et/1"
 """Value of the key `format` in the checkpoints of this package."""
 
 
-def identity(config: PretrainConfig, curriculum: Curriculum) -> dict[str, Any]:
-    """What a checkpoint says about itself: enough to use its weights, and to refuse to resume another run."""
+def identity(config: PretrainConfig, curriculum: Curriculum, peak: float) -> dict[str, Any]:
+    """What a checkpoint says about itself: enough to use its weights, and to refuse to resume another run.
+
+    peak: learning rate, which of --blr follows from the images of a step.
+    """
     return {
         "format": FORMAT,
         "config": to_dict(config),
@@ -29,6 +33,7 @@ def identity(config: PretrainConfig, curriculum: Curriculum) -> dict[str, Any]:
         "norm_pix_loss": config.norm_pix_loss,
         "stages": [dataclasses.asdict(stage) for stage in curriculum.stages],
         "num_images": curriculum.num_images,
+        "peak_lr": peak,
         "mean": list(config.pixel_mean),
         "std": list(config.pixel_std),
     }
@@ -60,22 +65,32 @@ def check_config(what: str, before: Mapping[str, Any], config: Any, fixed: Calla
 
 
 def check_same_run(
-    state: dict[str, Any], config: PretrainConfig, curriculum: Curriculum, images: Mapping[str, str], path: Path
+    state: dict[str, Any],
+    config: PretrainConfig,
+    curriculum: Curriculum,
+    peak: float,
+    images: Mapping[str, str],
+    path: Path,
 ) -> None:
     """ValueError that names the first difference if a checkpoint is of another run than the configuration's.
 
-    images: `fingerprint` of what --data_path holds.
+    peak: as of :func:`identity`. images: `fingerprint` of what --data_path holds.
     """
-    _check_beginning(f"--resume {path}", state, config, curriculum, lambda role: role.resume)
+    _check_beginning(f"--resume {path}", state, config, curriculum, peak, lambda role: role.resume)
     check_images(f"--resume {config.resume}", path, state, images, config.data_path)
 
 
 def check_branch(
-    state: dict[str, Any], config: PretrainConfig, curriculum: Curriculum, images: Mapping[str, str], path: Path
+    state: dict[str, Any],
+    config: PretrainConfig,
+    curriculum: Curriculum,
+    peak: float,
+    images: Mapping[str, str],
+    path: Path,
 ) -> None:
     """ValueError if a checkpoint is not of a finished run whose stages are the first of the configuration's."""
     what = f"--branch {path}"
-    _check_beginning(what, state, config, curriculum, lambda role: role.branch)
+    _check_beginning(what, state, config, curriculum, peak, lambda role: role.branch)
     check_images(f"--branch {config.branch}", path, state, images, config.data_path)
     done, stages = state["step"], len(state["stages"])
     if stages >= len(curriculum.stages):
@@ -85,9 +100,16 @@ def check_branch(
 
 
 def _check_beginning(
-    what: str, state: dict[str, Any], config: PretrainConfig, curriculum: Curriculum, fixed: Callable[[Role], bool]
+    what: str,
+    state: dict[str, Any],
+    config: PretrainConfig,
+    curriculum: Curriculum,
+    peak: float,
+    fixed: Callable[[Role], bool],
 ) -> None:
     """ValueError that names the first difference, in what must not differ, to the run of a checkpoint."""
+    if "head" in state:
+        raise ValueError(f"{what} is a checkpoint of fine-tuning; that goes on with main_finetune.py")
     if state.get("format") != FORMAT or "optimizer" not in state:
         raise ValueError(f"{what} is not a pretraining checkpoint of mae_et; to fine-tune it, use main_finetune.py")
     check_config(what, state["config"], config, fixed)
@@ -97,7 +119,7 @@ def _check_beginning(
     for before, stage in zip(state["stages"], curriculum.stages, strict=False):  # a branch has more
         # Fields added since the checkpoint are what the plan says. Other devices may need other micro-batches.
         planned = {name: getattr(stage, name) for name in ("micro_scale", "patches", "loader_px")}
-        was, now = dataclasses.asdict(Stage(**before | planned)), dataclasses.asdict(stage)
+        was, now = dataclasses.asdict(of_file(Stage, before | planned, what)), dataclasses.asdict(stage)
         for name in now:
             if was[name] != now[name]:
                 remedy = "; set --total_batch_size to keep the batch on another number of devices"
@@ -107,3 +129,8 @@ def _check_beginning(
                     f"{what}: stage of {now['size_px']} px had {name} {was[name]}, now {now[name]}"
                     + (remedy if name == "batch_size" else "")
                 )
+    if (before := state.get("peak_lr", peak)) != peak:  # of stages that state their own batches, and so haven't changed
+        raise ValueError(
+            f"{what}: the peak learning rate was {before:g}, is {peak:g}: --blr times the images of a step, over "
+            "256; set --total_batch_size or --batch_size as they were"
+        )

@@ -193,7 +193,7 @@ class PretrainRun(Run):
         Waits for the save before it, and raises what that one raised. A sharded model's are shards, unless `full`.
         """
         self.writer.wait("save")  # before there is memory for another copy
-        state = identity(self.config, self.curriculum) | {
+        state = identity(self.config, self.curriculum, self.peak_lr) | {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
@@ -221,10 +221,10 @@ class PretrainRun(Run):
     def restore(self, state: dict[str, Any], path: Path, flag: str, source: Path) -> None:
         """Go on from a checkpoint, read from `source`, or with the flag --branch begin where a finished run ended."""
         if flag == "--resume":
-            check_same_run(state, self.config, self.curriculum, self.images, path)
+            check_same_run(state, self.config, self.curriculum, self.peak_lr, self.images, path)
             self.ledger = Ledger.from_state_dict(state["ledger"])
         else:
-            check_branch(state, self.config, self.curriculum, self.images, path)
+            check_branch(state, self.config, self.curriculum, self.peak_lr, self.images, path)
             spent = Ledger.from_state_dict(state["ledger"]).stages
             self.ledger.stages[: len(spent)] = spent
         sharded.restore(self.model, self.optimizer, state, source)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -15,6 +16,8 @@ from typing import Any
 from .. import files
 from ..plan.cost import Ledger
 
+log = logging.getLogger(__name__)
+
 CHECKPOINT, CONFIG, ENVIRONMENT = "checkpoint.pt", "config.yaml", "environment.json"
 SHARDED = "checkpoint.dcp"
 METRICS, LEDGER, ENCODER, PICTURE = "metrics.jsonl", "ledger.json", "encoder.safetensors", "reconstruction.png"
@@ -23,6 +26,8 @@ TIMING = "timing.json"
 """Seconds per step of a pass that timed the run's stages beside those of other runs (benchmarks/quiet_pass.py)."""
 BEST = "best.pt"
 SINK_ID = "sink_id.txt"
+MADE_OF_A_RUN = ("finetune", "timm", "facebook.pth", "huggingface")
+"""Where fine-tuning and exports of a run lie by default."""
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow")
 
 
@@ -42,6 +47,8 @@ def prepare(path: Path, keep: bool, overwrite: bool) -> None:
         for pattern in ("eval-*.json", "events.out.tfevents.*", "reconstruction-*.png"):
             for old in path.glob(pattern):
                 old.unlink()
+        if left := [name for name in MADE_OF_A_RUN if (path / name).exists()]:
+            log.warning("--overwrite: %s in %s stays, of the run that was there", " and ".join(left), path)
 
 
 def check_free(path: Path) -> None:

@@ -22,7 +22,7 @@ from ..data.sources import Source
 from ..data.stream import derive_seed
 from ..engine.run_folder import run_of
 from ..engine.runtime import Runtime
-from ..model import MaskedAutoencoder, sincos_table
+from ..model import MaskedAutoencoder, same_table, sincos_table
 from ..plan.cost import encoder_flops_per_image
 from ..plan.flags import MODEL, names
 from ..plan.shapes import ModelShape, SizePx, grid_of, height_width, model_shape, num_patches
@@ -183,7 +183,7 @@ def build_classifier(
     )
     state = {key.removeprefix("encoder."): tensor for key, tensor in encoder.state.items()}
     grids = (grid_of(size, shape.patch_size) for size in (shape.img_size, encoder.input_size))
-    state["pos_embed"] = adapt_positions(state["pos_embed"], *grids)
+    state["pos_embed"] = adapt_positions(state["pos_embed"], *grids, shape.own_positions)
     if pooled:
         del state["norm.weight"], state["norm.bias"]
         state |= {key: tensor for key, tensor in vit.state_dict().items() if key.startswith("fc_norm.")}
@@ -195,16 +195,19 @@ def build_classifier(
     return vit
 
 
-def adapt_positions(table: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
-    """Position table [1, 1+L, D] for another grid. MAE's fixed table is evaluated there; a learned one is resampled."""
+def adapt_positions(
+    table: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int], own_positions: bool = False
+) -> Tensor:
+    """Position table [1, 1+L, D] for another grid. MAE's fixed table is evaluated there; a learned one is resampled.
+
+    own_positions: see `ModelShape`.
+    """
     if old_grid == new_grid:
         return table
     width = table.shape[-1]
-    if width % 4 == 0:
-        fixed = sincos_table(width, old_grid, old_grid).to(table.device)
-        if (table[0, 1:].float() - fixed).abs().max() <= max(interop.TABLE_TOLERANCE, 2 * torch.finfo(table.dtype).eps):
-            moved = sincos_table(width, new_grid, old_grid)[None].to(table)
-            return torch.cat([table[:, :1], moved], dim=1)
+    if width % 4 == 0 and same_table(table[0, 1:], sincos_table(width, old_grid, old_grid)):
+        moved = sincos_table(width, new_grid, new_grid if own_positions else old_grid)[None].to(table)
+        return torch.cat([table[:, :1], moved], dim=1)
     return resample_abs_pos_embed(table, list(new_grid), list(old_grid), num_prefix_tokens=1)
 
 

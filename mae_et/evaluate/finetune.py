@@ -24,7 +24,7 @@ from ..data.sources import Source, is_jpeg_source
 from ..data.stream import SampleStream
 from ..data.workers import spare_cores
 from ..engine import run_folder, runtime
-from ..engine.logger import RunLogger, data_wait_hints, warn_of_launchers
+from ..engine.logger import RunLogger, data_wait_hints, warn_of_launchers, warn_of_rates
 from ..engine.meters import peak_memory_bytes
 from ..engine.optim import learning_rate
 from ..engine.runtime import Stop, stop_signals
@@ -129,6 +129,7 @@ def log_plan(run: FinetuneRun) -> None:
         *(config.layer_decay or LAYER_DECAY, "mean of the patches" if config.pooled else "class token"),
     )
     warn_of_launchers(config)
+    warn_of_rates(config.min_lr, config.peak_lr(stage.batch_size))
     if run.step:
         log.info("going on after step %d of %d", run.step, stage.steps)
 

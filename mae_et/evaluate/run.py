@@ -5,7 +5,10 @@ B batch · C channels · K classes.
 
 from __future__ import annotations
 
+import hashlib
+import logging
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +30,14 @@ from ..engine.step import Run
 from ..plan.cost import Ledger
 from ..plan.curriculum import Curriculum, Stage
 from ..plan.flags import to_dict
-from ..plan.shapes import ModelShape
+from ..plan.shapes import ModelShape, of_file
 from .accuracy import eval_crops, open_held_out, output_folder
 from .augmentation import mixed, mixing
 from .classes import classes_of, with_classes
 from .config import LAYER_DECAY, FinetuneConfig
 from .encoder import PretrainedEncoder, build_classifier, weights_of
+
+log = logging.getLogger(__name__)
 
 BETAS = (0.9, 0.999)  # MAE, Table 9
 
@@ -150,6 +155,7 @@ class FinetuneRun(Run):
             "shape": replace(self.encoder.shape, img_size=self.encoder.input_size).to_dict(decoder=False),
             "num_images": self.curriculum.num_images,
             "sampled_images": self.images,
+            "began_with": self.began_with,
             "batch_size": self.curriculum.stages[0].batch_size,
             **replace(self.encoder.record, classes=tuple(self.classes), pooled=self.config.pooled).to_dict(),
         }
@@ -165,11 +171,12 @@ class FinetuneRun(Run):
         check_config(f"--resume {path}", state["config"], self.config, lambda role: role.resume)
         mine = self.identity()
         # Older checkpoints leave out defaults, or say which decoder was dropped.
-        state["shape"] = ModelShape(**state["shape"]).to_dict(decoder=False)
+        state["shape"] = of_file(ModelShape, state["shape"], f"--resume {path}").to_dict(decoder=False)
         for name in ("shape", "num_images", "batch_size", "classes"):
             if state[name] != mine[name]:
                 raise ValueError(f"--resume {path}: {name} was {state[name]}, is {mine[name]}")
         check_images(f"--resume {self.config.resume}", path, state, self.images, self.encoder.data_path)
+        self._check_beginning(path, state)
         self.model.load_state_dict(timm_state(state, self.config.pooled))
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema:
@@ -184,6 +191,24 @@ class FinetuneRun(Run):
         if self.held_out is not None:
             self.held_out.value_range = facts.value_range
         return read_from
+
+    @cached_property
+    def began_with(self) -> str:
+        """Digest of the weights before the first step: tells them from others."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.encoder.state.items()):
+            digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def _check_beginning(self, path: Path, state: dict[str, Any]) -> None:
+        """ValueError for --resume auto if the checkpoint's run began with other weights, as those of a run folder are
+        once it has been replaced. Who names a checkpoint may know better: a warning."""
+        if state.get("began_with", self.began_with) == self.began_with:
+            return
+        what = f"{path} began with other weights than those of {self.encoder.origin}"
+        if self.config.resume == "auto":
+            raise ValueError(f"--resume auto: {what}; begin anew with --overwrite, or go on with --resume {path}")
+        log.warning("--resume %s: %s", self.config.resume, what)
 
 
 def layer_decay_adamw(model: VisionTransformer, config: FinetuneConfig) -> torch.optim.AdamW:

@@ -10,7 +10,7 @@ import dataclasses
 from dataclasses import dataclass, field
 
 from .curriculum import Curriculum, Stage
-from .shapes import SPECTRAL, ModelShape, SizePx, height_width
+from .shapes import SPECTRAL, ModelShape, SizePx, height_width, of_file
 
 
 def flops_per_image(model: ModelShape, stage: Stage, training: bool = True) -> int:
@@ -182,4 +182,4 @@ class Ledger:
 
     @classmethod
     def from_state_dict(cls, state: dict) -> Ledger:
-        return cls([StageCost(**account) for account in state["stages"]])
+        return cls([of_file(StageCost, account, "the ledger") for account in state["stages"]])

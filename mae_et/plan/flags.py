@@ -245,6 +245,8 @@ def from_recipe(config_type: type[Config], recipe: str) -> Config:
         raise ValueError(f"--recipe {path} is not a YAML file: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"--recipe {path} must be a mapping of configuration keys, see --print_config")
+    if values.get("stages") and values.get("curriculum") != "custom":
+        raise ValueError(f"--recipe {path}: `stages` are those of `curriculum: custom`; add that, or leave them out")
     return from_dict(config_type, values | {"recipe": recipe}, where=f"recipe {recipe}")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar
 
 from ..console import WideTable
@@ -54,7 +54,10 @@ def plan_report(config: PlanConfig, count_images: Callable[[PretrainConfig], int
 
     count_images: images in a configuration's data set, or what it says where the data are not at hand.
     """
-    other = from_recipe(PretrainConfig, config.vs) if config.vs else as_vanilla(config)
+    other = as_vanilla(config)
+    if config.vs:  # on the same images
+        images = {name: getattr(config, name) for name in ("data_path", "num_images", "holdout")}
+        other = replace(from_recipe(PretrainConfig, config.vs), **images)
     devices = config.devices or config.world_size
     plan, against = (build_curriculum(c, count_images(c), devices) for c in (config, other))
     shape = shape_of(config)

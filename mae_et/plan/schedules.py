@@ -197,6 +197,8 @@ def patch_counts(row: StageRow, patch_px: int, mask_ratio: float, predict_ratio:
     visible = row.num_visible
     if visible is None:
         visible = round(patches * (1 - (mask_ratio if row.mask_ratio is None else row.mask_ratio)))
+    if patches == 1:
+        raise ValueError(f"a stage of {show_size(row.size_px)} px is one patch of {patch_px} px; give two or more")
     if not 0 < visible < patches:
         raise ValueError(
             f"{_given(row, 'num_visible', 'mask_ratio', mask_ratio)}: a stage of {show_size(row.size_px)} px has "

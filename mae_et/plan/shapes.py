@@ -7,8 +7,12 @@ import difflib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance  # of type checkers, which alone know it
+
+Kept = TypeVar("Kept", bound="DataclassInstance")
 SizePx = int | tuple[int, int]
 """Side of a square in pixels, or (height, width)."""
 
@@ -53,6 +57,13 @@ def choice(name: str, value: str, legal: Iterable[str]) -> str:
         hint = f" (did you mean {close[0]}?)" if close else ""
         raise ValueError(f"unknown {name} {value!r}{hint}; choose from {', '.join(legal)}")
     return value
+
+
+def of_file(kind: type[Kept], values: Mapping[str, Any], where: str) -> Kept:
+    """A dataclass from its values in a file. ValueError for fields that only a newer version of this package knows."""
+    if unknown := values.keys() - {f.name for f in dataclasses.fields(kind)}:
+        raise ValueError(f"{where} holds {', '.join(sorted(unknown))}: a newer mae_et has written it; update this one")
+    return kind(**values)
 
 
 # ── sizes ──
