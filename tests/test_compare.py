@@ -110,15 +110,15 @@ def test_a_single_run_of_another_length_takes_no_interval_away(study):
 
 
 def test_seeds_are_counted_of_the_arms_that_decide(study):
-    """Of the curve's others have two, at equal cost they have no say."""
-    for seed in (0, 1):
-        write_run(study / f"vanilla-8-seed{seed}", seed, 8e12, 86.0, 800.0, epochs=32)
-    for name, trillions in (("as-1", 1.005), ("between-2-and-4", 3), ("between-4-and-8", 5)):
+    """Of the curve's others one has two, and no say at equal cost."""
+    for seed, flops in ((0, 8e12), (1, 8e12), (0, 16e12), (1, 16e12), (2, 16e12)):
+        write_run(study / f"vanilla-{flops:g}-seed{seed}", seed, flops, 86.0, 800.0, epochs=flops / 2.5e11)
+    wanted = {"et_pp": 3, "as-4": 3, "3": 3, "5": 2, "12": 2}
+    for name, trillions in (("as-4", 4.02), ("3", 3), ("5", 5), ("12", 12)):
         changes = {"curriculum": "et_pp", "stage_sizes": [16, 32], "epochs": trillions}
         write_run(study / f"{name}-seed0", 0, trillions * 1e12, 82.0, 100.0, **changes)
     rows = [r for r in compare(CompareConfig((str(study),)))["equal_compute"] if r["axis"] == "flops"]
-    counts = {r["arm"]: r["baseline_n"] for r in rows}
-    assert counts == {"et_pp": 3, "as-1": 3, "between-2-and-4": 3, "between-4-and-8": 2}
+    assert {r["arm"]: r["baseline_n"] for r in rows} == wanted
 
 
 def test_arms_are_mean_and_sample_deviation(study):
