@@ -203,8 +203,7 @@ class MaskedAutoencoder(nn.Module):
         stored = self.encoder.pos_embed
         key = (grid, stored.device, stored.dtype)
         if key not in self._tables:
-            with torch.inference_mode(False):  # tables made under it couldn't be trained with
-                self._tables[key] = self._tables_on(grid)
+            self._tables[key] = self._tables_on(grid)
         return self._tables[key]
 
     def _tables_on(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:

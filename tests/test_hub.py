@@ -246,7 +246,8 @@ def test_what_is_pushed_is_fine_tuned_from_the_hub(trained, tmp_path, monkeypatc
     for file in ("model.safetensors", "decoder/model.safetensors"):
         assert (there.folder / "cache" / "me" / "mae-tiny" / "v1.0" / file).is_file()
     cli.main(["export", str(trained), "--push", "me/mae-tiny", "--encoder_only"])
-    left = {path.name for path in (there.folder / "me" / "mae-tiny").rglob("*") if path.is_file()}
+    pushed = there.folder / "me" / "mae-tiny"
+    left = {str(path.relative_to(pushed)) for path in pushed.rglob("*") if path.is_file()}
     assert left == {"README.md", "config.json", "model.safetensors"}, "a decoder of another export"
 
 
