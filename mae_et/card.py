@@ -39,16 +39,27 @@ PROTOCOLS = {
 
 
 def model_card(
-    name: str, shape: ModelShape, facts: WeightsRecord, outputs: int, decoder: bool, run: Path | None, license: str
+    name: str,
+    shape: ModelShape,
+    facts: WeightsRecord,
+    outputs: int,
+    decoder: bool,
+    run: Path | None,
+    license: str,
+    unfinished: str = "",
 ) -> str:
     """README.md of a folder that timm loads.
 
     name: what `timm.create_model` takes. outputs: of the classifier, 0 without one. run: the run folder, if the weights
-    are a run's. license: an identifier of the hub, or "".
+    are a run's. license: an identifier of the hub, or "". unfinished: the step that the run stopped at, if it has.
     """
     config = _config(run)
     title = run.resolve().name if run and name.startswith("local-dir:") else name.replace(":", "/").rpartition("/")[2]
-    parts = [_front_matter(license, outputs, config), _what(title, shape, outputs, config), _use(name, shape, outputs)]
+    parts = [
+        _front_matter(license, outputs, config),
+        _what(title, shape, outputs, config, unfinished),
+        _use(name, shape, outputs),
+    ]
     if decoder:
         parts.append(_decoder(name))
     parts.append(_images(shape, facts, outputs))
@@ -70,7 +81,7 @@ def _front_matter(license: str, outputs: int, config: PretrainConfig | None) -> 
     return f"---\n{yaml.safe_dump(about, sort_keys=False)}---\n"
 
 
-def _what(title: str, shape: ModelShape, outputs: int, config: PretrainConfig | None) -> str:
+def _what(title: str, shape: ModelShape, outputs: int, config: PretrainConfig | None, unfinished: str) -> str:
     size = f"{shape.depth} blocks of width {shape.embed_dim}, {shape.num_heads} heads, patches of {shape.patch_size} px"
     kind = f"classifier of {outputs} classes" if outputs else "encoder, without a classifier"
     how = ""
@@ -78,6 +89,8 @@ def _what(title: str, shape: ModelShape, outputs: int, config: PretrainConfig | 
         target = "HOG" if config.target == "hog" else "normalised pixels" if config.norm_pix_loss else "pixels"
         curriculum = "vanilla MAE" if config.curriculum == "vanilla" else f"curriculum {config.curriculum}"
         how = f" It was pretrained as a masked autoencoder that predicts {target} ({curriculum})."
+    if unfinished:
+        how += f" These are weights of {unfinished}: that run is not finished."
     return f"# {title}\n\nA plain ViT ({size}): {kind}.{how} Made with mae_et.\n"
 
 

@@ -83,6 +83,17 @@ class Pretrained:
     training: Mapping[str, Any] = field(default_factory=dict)
     """What the run's checkpoint says beside its weights (see `resume.identity`); empty for foreign weights."""
 
+    @property
+    def unfinished(self) -> str:
+        """ "step 48 of 18,000" of a pretraining that has not been finished; else ""."""
+        step, stages = self.training.get("step"), self.training.get("stages")
+        steps = sum(stage["steps"] for stage in stages or ())
+        return f"step {step:,} of {steps:,}" if step is not None and step < steps else ""
+
+    def warn_if_unfinished(self) -> None:
+        if self.unfinished:
+            log.warning("%s is of %s: that run is not finished", self.origin, self.unfinished)
+
 
 def read_pretrained(source: str | Path, encoder_only: bool = False, num_heads: int | None = None) -> Pretrained:
     """Weights from a run folder, a file or a timm model name (`ACCEPTED`), in our layout.
@@ -161,8 +172,15 @@ def write_export(
     decoder = interop.has_decoder(state)
     norm_pix_loss = source.norm_pix_loss if norm_pix_loss is None else norm_pix_loss
     weights = Exported(
-        state, head, shape, facts, *((norm_pix_loss, source.target) if decoder else (None, None)), **about
+        state,
+        head,
+        shape,
+        facts,
+        *((norm_pix_loss, source.target) if decoder else (None, None)),
+        unfinished=source.unfinished,
+        **about,
     )
+    source.warn_if_unfinished()
     {"timm": write_timm, "facebook": write_facebook, "huggingface": write_huggingface}[format](weights, Path(out))
 
 

@@ -47,6 +47,8 @@ class Exported:
     run: Path | None = None
     """Run folder that the weights come from."""
     license: str = ""
+    unfinished: str = ""
+    """The step of a run that has not been finished, for people."""
     name: str = ""
     """What timm loads the folder by, once it is on the hub."""
 
@@ -81,7 +83,15 @@ def write_timm(weights: Exported, out: Path) -> None:
     if not is_file:
         _write_decoder(weights, out / DECODER)
         name, has_decoder = weights.name or f"local-dir:{out.resolve().name}", interop.has_decoder(weights.state)
-        about = weights.shape, weights.record, weights.num_classes, has_decoder, weights.run, weights.license
+        about = (
+            weights.shape,
+            weights.record,
+            weights.num_classes,
+            has_decoder,
+            weights.run,
+            weights.license,
+            weights.unfinished,
+        )
         card = out / CARD
         if card.exists() and OURS not in card.read_text():
             log.warning("%s is not of this export, or was changed: it is left as it is", card)

@@ -49,7 +49,7 @@ def push(folder: Path, repository: str) -> str:
     try:
         name = huggingface_hub.create_repo(repository, repo_type="model", exist_ok=True).repo_id
         # A decoder of an earlier export belongs to other weights.
-        others = None if (folder / "decoder").exists() else ["decoder/*"]
+        others = None if (folder / "decoder" / "model.safetensors").exists() else ["decoder/*"]
         huggingface_hub.upload_folder(
             repo_id=name, folder_path=folder, allow_patterns=list(FILES), delete_patterns=others
         )

@@ -218,7 +218,8 @@ def test_bands_are_cropped_like_colours(photo):
     [
         (FORMATS["rgb jpeg"], 5, "--in_chans 5"),
         (FORMATS["rgb png"], 2, "--in_chans 2"),
-        (np.zeros((4, 4, 5), np.uint8), 3, "--in_chans is 3"),
+        (np.zeros((4, 4, 5), np.uint8), 3, "has 5$"),
+        (np.zeros((5, 40, 40), np.uint8), 5, r"has 40; are its channels first\? arrays are \[H, W, C\]"),
         (np.zeros((4, 4, 3), np.uint8), 4, "--in_chans is 4"),
         (np.zeros((4, 4), np.float32), 1, "float32"),
         (npy(np.zeros((4, 4), np.float32)), 1, "float32.*; give --value_range"),

@@ -197,3 +197,11 @@ def test_the_proposed_command_trains(tmp_path, monkeypatch, capsys):
     run = tmp_path / "runs" / "my-data"
     assert (run / "encoder.safetensors").is_file()
     assert "damaged image skipped (1 so far)" in capsys.readouterr().out
+
+
+def test_an_empty_path_is_not_this_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (8, 8)).save("0.png")
+    with pytest.raises(SystemExit):
+        cli.main(["measure", ""])
+    assert "error: DATA is empty; give a folder" in capsys.readouterr().err

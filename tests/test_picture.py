@@ -12,7 +12,7 @@ import torch
 from einops import rearrange
 from PIL import Image
 
-from mae_et import checkpoint
+from mae_et import checkpoint, interop
 from mae_et.data.sources import open_source
 from mae_et.engine import picture, storage
 from mae_et.engine.picture import draw_reconstruction, hog_strokes, predicted_pixels
@@ -413,6 +413,17 @@ def test_a_foreign_checkpoint_is_drawn_at_the_sizes_of_et_pp(tmp_path, blocks):
     assert "LEAK" in blocks[2][0]
     with pytest.raises(ValueError, match="--images is needed"):
         reconstruct(ReconstructConfig(str(foreign)))
+
+
+def test_heads_that_a_file_does_not_say_are_given(tmp_path):
+    pretrained = checkpoint.read_pretrained(
+        write_run(tmp_path / "run", embed_dim=32, num_heads=2, decoder_num_heads=16)
+    )
+    torch.save({"model": interop.to_facebook(pretrained.state, 32)}, tmp_path / "foreign.pth")
+    config = ReconstructConfig(str(tmp_path / "foreign.pth"), images=str(write_images(tmp_path / "images")))
+    with pytest.raises(ValueError, match=r"num_heads of width 32 can't be told from weights: pass .*--num_heads"):
+        reconstruct(config)
+    assert reconstruct(dataclasses.replace(config, num_heads=2)).is_file()
 
 
 def test_a_folder_by_its_address_is_drawn_here(tmp_path, monkeypatch):

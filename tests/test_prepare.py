@@ -309,6 +309,27 @@ def test_a_jpeg_with_a_hole_is_packed_and_named(tmp_path, caplog):
     assert "hole.jpg: Corrupt JPEG data" in warning
 
 
+def test_small_arrays_are_packed_like_other_images(tmp_path):
+    """They once counted as damaged, since they are no JPEGs."""
+    (tmp_path / "mixed").mkdir()
+    for i in range(3):
+        np.save(tmp_path / f"mixed/{i}.npy", np.asarray(picture(i, (40, 30))))
+        picture(i, (40, 30)).save(tmp_path / f"mixed/{i}.png")
+    total = packed(tmp_path / "mixed", tmp_path / "out", quality=95)
+    assert (total["images"], total["damaged"]) == (6, 0)
+    source = open_source(tmp_path / "out")
+    arrays, pngs = ([to_image(source.read(2 * i + j)[0], 3) for i in range(3)] for j in (0, 1))
+    assert all(np.array_equal(array, png) for array, png in zip(arrays, pngs, strict=True))
+
+
+@pytest.mark.parametrize(("words", "name"), [(("images", ""), "OUT"), (("", "out"), "SRC")])
+def test_an_empty_path_is_not_this_folder(tmp_path, monkeypatch, capsys, words, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["prepare", *words])
+    assert f"error: {name} is empty; give a folder" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 def test_nothing_readable_is_an_error(tmp_path):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "1.jpg").write_bytes(b"no")

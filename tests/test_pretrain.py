@@ -487,6 +487,8 @@ def test_a_finished_run_that_is_resumed_stays_as_it_is(photos: Path, tmp_path: P
         ("--input_size 8 --curriculum vanilla", ["8 px is one patch of 8 px"]),
         ("--recipe {tmp}/own.yaml", ["own.yaml", "`stages`", "curriculum: custom"]),
         ("--recipe {tmp}/own.yaml --curriculum custom", ["own.yaml", "`stages`", "curriculum: custom"]),
+        ("--recipe {tmp}/twice.yaml", ["twice.yaml", "key 'epochs' is there twice"]),
+        ("--output_dir=", ["--output_dir is empty"]),
         ("--recipe dmo", ["--recipe", "did you mean demo", "in1k_vitb_etpp400_hog"]),
         ("--model vit_bas_patch16", ["vit_bas_patch16", "mae_vit_base_patch16"]),
         ("--lowfreq furier", ["--lowfreq", "fourier, dct, lanczos, bilinear, scaled"]),
@@ -512,6 +514,7 @@ def test_bad_input_is_one_line(
     (tmp_path / "file").write_text("")
     recipe_file(TINY | {"stages": [{"size_px": 16, "share": 0.9}]}, tmp_path / "shares.yaml")
     recipe_file(TINY | {"epoch": 3}, tmp_path / "unknown.yaml")
+    (tmp_path / "twice.yaml").write_text("epochs: 1\nlr: 1e-3\nepochs: 2\n")
     recipe_file({key: value for key, value in TINY.items() if key != "curriculum"}, tmp_path / "own.yaml")
     base = [] if "--recipe" in flags else ["--recipe", str(recipe_file(TINY, tmp_path / "tiny.yaml"))]
     if "--mask_ratio" in flags or "--input_size" in flags or "--model" in flags:

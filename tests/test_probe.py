@@ -15,7 +15,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import NearestNeighbors
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from tiny import QUICK, SHAPE
+from tiny import QUICK, SHAPE, tiny
 from torch import nn
 
 from mae_et import checkpoint
@@ -23,6 +23,7 @@ from mae_et.compare.runs import read_run
 from mae_et.data.stream import derive_seed
 from mae_et.engine import storage
 from mae_et.engine.features import knn_scores
+from mae_et.engine.pretrain import pretrain
 from mae_et.engine.runtime import Runtime
 from mae_et.evaluate import probe as probe_module
 from mae_et.evaluate.accuracy import Accuracy
@@ -389,3 +390,42 @@ def test_each_probe_has_the_flags_that_it_uses() -> None:
     assert augmented == FinetuneConfig(**common, **training, linear_probe=True, features="augmented")
     assert cached == FinetuneConfig(**common, linear_probe=True, l2=0.1)
     assert FinetuneConfig(**common, **training, knn=True).probes == FinetuneConfig(**common, knn=True).probes
+
+
+def test_results_on_other_images_leave_the_runs_own_alone(run: Path, pictures: Path, tmp_path: Path) -> None:
+    config = FinetuneConfig(**QUICK, knn=True, finetune=str(run), k=3)
+    probe(config)
+    own = (run / "eval-knn.json").read_bytes()
+    other = shutil.copytree(pictures, tmp_path / "other")
+    probe(replace(config, data_path=str(other), output_dir=str(tmp_path / "apart")))
+    assert (run / "eval-knn.json").read_bytes() == own and (tmp_path / "apart/eval-knn.json").is_file()
+    probe(replace(config, data_path=str(pictures), output_dir=str(tmp_path / "both")))
+    assert (run / "eval-knn.json").read_bytes() != own and (tmp_path / "both/eval-knn.json").is_file()
+    probe(replace(config, data_path=str(other)))
+    assert json.loads((run / "eval-knn.json").read_text())["flags"]["data_path"] == str(other)
+
+
+def test_images_that_only_the_checkpoint_names_are_said_to_be_its(run: Path, tmp_path: Path) -> None:
+    state = checkpoint.load(run / "checkpoint.pt")
+    state["config"]["data_path"] = "images"
+    checkpoint.save(state, run / "checkpoint.pt")
+    for evaluate, flags in ((probe, {"knn": True}), (finetune, {})):
+        with pytest.raises(FileNotFoundError, match=r"images does not exist.*; that is what .* was trained on"):
+            evaluate(FinetuneConfig(**QUICK | flags, finetune=str(run)))
+        with pytest.raises(FileNotFoundError, match=r"^--data_path nowhere does not exist(?!.*was trained on)"):
+            evaluate(FinetuneConfig(**QUICK | flags, finetune=str(run), data_path="nowhere"))
+
+
+def test_an_unfinished_run_is_named_by_whoever_reads_it(photos: Path, tmp_path: Path, capsys, caplog) -> None:
+    run = pretrain(tiny(photos, tmp_path / "run", epochs=1))
+    steps = checkpoint.load(run / "checkpoint.pt")["step"]
+    for step, words in ((steps, ""), (3, f"step 3 of {steps}")):
+        checkpoint.save(checkpoint.load(run / "checkpoint.pt") | {"step": step}, run / "checkpoint.pt")
+        pretrained = checkpoint.read_pretrained(run)
+        assert pretrained.unfinished == words
+        caplog.clear()
+        load_encoder(FinetuneConfig(finetune=str(run)))
+        assert ("that run is not finished" in caplog.text) == bool(words)
+        checkpoint.write_export(pretrained, pretrained.shape, "timm", tmp_path / "timm", run=run)
+        card = (tmp_path / "timm/README.md").read_text()
+        assert (f"These are weights of {words}: that run is not finished." in card) == bool(words)

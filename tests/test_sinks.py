@@ -19,6 +19,8 @@ from tiny import tiny
 from mae_et.cli import main_finetune, main_pretrain
 from mae_et.engine.pretrain import pretrain
 from mae_et.engine.sinks import SINKS, open_sinks
+from mae_et.evaluate.config import FinetuneConfig
+from mae_et.plan.config import PretrainConfig
 from mae_et.plan.shared import SINKS as NAMES
 
 
@@ -196,3 +198,9 @@ def test_wandb_itself_keeps_the_numbers_offline(photos, tmp_path, monkeypatch) -
     wandb.teardown()  # its process writes until the end
     (file,) = (tmp_path / "wandb").glob(f"offline-run-*-{(tmp_path / 'sink_id.txt').read_text()}/*.wandb")
     assert b"pretrain/loss" in file.read_bytes() and b"0.625" in file.read_bytes()
+
+
+def test_none_is_no_sink():
+    assert PretrainConfig(log_to=("none",)).log_to == FinetuneConfig(model="m", log_to=("none",)).log_to == ()
+    with pytest.raises(ValueError, match="unknown --log_to 'none'"):
+        PretrainConfig(log_to=("none", "tensorboard"))

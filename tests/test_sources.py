@@ -434,8 +434,11 @@ def test_all_that_pillow_reads_is_taken_and_the_others_are_counted(tmp_path, cap
         write_image(tmp_path / f"{i}.{ending}")
     for name in ("a.heic", "b.HEIC", "c.dng", "labels.json", "README", "notes.txt"):
         (tmp_path / name).write_bytes(b"something")
-    assert len(open_source(tmp_path)) == len(endings)
-    assert "left out 2 .heic, 1 .dng, which" in caplog.text
+    (tmp_path / "linked.jpg").symlink_to("0.jpg")
+    for i in range(3):
+        (tmp_path / f"gone{i}.jpg").symlink_to(f"elsewhere/{i}.jpg")
+    assert len(open_source(tmp_path)) == len(endings) + 1
+    assert "left out 3 broken links, 2 .heic, 1 .dng, which" in caplog.text
     (tmp_path / "phone").mkdir()
     (tmp_path / "a.heic").rename(tmp_path / "phone" / "a.heic")
     with pytest.raises(FileNotFoundError, match=r"no images in .*, not for 1 \.heic"):

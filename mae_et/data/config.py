@@ -39,6 +39,9 @@ class PrepareConfig:
         check(self)
         if self.value_range is not None and not self.value_range[0] < self.value_range[1]:
             raise ValueError(f"--value_range must be LOW HIGH with LOW < HIGH, got {self.value_range}")
+        for name, path in (("SRC", self.source), ("OUT", self.out)):
+            if not path:
+                raise ValueError(f"{name} is empty; give a folder, or . for this one")
         source, out = Path(self.source.removeprefix("wds/")), Path(self.out).resolve()
         if source.is_dir() and source.resolve() in (out, *out.parents):
             raise ValueError(f"OUT {self.out} is inside SRC {self.source}: its shards would become data")
@@ -52,3 +55,7 @@ class MeasureConfig:
     """Images: a folder, or anything else that --data_path takes."""
     json: Annotated[bool, RUN] = False
     """Machine-readable output."""
+
+    def __post_init__(self) -> None:
+        if not self.data_path:
+            raise ValueError("DATA is empty; give a folder, a timm dataset name, or photos")

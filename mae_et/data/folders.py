@@ -235,8 +235,10 @@ def _find_images(
         if _is_dir(entry):
             _find_images(entry.path, os.path.join(prefix, entry.name), (*above, identity), paths, left_out)
         elif extension in extensions:
-            if os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file():  # a broken link is none
+            if os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file():
                 paths.append(os.path.join(prefix, entry.name))
+            elif entry.is_symlink():
+                left_out["broken links"] += 1
         elif extension not in _NOT_DATA:
             left_out[extension] += 1
 

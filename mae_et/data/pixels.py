@@ -267,7 +267,9 @@ def _array_to_channels(pixels: np.ndarray, in_chans: int, value_range: ValueRang
     check_size(pixels.shape[1], pixels.shape[0])
     channels = pixels.shape[2]
     if channels != in_chans and {channels, in_chans} != {1, 3}:
-        raise CorruptImage(f"--in_chans is {in_chans}, but an image array of shape {list(pixels.shape)} has {channels}")
+        shape = list(pixels.shape)
+        order = "; are its channels first? arrays are [H, W, C]" if shape[0] < min(shape[1:]) else ""
+        raise CorruptImage(f"--in_chans is {in_chans}, but an image array of shape {shape} has {channels}{order}")
     pixels = np.ascontiguousarray(_to_uint8(pixels, value_range))
     if in_chans not in MODES:
         return pixels

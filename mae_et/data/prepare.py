@@ -126,10 +126,10 @@ class Encoder(Dataset):
 
 def _is_plain_jpeg(item: Item, in_chans: int) -> bool:
     """Whether bytes are already a JPEG of so many channels that needs no turning."""
-    if not isinstance(item, bytes):
+    if not isinstance(item, bytes) or not item.startswith(b"\xff\xd8"):
         return False
     header = open_header(item)
-    return header.format == "JPEG" and header.mode == MODES[in_chans] and orientation_of(header) == 1
+    return header.mode == MODES[in_chans] and orientation_of(header) == 1
 
 
 def _write_shard(

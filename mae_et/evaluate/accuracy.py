@@ -268,10 +268,12 @@ def result_paths(config: FinetuneConfig, encoder: PretrainedEncoder) -> list[Pat
 def result_folders(config: FinetuneConfig, encoder: PretrainedEncoder) -> list[Path]:
     """The run folder of the checkpoint, and --output_dir if given, if there is no such, and for fine-tuning.
 
-    What is fine-tuned from a fine-tuned model is another one, whose results are not those of the first.
+    What is fine-tuned from a fine-tuned model is another one, whose results are not those of the first. With
+    --output_dir those on other images than the run's are kept apart: they would take the place of its own.
     """
     fine_tunes = not (config.is_probe or config.eval)
-    folders = [encoder.folder] if encoder.folder and not (fine_tunes and encoder.head) else []
+    apart = (fine_tunes and encoder.head) or (config.output_dir and encoder.data_path != encoder.trained_on)
+    folders = [encoder.folder] if encoder.folder and not apart else []
     if config.output_dir or not folders or fine_tunes:
         folders.append(output_folder(config, encoder.folder))
     return list(dict.fromkeys(folders))

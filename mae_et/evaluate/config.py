@@ -362,6 +362,8 @@ class ReconstructConfig:
     """Images to draw, spread evenly over the data."""
     norm_pix_loss: Annotated[bool, TASK] = False
     """The decoder predicts normalised pixels; needed for checkpoints that don't say so themselves."""
+    num_heads: Annotated[int | None, MODEL, POSITIVE] = None
+    """Heads of the encoder, for checkpoints that don't say; default: the usual number for its width."""
     seed: Annotated[int, RUN] = 0
     """Of the masks."""
 

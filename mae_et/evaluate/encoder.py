@@ -6,7 +6,8 @@ B batch · C channels · K classes · L patches · D width.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -59,6 +60,21 @@ class PretrainedEncoder:
     """Whether a run of this package trained it, or what it is like: what the record lacks, that run did without."""
     step: int | None = None
     """Steps that it was trained for, where the checkpoint says so."""
+    trained_on: str = ""
+    """--data_path of its training, where the checkpoint says so."""
+
+    @contextmanager
+    def explained(self, config: FinetuneConfig) -> Iterator[None]:
+        """Say of missing images, if no flag named them, who did."""
+        try:
+            yield
+        except FileNotFoundError as error:
+            if config.data_path:
+                raise
+            raise FileNotFoundError(
+                f"{error}; that is what {self.origin} was trained on, seen from another folder or machine: give "
+                "--data_path"
+            ) from error
 
     def with_value_range(self, train: Source, rt: Runtime) -> PretrainedEncoder:
         """The range of the images' values, measured on training images where nobody states one."""
@@ -112,6 +128,7 @@ def load_encoder(config: FinetuneConfig) -> PretrainedEncoder:
         raise ValueError("from scratch (without --finetune), --model or --like must say what to train")
     if config.finetune:
         state, origin, step = pretrained.state, pretrained.origin, pretrained.training.get("step")
+        pretrained.warn_if_unfinished()
         for name, tensor in (state | head).items():
             if not tensor.isfinite().all():
                 raise ValueError(f"{origin}: {name} holds numbers that are not finite; give other weights")
@@ -132,7 +149,8 @@ def load_encoder(config: FinetuneConfig) -> PretrainedEncoder:
     folder = run_of(config.finetune) if config.finetune else None
     head = head if config.finetune else {}
     ours = bool(trained_on)
-    return PretrainedEncoder(shape, state, origin, size, facts, data_path, folder, head, sources, ours, step)
+    own_data = trained_on.get("data_path", "")
+    return PretrainedEncoder(shape, state, origin, size, facts, data_path, folder, head, sources, ours, step, own_data)
 
 
 def complete_record(

@@ -59,7 +59,8 @@ def finetune(config: FinetuneConfig) -> Path:
         if config.eval:
             return evaluate_only(config, rt, time.perf_counter())
         encoder = load_encoder(config)
-        source = open_labelled(encoder.data_path, "train", config.train_images, config.seed, config.holdout)
+        with encoder.explained(config):
+            source = open_labelled(encoder.data_path, "train", config.train_images, config.seed, config.holdout)
         run = FinetuneRun.create(config, rt, encoder.with_value_range(source, rt), source)
         resume = run_folder.resume_path(config.resume, run.folder)
         read_from = run.restore(resume) if resume else None

@@ -61,12 +61,15 @@ def probe(config: FinetuneConfig) -> dict[str, dict[str, Any]]:
             raise ValueError("--linear_probe is solved in float64, which mps hasn't; use --device cpu")
         encoder = load_encoder(config)
         check_result_folders(config, encoder)
-        train, val = (open_labelled(encoder.data_path, s, n, config.seed, config.holdout) for s, n in _splits(config))
+        with encoder.explained(config):
+            train, val = (
+                open_labelled(encoder.data_path, s, n, config.seed, config.holdout) for s, n in _splits(config)
+            )
         encoder = encoder.with_value_range(train, rt)
         classes = classes_of(config, train, encoder.data_path)
         val = with_classes(val, classes, encoder.data_path, "the training images")
         if config.knn and config.k > len(train):
-            raise ValueError(f"--k {config.k} neighbours, but there are {len(train)} training images")
+            raise ValueError(f"--k {config.k} neighbours, but there are {len(train)} training images; lower --k")
         if config.linear_probe and config.features == "augmented":
             batch = config.total_batch(len(train), rt.world_size)
             if batch < 2 * rt.world_size:
@@ -96,7 +99,9 @@ def probe(config: FinetuneConfig) -> dict[str, dict[str, Any]]:
                     known = extract(model, eval_crops(config, encoder, train), layers, encoder, config, rt)
                     images += len(train)
                     if config.knn and config.k > len(known[1]):
-                        raise ValueError(f"--k {config.k} neighbours, but {len(known[1])} training images can be read")
+                        raise ValueError(
+                            f"--k {config.k} neighbours, but {len(known[1])} training images can be read; lower --k"
+                        )
                 classify = _fit(protocol, rt, known, len(classes))
             result = _result(protocol, classify(held_out), labels, classes, len(known[1]) if known else len(train))
             if config.corruptions:

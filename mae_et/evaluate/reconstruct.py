@@ -37,7 +37,7 @@ def reconstruct(config: ReconstructConfig) -> Path:
     Raises FileNotFoundError, CheckpointError or ValueError, in one line, if the checkpoint can't be read or has no
     decoder, if there are no images, or if a flag contradicts the checkpoint.
     """
-    pretrained = checkpoint.read_pretrained(config.run)
+    pretrained = checkpoint.read_pretrained(config.run, num_heads=config.num_heads)
     normalized = _check_decoder(config, pretrained)
     make_folder(_path(config).parent, "--out")
     model = MaskedAutoencoder(**pretrained.shape)

@@ -250,6 +250,8 @@ class PretrainConfig(
     def _check_folders(self) -> None:
         if not self.data_path:
             raise ValueError("--data_path is empty; give a folder, a timm dataset name, or photos")
+        if not self.output_dir:
+            raise ValueError("--output_dir is empty; give a folder, or . for this one")
         data, out = Path(self.data_path).resolve(), Path(self.output_dir).resolve()
         if data.is_dir() and (out == data or data in out.parents):
             raise ValueError(f"--output_dir {self.output_dir} is inside --data_path: its pictures would become data")

@@ -240,7 +240,7 @@ def from_recipe(config_type: type[Config], recipe: str) -> Config:
             raise FileNotFoundError(f"--recipe: no file {recipe}")
         choice("--recipe", recipe, shipped)
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.load(path.read_text(), _UniqueKeys)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"--recipe {path} is not a YAML file: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
@@ -248,6 +248,17 @@ def from_recipe(config_type: type[Config], recipe: str) -> Config:
     if values.get("stages") and values.get("curriculum") != "custom":
         raise ValueError(f"--recipe {path}: `stages` are those of `curriculum: custom`; add that, or leave them out")
     return from_dict(config_type, values | {"recipe": recipe}, where=f"recipe {recipe}")
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that is there twice, of which YAML would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def from_dict(config_type: type[Config], values: dict[str, Any], where: str) -> Config:

@@ -7,12 +7,9 @@ import difflib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar, cast
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance  # of type checkers, which alone know it
-
-Kept = TypeVar("Kept", bound="DataclassInstance")
+Kept = TypeVar("Kept")
 SizePx = int | tuple[int, int]
 """Side of a square in pixels, or (height, width)."""
 
@@ -61,7 +58,7 @@ def choice(name: str, value: str, legal: Iterable[str]) -> str:
 
 def of_file(kind: type[Kept], values: Mapping[str, Any], where: str) -> Kept:
     """A dataclass from its values in a file. ValueError for fields that only a newer version of this package knows."""
-    if unknown := values.keys() - {f.name for f in dataclasses.fields(kind)}:
+    if unknown := values.keys() - {f.name for f in dataclasses.fields(cast(Any, kind))}:
         raise ValueError(f"{where} holds {', '.join(sorted(unknown))}: a newer mae_et has written it; update this one")
     return kind(**values)
 

@@ -126,6 +126,8 @@ def check_shared(config: Any) -> None:
 
     config: has `DataFlags`, `RunFlags` and `LauncherFlags`.
     """
+    if config.log_to == ("none",):
+        object.__setattr__(config, "log_to", ())
     check(config)
     if config.resume and config.overwrite:
         raise ValueError("--resume goes on with a run and --overwrite replaces it; give one of them")

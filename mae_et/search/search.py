@@ -257,7 +257,10 @@ def open_space(config: SearchConfig) -> SearchSpace:
             raise ValueError(f"a recipe that the search may find would not run: {error}") from error
     labelled = min(config.judge_images, space.num_images)
     if "knn" in config.judge and labelled < FinetuneConfig.k:
-        raise ValueError(f"--judge knn takes {FinetuneConfig.k} neighbours, but may use {labelled} labelled images")
+        raise ValueError(
+            f"--judge knn takes {FinetuneConfig.k} neighbours, but may use {labelled} labelled images; judge by "
+            "linear_probe or loss"
+        )
     if config.budget is not None and config.budget < (least := space.least_cost()):
         raise ValueError(f"--budget {config.budget:g} is less than one candidate, {least:.2f} vanilla runs")
     return space
