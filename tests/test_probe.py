@@ -401,8 +401,10 @@ def test_results_on_other_images_leave_the_runs_own_alone(run: Path, pictures: P
     assert (run / "eval-knn.json").read_bytes() == own and (tmp_path / "apart/eval-knn.json").is_file()
     probe(replace(config, data_path=str(pictures), output_dir=str(tmp_path / "both")))
     assert (run / "eval-knn.json").read_bytes() != own and (tmp_path / "both/eval-knn.json").is_file()
-    probe(replace(config, data_path=str(other)))
-    assert json.loads((run / "eval-knn.json").read_text())["flags"]["data_path"] == str(other)
+    for flags in ({}, {"output_dir": str(tmp_path / "both"), "cls_token": True}):  # as of a run without labels
+        (run / "eval-knn.json").unlink()
+        probe(replace(config, data_path=str(other), **flags))
+        assert json.loads((run / "eval-knn.json").read_text())["flags"]["data_path"] == str(other)
 
 
 def test_images_that_only_the_checkpoint_names_are_said_to_be_its(run: Path, tmp_path: Path) -> None:

@@ -261,19 +261,27 @@ def _differences(path: Path, record: Mapping[str, Any]) -> list[str] | None:
 
 
 def result_paths(config: FinetuneConfig, encoder: PretrainedEncoder) -> list[Path]:
-    """Of the protocol's result, in each of `result_folders`."""
-    return [folder / f"eval-{config.protocol}.json" for folder in result_folders(config, encoder)]
+    """Of the protocol's result, in each of `result_folders`; with --output_dir not over one on other images."""
+    paths = [folder / f"eval-{config.protocol}.json" for folder in result_folders(config, encoder)]
+    if config.output_dir:
+        return [*(path for path in paths[:-1] if not _is_on_other_images(path, encoder)), paths[-1]]
+    return paths
+
+
+def _is_on_other_images(path: Path, encoder: PretrainedEncoder) -> bool:
+    try:
+        return json.loads(path.read_text())["flags"]["data_path"] not in ("", encoder.data_path)
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return False
 
 
 def result_folders(config: FinetuneConfig, encoder: PretrainedEncoder) -> list[Path]:
     """The run folder of the checkpoint, and --output_dir if given, if there is no such, and for fine-tuning.
 
-    What is fine-tuned from a fine-tuned model is another one, whose results are not those of the first. With
-    --output_dir those on other images than the run's are kept apart: they would take the place of its own.
+    What is fine-tuned from a fine-tuned model is another one, whose results are not those of the first.
     """
     fine_tunes = not (config.is_probe or config.eval)
-    apart = (fine_tunes and encoder.head) or (config.output_dir and encoder.data_path != encoder.trained_on)
-    folders = [encoder.folder] if encoder.folder and not apart else []
+    folders = [encoder.folder] if encoder.folder and not (fine_tunes and encoder.head) else []
     if config.output_dir or not folders or fine_tunes:
         folders.append(output_folder(config, encoder.folder))
     return list(dict.fromkeys(folders))

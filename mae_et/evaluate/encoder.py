@@ -60,8 +60,6 @@ class PretrainedEncoder:
     """Whether a run of this package trained it, or what it is like: what the record lacks, that run did without."""
     step: int | None = None
     """Steps that it was trained for, where the checkpoint says so."""
-    trained_on: str = ""
-    """--data_path of its training, where the checkpoint says so."""
 
     @contextmanager
     def explained(self, config: FinetuneConfig) -> Iterator[None]:
@@ -149,8 +147,7 @@ def load_encoder(config: FinetuneConfig) -> PretrainedEncoder:
     folder = run_of(config.finetune) if config.finetune else None
     head = head if config.finetune else {}
     ours = bool(trained_on)
-    own_data = trained_on.get("data_path", "")
-    return PretrainedEncoder(shape, state, origin, size, facts, data_path, folder, head, sources, ours, step, own_data)
+    return PretrainedEncoder(shape, state, origin, size, facts, data_path, folder, head, sources, ours, step)
 
 
 def complete_record(
