@@ -85,7 +85,7 @@ class Pretrained:
 
     @property
     def unfinished(self) -> str:
-        """ "step 48 of 18,000" of a pretraining that has not been finished; else ""."""
+        """Where a pretraining that is not finished stopped: step 48 of 18,000; empty for others."""
         step, stages = self.training.get("step"), self.training.get("stages")
         steps = sum(stage["steps"] for stage in stages or ())
         return f"step {step:,} of {steps:,}" if step is not None and step < steps else ""

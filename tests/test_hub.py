@@ -17,13 +17,14 @@ import yaml
 from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 from run_folders import write_run
-from tiny import SHAPE
+from tiny import QUICK, SHAPE
 
-from mae_et import cli, hub
+from mae_et import checkpoint, cli, hub
 from mae_et.checkpoint import read_pretrained, write_export
 from mae_et.engine import run_folder
 from mae_et.evaluate.config import FinetuneConfig
 from mae_et.evaluate.encoder import load_encoder
+from mae_et.evaluate.finetune import finetune
 from mae_et.files import CheckpointError
 from mae_et.model import MaskedAutoencoder
 
@@ -192,6 +193,18 @@ def test_the_card_has_no_figures_of_other_weights(trained, tmp_path, capsys):
     assert (
         f"eval-early.json is of the weights after step {steps - 1} of {steps}, and left out of the model card" in said
     )
+
+
+def test_the_card_of_a_fine_tuned_model_has_its_own_figures(run, tmp_path):
+    """Fine-tuning's result names the step that it began with, which is none of its own."""
+    state = checkpoint.load(run / "checkpoint.pt") | {"step": 77}
+    checkpoint.save(state, run / "checkpoint.pt")
+    top1 = json.loads(finetune(FinetuneConfig(finetune=str(run), **QUICK)).read_text())["top1"]
+    finetune(FinetuneConfig(finetune=str(run / "finetune"), eval=True, **QUICK | {"epochs": None}))
+    cli.main(["export", str(run / "finetune"), "--out", str(tmp_path / "model")])
+    card = (tmp_path / "model/README.md").read_text()
+    for what in ("fine-tuning", "the fine-tuned classifier"):
+        assert re.search(rf"\| {what}, on pictures\d+ \| {top1:.2f} % \|", card)
 
 
 def test_a_card_names_the_folder_that_is_meant_by_a_dot(trained, tmp_path, monkeypatch):

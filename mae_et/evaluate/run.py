@@ -194,7 +194,9 @@ class FinetuneRun(Run):
 
     @cached_property
     def began_with(self) -> str:
-        """Digest of the weights before the first step: tells them from others."""
+        """Digest of the pretrained weights: tells them from others. Those from scratch follow from seed and torch."""
+        if not self.config.finetune:
+            return ""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.encoder.state.items()):
             digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
