@@ -57,22 +57,27 @@ def main() -> None:
     pretrained = {name: run for name, run in runs.items() if run.ledger}
     if not pretrained:
         raise FileNotFoundError(f"{options.results} holds no pretraining run")
-    if len(asked := sorted({(run.config.device, run.config.precision) for run in pretrained.values()})) > 1:
-        raise ValueError(f"the runs ask for several devices or precisions, {asked}; time those of one")
+    asked = {(run.config.device, run.config.precision) for run in pretrained.values()}
+    if len(asked) > 1:  # what auto became may be one after all
+        asked = {
+            (run.config.device, run.environment.get("precision", run.config.precision)) for run in pretrained.values()
+        }
+    if len(asked) > 1:
+        raise ValueError(f"the runs ask for several devices or precisions, {sorted(asked)}; time those of one")
     if several := [str(run.folder) for run in pretrained.values() if run.environment.get("devices", 1) > 1]:
         raise ValueError(f"{several[0]} was made on several devices; this pass has one process")
     began = time.perf_counter()
-    timings = measure(list(pretrained.values()), options.rounds)
+    timings = measure(list(pretrained.values()), options.rounds, *asked.pop())
     book(options.results, {name: timings[run.folder] for name, run in pretrained.items()})
     print(f"timed {len(pretrained)} runs in {time.perf_counter() - began:.0f} s")
 
 
-def measure(runs: list[RunRecord], rounds: int) -> dict[Path, Timing]:
+def measure(runs: list[RunRecord], rounds: int, device: str, precision: str) -> dict[Path, Timing]:
     """Timing of each run, by its folder. ValueError where a run would have other stages here."""
     began = time.strftime("%Y-%m-%d %H:%M:%S")
     arms = group(runs)
     seeds = max(len(arm.runs) for arm in arms)
-    with runtime.start(runs[0].config.device, runs[0].config.precision) as rt:
+    with runtime.start(device, precision) as rt:
         watches = {arm.name: watch(arm, rt) for arm in arms}
         for each in range(rounds * seeds):
             for arm in arms:

@@ -228,6 +228,8 @@ def test_a_quiet_pass_deals_steps_in_turn_out_to_the_runs_of_an_archive(
             shutil.copy(whole / file, results / name)
         config = results / name / "config.yaml"
         text = re.sub(r"^seed: .*$", f"seed: {seed}", config.read_text(), flags=re.M)
+        precision = "auto" if name == "b-seed0" else "fp32"  # which became fp32
+        text = re.sub(r"^precision: .*$", f"precision: {precision}", text, flags=re.M)
         config.write_text(re.sub(r"^lr: .*$", f"lr: {lr}", text, flags=re.M))
     quiet_pass = benchmark("quiet_pass")
     benchmark("equal_accuracy").pack(results)
@@ -280,6 +282,7 @@ def test_a_quiet_pass_leaves_what_it_finds_where_it_is(benchmark, tmp_path: Path
         ("config.yaml", "epochs: 2", "epochs: 4", "ran stages .* its configuration plans"),
         ("environment.json", '"devices": 1', '"devices": 2', "made on several devices"),
         ("config.yaml", "data_path: .*", "data_path: /nowhere", "/nowhere"),
+        ("*", "fp32", "bf16", r"several devices or precisions, .*'bf16'.*'fp32'.*; time those of one"),
     ],
 )
 def test_a_quiet_pass_refuses_what_it_would_time_wrongly(
@@ -287,9 +290,10 @@ def test_a_quiet_pass_refuses_what_it_would_time_wrongly(
 ):
     quiet_pass = benchmark("quiet_pass")
     shutil.copytree(whole, tmp_path / "run", ignore=shutil.ignore_patterns("*.pt", "*.png"))
-    text = (tmp_path / "run" / file).read_text()
-    (tmp_path / "run" / file).write_text(re.sub(old, new, text))
-    assert (tmp_path / "run" / file).read_text() != text
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    for path in (tmp_path / "run").glob(file):
+        path.write_text(re.sub(old, new, path.read_text()))
+    assert (tmp_path / "run" / file.replace("*", "config.yaml")).read_text() != (whole / "config.yaml").read_text()
     monkeypatch.setattr(sys, "argv", ["quiet_pass.py", str(tmp_path)])
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         quiet_pass.main()
