@@ -59,9 +59,8 @@ def main() -> None:
         raise FileNotFoundError(f"{options.results} holds no pretraining run")
     asked = {(run.config.device, run.config.precision) for run in pretrained.values()}
     if len(asked) > 1:  # what auto became may be one after all
-        asked = {
-            (run.config.device, run.environment.get("precision", run.config.precision)) for run in pretrained.values()
-        }
+        used = [(run.config, run.environment.get("precision")) for run in pretrained.values()]
+        asked = {(config.device, precision or config.precision) for config, precision in used}
     if len(asked) > 1:
         raise ValueError(f"the runs ask for several devices or precisions, {sorted(asked)}; time those of one")
     if several := [str(run.folder) for run in pretrained.values() if run.environment.get("devices", 1) > 1]:
