@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .layouts import FACEBOOK, HF_NAMINGS, OURS, OURS_CROSS, TIMM, Layout, State, huggingface
-from .model import sincos_table
+from .model import same_table, sincos_table
 from .plan.shapes import KNOWN_HEADS, NORM_EPS, SizePx, as_size, choice, grid_of, height_width, num_patches, target_dim
 
 METADATA_KEY = "mae_et"
@@ -310,7 +310,7 @@ def _decoder_table(ours: State, img_size: SizePx | None) -> Tensor:
 
 def _close(stored: Tensor, table: Tensor) -> bool:
     rounding = 2 * torch.finfo(stored.dtype).eps  # of tables stored in half precision
-    return bool((stored.cpu().double() - table.cpu().double()).abs().max() <= max(TABLE_TOLERANCE, rounding))
+    return same_table(stored, table, max(TABLE_TOLERANCE, rounding))
 
 
 def _grid(state: State, img_size: SizePx | None) -> tuple[int, int]:

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from .plan.shapes import ModelShape, grid_of, height_width, model_shape
 from .targets import take_patches
 
-TABLE_TOLERANCE = 4e-3
+HALF_ROUNDING = 4e-3
 """Twice what rounding to bfloat16 changes in sines and cosines."""
 
 
@@ -228,9 +228,9 @@ def _forget_tables(model: MaskedAutoencoder, _: Any) -> None:
     model._tables.clear()
 
 
-def same_table(stored: Tensor, table: Tensor) -> bool:
+def same_table(stored: Tensor, table: Tensor, tolerance: float = HALF_ROUNDING) -> bool:
     """Whether a position table is MAE's fixed one, perhaps rounded to half precision."""
-    return bool((stored.cpu().double() - table.cpu().double()).abs().max() <= TABLE_TOLERANCE)
+    return bool((stored.cpu().double() - table.cpu().double()).abs().max() <= tolerance)
 
 
 def sincos_table(width: int, grid: tuple[int, int], full_grid: tuple[int, int]) -> Tensor:

@@ -76,10 +76,10 @@ def test_usual_numbers_of_devices_get_the_same_batches():
 def test_who_resumes_on_an_unusual_number_is_told_what_helps():
     config = PretrainConfig(curriculum="et_pp", total_batch_size=4096, early_large_batch=True)
     before, now = (build_curriculum(config, 100_000, devices) for devices in (8, 6))
-    state = identity(config, before, 1e-3) | {"optimizer": {}}
-    check_same_run(state, config, before, 1e-3, {}, Path("c.pt"))
+    state = identity(config, before) | {"optimizer": {}}
+    check_same_run(state, config, before, {}, Path("c.pt"))
     with pytest.raises(ValueError, match=r"batch_size 21120, now 21126; with --early_large_batch, go on on as many"):
-        check_same_run(state, config, now, 1e-3, {}, Path("c.pt"))
+        check_same_run(state, config, now, {}, Path("c.pt"))
 
 
 def test_a_row_that_states_its_batch_keeps_it():

@@ -20,11 +20,8 @@ FORMAT = "mae_et/1"
 """Value of the key `format` in the checkpoints of this package."""
 
 
-def identity(config: PretrainConfig, curriculum: Curriculum, peak: float) -> dict[str, Any]:
-    """What a checkpoint says about itself: enough to use its weights, and to refuse to resume another run.
-
-    peak: learning rate, which of --blr follows from the images of a step.
-    """
+def identity(config: PretrainConfig, curriculum: Curriculum) -> dict[str, Any]:
+    """What a checkpoint says about itself: enough to use its weights, and to refuse to resume another run."""
     return {
         "format": FORMAT,
         "config": to_dict(config),
@@ -33,7 +30,6 @@ def identity(config: PretrainConfig, curriculum: Curriculum, peak: float) -> dic
         "norm_pix_loss": config.norm_pix_loss,
         "stages": [dataclasses.asdict(stage) for stage in curriculum.stages],
         "num_images": curriculum.num_images,
-        "peak_lr": peak,
         "mean": list(config.pixel_mean),
         "std": list(config.pixel_std),
     }
@@ -65,32 +61,32 @@ def check_config(what: str, before: Mapping[str, Any], config: Any, fixed: Calla
 
 
 def check_same_run(
-    state: dict[str, Any],
-    config: PretrainConfig,
-    curriculum: Curriculum,
-    peak: float,
-    images: Mapping[str, str],
-    path: Path,
+    state: dict[str, Any], config: PretrainConfig, curriculum: Curriculum, images: Mapping[str, str], path: Path
 ) -> None:
     """ValueError that names the first difference if a checkpoint is of another run than the configuration's.
 
-    peak: as of :func:`identity`. images: `fingerprint` of what --data_path holds.
+    images: `fingerprint` of what --data_path holds.
     """
-    _check_beginning(f"--resume {path}", state, config, curriculum, peak, lambda role: role.resume)
+    _check_beginning(f"--resume {path}", state, config, curriculum, lambda role: role.resume)
     check_images(f"--resume {config.resume}", path, state, images, config.data_path)
 
 
+def check_peak_lr(what: str, state: Mapping[str, Any], peak: float) -> None:
+    """ValueError unless the peak is the checkpoint's: stages that state their own batches say nothing of --batch_size,
+    which --blr is multiplied by."""
+    if (before := state.get("peak_lr", peak)) != peak:
+        raise ValueError(
+            f"{what}: the peak learning rate was {before:g}, is {peak:g}: --blr times the images of a step, over "
+            "256; set --total_batch_size or --batch_size as they were"
+        )
+
+
 def check_branch(
-    state: dict[str, Any],
-    config: PretrainConfig,
-    curriculum: Curriculum,
-    peak: float,
-    images: Mapping[str, str],
-    path: Path,
+    state: dict[str, Any], config: PretrainConfig, curriculum: Curriculum, images: Mapping[str, str], path: Path
 ) -> None:
     """ValueError if a checkpoint is not of a finished run whose stages are the first of the configuration's."""
     what = f"--branch {path}"
-    _check_beginning(what, state, config, curriculum, peak, lambda role: role.branch)
+    _check_beginning(what, state, config, curriculum, lambda role: role.branch)
     check_images(f"--branch {config.branch}", path, state, images, config.data_path)
     done, stages = state["step"], len(state["stages"])
     if stages >= len(curriculum.stages):
@@ -100,12 +96,7 @@ def check_branch(
 
 
 def _check_beginning(
-    what: str,
-    state: dict[str, Any],
-    config: PretrainConfig,
-    curriculum: Curriculum,
-    peak: float,
-    fixed: Callable[[Role], bool],
+    what: str, state: dict[str, Any], config: PretrainConfig, curriculum: Curriculum, fixed: Callable[[Role], bool]
 ) -> None:
     """ValueError that names the first difference, in what must not differ, to the run of a checkpoint."""
     if "head" in state:
@@ -129,8 +120,3 @@ def _check_beginning(
                     f"{what}: stage of {now['size_px']} px had {name} {was[name]}, now {now[name]}"
                     + (remedy if name == "batch_size" else "")
                 )
-    if (before := state.get("peak_lr", peak)) != peak:  # of stages that state their own batches, and so haven't changed
-        raise ValueError(
-            f"{what}: the peak learning rate was {before:g}, is {peak:g}: --blr times the images of a step, over "
-            "256; set --total_batch_size or --batch_size as they were"
-        )

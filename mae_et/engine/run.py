@@ -28,7 +28,7 @@ from ..targets import hog_target, pixel_target, reconstruction_loss, take_patche
 from . import attention, run_folder, sharded, storage
 from .graphs import Graph, Inputs, wants_graphs
 from .optim import adamw, muon
-from .resume import check_branch, check_same_run, identity
+from .resume import check_branch, check_peak_lr, check_same_run, identity
 from .runtime import Normalize, Runtime
 from .step import Run
 
@@ -193,12 +193,13 @@ class PretrainRun(Run):
         Waits for the save before it, and raises what that one raised. A sharded model's are shards, unless `full`.
         """
         self.writer.wait("save")  # before there is memory for another copy
-        state = identity(self.config, self.curriculum, self.peak_lr) | {
+        state = identity(self.config, self.curriculum) | {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "ledger": self.ledger.state_dict(),
             "precision": self.rt.precision,
+            "peak_lr": self.peak_lr,
             "sampled_images": self.images,
             "value_range": self.value_range,
             "mask_generator": self.mask_generator,
@@ -221,12 +222,13 @@ class PretrainRun(Run):
     def restore(self, state: dict[str, Any], path: Path, flag: str, source: Path) -> None:
         """Go on from a checkpoint, read from `source`, or with the flag --branch begin where a finished run ended."""
         if flag == "--resume":
-            check_same_run(state, self.config, self.curriculum, self.peak_lr, self.images, path)
+            check_same_run(state, self.config, self.curriculum, self.images, path)
             self.ledger = Ledger.from_state_dict(state["ledger"])
         else:
-            check_branch(state, self.config, self.curriculum, self.peak_lr, self.images, path)
+            check_branch(state, self.config, self.curriculum, self.images, path)
             spent = Ledger.from_state_dict(state["ledger"]).stages
             self.ledger.stages[: len(spent)] = spent
+        check_peak_lr(f"{flag} {path}", state, self.peak_lr)
         sharded.restore(self.model, self.optimizer, state, source)
         self.step, self.mask_generator = state["step"], state.get("mask_generator", "mt19937")
 
