@@ -256,7 +256,9 @@ def explain(prog: str, run: Callable[[], None]) -> None:
     try:
         run()
     except KeyboardInterrupt:
-        raise SystemExit(130) from None
+        # Not SystemExit(130): ending by the signal itself, a process ends the loop of a shell script around it, too.
+        sys.excepthook = lambda *_: None
+        raise
     except BrokenPipeError:  # `… --help | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would complain at its exit
         raise SystemExit(1) from None

@@ -172,7 +172,8 @@ def test_sigterm_saves_and_the_run_goes_on(run: Path, tmp_path: Path, monkeypatc
     whole, cut = (replace(config, output_dir=str(tmp_path / name)) for name in ("whole", "cut"))
     finetune(whole)
     signal_in_step(3, monkeypatch)
-    finetune(cut)
+    with pytest.raises(SystemExit, match="143"):
+        finetune(cut)
     monkeypatch.undo()
     state = checkpoint.load(tmp_path / "cut/checkpoint.pt")
     assert state["step"] in (3, 4)
@@ -596,7 +597,8 @@ def test_a_model_that_began_with_a_classifier_says_what_it_classifies_itself(run
 def test_a_save_when_stopped_keeps_the_one_before(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only a second save of the same step takes the first one's place."""
     signal_in_step(6, monkeypatch)
-    finetune(FinetuneConfig(finetune=str(run), output_dir=str(tmp_path / "cut"), **QUICK))
+    with pytest.raises(SystemExit, match="143"):
+        finetune(FinetuneConfig(finetune=str(run), output_dir=str(tmp_path / "cut"), **QUICK))
     newest, older = (tmp_path / "cut" / name for name in ("checkpoint.pt", "checkpoint.prev1.pt"))
     assert checkpoint.load(newest)["step"] in (6, 7)  # it looks for signals while the device works
     assert checkpoint.load(older)["step"] == 4

@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -549,6 +550,26 @@ def test_a_recipe_that_could_not_be_run_here_is_refused_before_the_search(
     with pytest.raises(ValueError, match=r"would not run: --output_dir \./output_dir is inside --data_path"):
         search(config_of(Path(), tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("number", "end"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_signal_ends_the_search_not_only_its_trial(
+    number: int, end: type[BaseException], pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    module, steps = sys.modules["mae_et.engine.pretrain"], []
+
+    def take_step(*arguments):
+        if not steps:
+            signal.raise_signal(number)
+        steps.append(1)
+        return step(*arguments)
+
+    step = module.take_step
+    monkeypatch.setattr(module, "take_step", take_step)
+    with pytest.raises(end):
+        main(["search", *words(pictures, tmp_path / "out")])
+    assert len(steps) < 3 and not records(tmp_path / "out")
+    assert "stopped; the same command goes on" in capsys.readouterr().out
 
 
 def test_a_process_that_is_killed_is_explained(pictures: Path, tmp_path: Path) -> None:

@@ -47,9 +47,10 @@ log = logging.getLogger(__name__)
 
 
 def pretrain(config: PretrainConfig) -> Path:
-    """Run a configuration to its end, or until SIGTERM or SIGINT; returns the run folder.
+    """Run a configuration to its end; returns the run folder.
 
-    Raises ValueError, OSError or CheckpointError, with one line, for whatever the user can mend.
+    Raises ValueError, OSError or CheckpointError, with one line, for whatever the user can mend. After SIGTERM or
+    SIGINT it saves and raises SystemExit or KeyboardInterrupt.
     """
     check_sinks(config)
     resume = run_folder.resume_path(config.resume, Path(config.output_dir))
@@ -103,7 +104,9 @@ def pretrain(config: PretrainConfig) -> Path:
             with files.disk_full_errors(run.folder), contextlib.closing(loader), logger:
                 train(run, batches, logger, stop, vanilla.total_flops / vanilla.total_images, probe)
             finish(run, source, vanilla)
-        return run.folder
+    if not run.finished:
+        stop.end()
+    return run.folder
 
 
 def first_step(config: PretrainConfig, curriculum: Curriculum) -> int:

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -300,9 +300,22 @@ def _sleep_before_forks() -> None:
 
 @dataclass
 class Stop:
-    """Whether a signal has asked this process to stop."""
+    """Whether a signal has asked this process to stop, and which."""
 
-    requested: bool = False
+    by: signal.Signals | None = None
+
+    @property
+    def requested(self) -> bool:
+        return self.by is not None
+
+    def end(self) -> NoReturn:
+        """End as the signal would have: what follows in a script is not meant to run on half a training.
+
+        Ctrl-C raises KeyboardInterrupt, SIGTERM SystemExit(143), on ranks that got no signal themselves, too.
+        """
+        if self.by == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + signal.SIGTERM)
 
 
 @contextlib.contextmanager
@@ -316,8 +329,8 @@ def stop_signals() -> Iterator[Stop]:
     def request(number: int, _: Any) -> None:
         if stop.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        stop.requested = True
-        log.warning("%s: stopping after this step", signal.Signals(number).name)
+        stop.by = signal.Signals(number)
+        log.warning("%s: stopping after this step", stop.by.name)
 
     before = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

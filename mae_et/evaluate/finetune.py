@@ -47,7 +47,8 @@ LOOK_STEPS = 20
 def finetune(config: FinetuneConfig) -> Path:
     """Fine-tune, or only evaluate with --eval; returns the path of the result, without one the run folder.
 
-    Raises ValueError, OSError or CheckpointError, with one line, for whatever the user can mend.
+    Raises ValueError, OSError or CheckpointError, with one line, for whatever the user can mend. After SIGTERM or
+    SIGINT it saves and raises SystemExit or KeyboardInterrupt.
     """
     check_sinks(config)
     runtime.check_launcher(config.world_size)
@@ -80,7 +81,10 @@ def finetune(config: FinetuneConfig) -> Path:
         logger = RunLogger(run.folder, config, run.curriculum, first_step, run.ledger, on=rt.is_main)
         with files.disk_full_errors(run.folder), contextlib.closing(loader), logger:
             result = train(run, batches, logger, stop)
-        return finish(run, source, result)
+        path = finish(run, source, result)
+    if not run.finished:
+        stop.end()
+    return path
 
 
 def finished_before(run: FinetuneRun, resume: Path) -> bool:

@@ -234,13 +234,17 @@ def search(config: SearchConfig) -> SearchResult | None:
     results = Results(out / RESULTS, identity(space))
     if results.by_name:
         log.info("going on after %d trials", len(results.by_name))
-    with Workers(config.jobs, config.devices or (config.device,)) as workers:
-        evaluate = CandidateEvaluator(space, results, workers)
-        stages = space.options, space.full, config.num_stages
-        if config.algorithm == "sequential":
-            schedule, selected = sequential(*stages, evaluate, config.halving)
-        else:
-            schedule, selected = greedy(*stages, evaluate, config.tolerance, config.jobs)
+    try:
+        with Workers(config.jobs, config.devices or (config.device,)) as workers:
+            evaluate = CandidateEvaluator(space, results, workers)
+            stages = space.options, space.full, config.num_stages
+            if config.algorithm == "sequential":
+                schedule, selected = sequential(*stages, evaluate, config.halving)
+            else:
+                schedule, selected = greedy(*stages, evaluate, config.tolerance, config.jobs)
+    except (KeyboardInterrupt, SystemExit):
+        log.warning("stopped; the same command goes on")
+        raise
     if not evaluate.exhausted:  # with a larger budget, the search would go on from its base runs
         evaluate.delete_base_runs()
     return SearchResult(space, schedule, space.recipe(schedule), evaluate.rounds, selected, results)

@@ -67,7 +67,7 @@ def run_trial(trial: Trial, device: str = "auto", threads: int = 0) -> dict[str,
     scores: as :func:`evaluate` returns them; score: their mean. What the runs print goes to log.txt in their folders.
     threads: of CPU work; 0: as they are.
 
-    Raises what :func:`pretrain` raises, and InterruptedError if it was asked to stop.
+    Raises what :func:`pretrain` raises.
     """
     if threads:
         torch.set_num_threads(threads)
@@ -92,8 +92,6 @@ def _train(config: PretrainConfig) -> float:
     with _log_of(config):
         if not (folder / run_folder.ENCODER).exists():
             pretrain(config)
-    if not (folder / run_folder.ENCODER).exists():
-        raise InterruptedError("stopped and saved; the same command goes on")
     before = run_folder.read_ledger(Path(config.branch)).total.flops if config.branch else 0.0
     return run_folder.read_ledger(folder).total.flops - before
 
