@@ -243,6 +243,12 @@ def test_crops_of_fine_tuning_have_the_area_that_is_asked_for(area: float) -> No
         assert width * height == pytest.approx(area, rel=0.06)
 
 
+@pytest.mark.parametrize("flag", ["smoothing", "drop_path", "model_ema_decay"])
+def test_a_share_that_leaves_nothing_to_learn_is_refused(flag: str) -> None:
+    with pytest.raises(ValueError, match=rf"--{flag} must be in \[0, 1\), got 1"):
+        FinetuneConfig(finetune="x", **{flag: 1.0})
+
+
 def test_an_impossible_area_of_crops_is_refused() -> None:
     with pytest.raises(ValueError, match=r"--crop_scale must be two areas 0 < low <= high <= 1, got 0 1"):
         FinetuneConfig(finetune="x", crop_scale=(0, 1))

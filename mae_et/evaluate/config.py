@@ -23,6 +23,7 @@ from ..plan.flags import (
     SEED,
     SHARE,
     SHARE_ABOVE_0,
+    SHARE_BELOW_1,
     TASK,
     UNTRAINED,
     WEIGHTS,
@@ -108,7 +109,7 @@ class ClassifierFlags:
     """Blocks; default: the model's."""
     num_heads: Annotated[int | None, MODEL, POSITIVE] = None
     """Heads; default: the model's."""
-    drop_path: Annotated[float, TASK, SHARE] = 0.1
+    drop_path: Annotated[float, TASK, SHARE_BELOW_1] = 0.1
     """Stochastic depth of the last block; it grows linearly from 0."""
     global_pool: Annotated[bool, TASK] = False
     """Classify the mean of the patch tokens: what fine-tuning does by default."""
@@ -146,7 +147,7 @@ class FinetuneOptimisationFlags:
     """Largest norm of the gradient; default: no clipping."""
     model_ema: Annotated[bool, TASK] = False
     """Keep a moving average of the weights too, and evaluate both."""
-    model_ema_decay: Annotated[float, TASK, SHARE] = 0.9999
+    model_ema_decay: Annotated[float, TASK, SHARE_BELOW_1] = 0.9999
     """Decay of the average per step."""
 
 
@@ -160,7 +161,7 @@ class AugmentationFlags:
     """Strength of colour jitter; has effect only with --aa none, as in timm."""
     aa: Annotated[str | None, TASK] = None
     """timm's RandAugment or AutoAugment policy, or none; default: rand-m9-mstd0.5-inc1 for 1 and 3 channels."""
-    smoothing: Annotated[float, TASK, SHARE] = 0.1
+    smoothing: Annotated[float, TASK, SHARE_BELOW_1] = 0.1
     """Label smoothing."""
     reprob: Annotated[float, TASK, SHARE] = 0.25
     """Probability of random erasing."""
