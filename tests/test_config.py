@@ -254,6 +254,10 @@ def test_a_mistake_gets_one_line(call, message):
         ("- 1", "must be a mapping"),
         ("", "must be a mapping"),
         ("lr: fast", "lr should be"),
+        (
+            "recipe: small\nlr: 1.0e-3",
+            "a recipe doesn't extend another, `recipe: small` .*--recipe small --print_config",
+        ),
     ],
 )
 def test_a_bad_recipe_file_is_named(tmp_path, text, message):

@@ -245,6 +245,12 @@ def from_recipe(config_type: type[Config], recipe: str) -> Config:
         raise ValueError(f"--recipe {path} is not a YAML file: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"--recipe {path} must be a mapping of configuration keys, see --print_config")
+    base, flags = values.get("recipe"), dataclasses.fields(config_type)
+    if base and len(values) < len(flags) / 2:  # a run's config.yaml, which names its recipe, has about all
+        raise ValueError(
+            f"--recipe {path}: a recipe doesn't extend another, `recipe: {base}` would not be read; begin with what "
+            f"`--recipe {base} --print_config` prints, or give the changes as flags"
+        )
     if values.get("stages") and values.get("curriculum") != "custom":
         raise ValueError(f"--recipe {path}: `stages` are those of `curriculum: custom`; add that, or leave them out")
     return from_dict(config_type, values | {"recipe": recipe}, where=f"recipe {recipe}")
