@@ -8,7 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from hypothesis import settings
 from PIL import Image
+
+# A machine that is busy with other work is no fault of the code.
+settings.register_profile("without deadlines", deadline=None)
+settings.load_profile("without deadlines")
 
 # What takes seconds to import is imported in the fixtures: the process that shares the tests out needs none of it.
 

@@ -127,7 +127,7 @@ CONFIGS = st.builds(
 )
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(CONFIGS)
 def test_yaml_loses_nothing(config):
     assert read_back(config) == config

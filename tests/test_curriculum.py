@@ -23,7 +23,7 @@ from mae_et.plan.schedules import (
 )
 from mae_et.plan.shapes import as_size, grid_of
 
-MANY = settings(max_examples=80, deadline=None)
+MANY = settings(max_examples=80)
 IMAGENET = {"num_images": 1_281_167, "batch_size": 4096}
 
 

@@ -25,7 +25,7 @@ from mae_et.data.views import draw_view
 from mae_et.data.workers import Loading
 from mae_et.plan.shapes import OPERATORS, SPECTRAL
 
-FEW = settings(max_examples=15, deadline=None)
+FEW = settings(max_examples=15)
 FULL, SMALL = (64, 64), (32, 32)
 
 
@@ -513,7 +513,7 @@ def test_what_the_strict_decoder_objects_to_is_told_with_the_crop(operator):
         assert bool(jpeg_objection(item)) == (item == b"\xff\xd8")
 
 
-@settings(max_examples=500, deadline=None, derandomize=True)
+@settings(max_examples=500, derandomize=True)
 @given(
     st.sampled_from(
         ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "npy", "bands", "AVIF", "DDS", "JPEG2000", "TGA"]

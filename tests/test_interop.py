@@ -56,7 +56,7 @@ def facebook_keys(depth: int, decoder_depth: int) -> set[str]:
     return keys | {f"{module}.{kind}" for module in modules for kind in ("weight", "bias")}
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     grid=st.tuples(st.integers(1, 4), st.integers(1, 4)),
     depth=st.integers(1, 12),

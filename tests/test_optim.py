@@ -124,7 +124,7 @@ def test_matrices_decay_and_all_parameters_are_trained_once():
         torch.testing.assert_close(model.get_parameter(name).detach(), before[name] * (1 - LR * WEIGHT_DECAY))
 
 
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 @given(st.sampled_from([math.nan, math.inf, -math.inf]), st.booleans())
 def test_a_step_that_is_not_finite_changes_nothing(value, first):
     """Neither weights nor state, also where the gradient itself isn't finite."""

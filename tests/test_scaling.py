@@ -45,7 +45,7 @@ def test_small_stages_take_as_many_images_as_make_the_same_work():
         assert b.batch_size % 8 == 0
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     devices=st.integers(1, 64),
     per_device=st.integers(1, 64),

@@ -891,7 +891,7 @@ class Numbers:
         return f"numbers[{index}]"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=80), st.data(), st.integers(0, 9))
 def test_subsets_are_balanced_nested_and_reproducible(labels, data, seed):
     source = Numbers(labels)
@@ -912,7 +912,7 @@ def test_subsets_are_balanced_nested_and_reproducible(labels, data, seed):
     assert set(images) <= {larger.read(i)[0] for i in range(len(larger))}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.sampled_from([-1, 0, 1, 2, 2, 2, 2, 5]), min_size=1, max_size=80), st.data(), st.integers(0, 9))
 def test_proportional_subsets_give_every_class_its_share(labels, data, seed):
     source = Numbers(labels)

@@ -24,7 +24,7 @@ from mae_et.plan.curriculum import Stage
 from mae_et.plan.shapes import SPECTRAL
 from mae_et.spectral import low_frequency_crop, low_frequency_input, low_pass
 
-MANY = settings(max_examples=40, deadline=None)
+MANY = settings(max_examples=40)
 FULL, SMALL = 224, 96  # of ET++, first stage
 
 

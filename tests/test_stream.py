@@ -38,7 +38,7 @@ from mae_et.data.stream import (
 from mae_et.data.workers import Loading, ahead, default_workers, in_flight
 from mae_et.plan.curriculum import Curriculum, Stage
 
-FEW = settings(max_examples=30, deadline=None)
+FEW = settings(max_examples=30)
 
 
 def curriculum(num_images: int, *stages: tuple[int, int], size_px: int = 16) -> Curriculum:

@@ -249,7 +249,7 @@ def test_our_own_layout_keeps_its_encoder(decoder, prefix):
         assert unwrap(encoder, PATH).state.keys() == encoder.keys()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     parts=st.lists(st.sampled_from(WRAPPERS), max_size=4),
     layout=st.sampled_from(["facebook", "timm", "ours", "hub", "memory", "transformers5_file"]),
