@@ -46,12 +46,14 @@ def model_card(
     decoder: bool,
     run: Path | None,
     license: str,
+    step: int | None = None,
     unfinished: str = "",
 ) -> str:
     """README.md of a folder that timm loads.
 
     name: what `timm.create_model` takes. outputs: of the classifier, 0 without one. run: the run folder, if the weights
-    are a run's. license: an identifier of the hub, or "". unfinished: the step that the run stopped at, if it has.
+    are a run's. license: an identifier of the hub, or "". step: that they are of; costs and evaluations of others are
+    left out. unfinished: the same in words, if it is not the run's last.
     """
     config = _config(run)
     title = run.resolve().name if run and name.startswith("local-dir:") else name.replace(":", "/").rpartition("/")[2]
@@ -64,7 +66,8 @@ def model_card(
         parts.append(_decoder(name))
     parts.append(_images(shape, facts, outputs))
     if run is not None:
-        parts += [_training(run, config) if config else "", _evaluations(run, config)]
+        step = step if step is not None else _told(run / run_folder.LEDGER, _steps) or None
+        parts += [_training(run, config, step) if config else "", _evaluations(run, config, shape, step)]
     parts += [_license(license), OURS + "\n"]
     return "\n".join(part for part in parts if part)
 
@@ -90,7 +93,7 @@ def _what(title: str, shape: ModelShape, outputs: int, config: PretrainConfig | 
         curriculum = "vanilla MAE" if config.curriculum == "vanilla" else f"curriculum {config.curriculum}"
         how = f" It was pretrained as a masked autoencoder that predicts {target} ({curriculum})."
     if unfinished:
-        how += f" These are weights of {unfinished}: that run is not finished."
+        how += f" These are weights of {unfinished}, before the end of that run."
     return f"# {title}\n\nA plain ViT ({size}): {kind}.{how} Made with mae_et.\n"
 
 
@@ -143,10 +146,10 @@ def _images(shape: ModelShape, facts: WeightsRecord, outputs: int) -> str:
     return "## Images\n\n| | |\n|---|---|\n" + "".join(f"| {name} | {text} |\n" for name, text in rows.items())
 
 
-def _training(run: Path, config: PretrainConfig) -> str:
+def _training(run: Path, config: PretrainConfig, step: int | None) -> str:
     text = f"## Pretraining\n\n- Data: {_data_name(config.data_path)}"
     text += _told(run / run_folder.ENVIRONMENT, _environment) or "\n"
-    text += _told(run / run_folder.LEDGER, _costs)
+    text += _told(run / run_folder.LEDGER, partial(_costs, step=step))
     # Roles say what a model depends on; the rest is where and how a run ran.
     defaults = to_dict(PretrainConfig())
     told = names(PretrainConfig, lambda role: role.name not in ("run", "images"))
@@ -164,18 +167,23 @@ def _environment(text: str) -> str:
     return f"{count}\n- On {facts['device']}\n- {listing}\n"
 
 
-def _costs(text: str) -> str:
+def _steps(text: str) -> int:
+    return Ledger.from_state_dict(json.loads(text)).total.steps
+
+
+def _costs(text: str, step: int | None) -> str:
     ledger = Ledger.from_state_dict(json.loads(text))
+    if step is not None and ledger.total.steps > step:
+        return ""  # of later weights
     table = "\n| stage | steps | images | training FLOPs | seconds |\n|---|---|---|---|---|\n"
     for label, cost in [*((f"{_show(c.size_px)} px", c) for c in ledger.stages), ("total", ledger.total)]:
         table += f"| {label} | {cost.steps:,} | {cost.images:,} | {cost.flops:.3g} | {cost.seconds:,.0f} |\n"
     return table
 
 
-def _evaluations(run: Path, config: PretrainConfig | None) -> str:
-    steps = _told(run / run_folder.LEDGER, lambda text: Ledger.from_state_dict(json.loads(text)).total.steps)
+def _evaluations(run: Path, config: PretrainConfig | None, shape: ModelShape, step: int | None) -> str:
     rows = [
-        _told(path, partial(_evaluation, name=path.name, config=config, steps=steps))
+        _told(path, partial(_evaluation, name=path.name, config=config, shape=shape, step=step))
         for path in sorted(run.glob("eval-*.json"))
     ]
     if not any(rows):
@@ -183,23 +191,30 @@ def _evaluations(run: Path, config: PretrainConfig | None) -> str:
     return "## Evaluation\n\n| protocol | top-1 | held-out images |\n|---|---|---|\n" + "".join(rows)
 
 
-def _evaluation(text: str, name: str, config: PretrainConfig | None, steps: int | str) -> str:
+def _evaluation(text: str, name: str, config: PretrainConfig | None, shape: ModelShape, step: int | None) -> str:
     """Its rows; with the images, where they are not the test images of the pretraining's data.
 
-    "" for one of weights of another step than the run's last one, which are not those of the card.
+    "" for one of weights of another step than `step`; older results don't say theirs.
     """
     found = json.loads(text)
     if "top1" not in found:
         return ""
-    if found.get("step") is not None and steps and found["step"] != steps:
-        log.warning(
-            "%s is of the weights after step %d of %d, and left out of the model card", name, found["step"], steps
-        )
+    judged = found.get("step", step)
+    if config is None and found["protocol"].partition("-")[0] == "finetune":  # `step` is what it began with
+        judged = found.get("training", {}).get("steps", step)
+    if step is not None and judged != step:
+        whose = "of other weights" if judged is None else f"of the weights after step {judged:,}, not {step:,}"
+        log.warning("%s is %s, and left out of the model card", name, whose)
         return ""
     flags = found.get("flags") or {}
     protocol = PROTOCOLS.get(found["protocol"].partition("-")[0], found["protocol"])
-    if flags.get("global_pool") and (flags.get("knn") or flags.get("linear_probe")):
+    probes = flags.get("knn") or flags.get("linear_probe")
+    if probes and flags.get("global_pool"):
         protocol += " of the mean patch token"
+    if probes and (block := max(flags.get("layers") or [shape.depth])) != shape.depth:
+        protocol += f" of block {block}"
+    if (size := found.get("input_size", shape.img_size)) not in (shape.img_size, list(height_width(shape.img_size))):
+        protocol += f" at {_show(size)} px"
     if labels := flags.get("train_images"):
         protocol += f", {labels:,} labels"
     data = flags.get("data_path") or ""

@@ -80,19 +80,21 @@ class Pretrained:
     """How images must look for them, and what their outputs mean."""
     head: dict[str, Tensor] = field(default_factory=dict)
     """Classifier of a fine-tuned model in timm's names: `head.*`, and `fc_norm.*` where it pools patches."""
+    ours: bool = False
+    """Whether this package wrote what belongs to them: a range of values that is missing there was not used."""
     training: Mapping[str, Any] = field(default_factory=dict)
     """What the run's checkpoint says beside its weights (see `resume.identity`); empty for foreign weights."""
 
     @property
     def unfinished(self) -> str:
-        """Where a pretraining that is not finished stopped: step 48 of 18,000; empty for others."""
+        """The step of weights before the end of their run: step 48 of 18,000; empty for others."""
         step, stages = self.training.get("step"), self.training.get("stages")
-        steps = sum(stage["steps"] for stage in stages or ())
+        steps = self.training.get("steps") or sum(stage["steps"] for stage in stages or ())
         return f"step {step:,} of {steps:,}" if step is not None and step < steps else ""
 
     def warn_if_unfinished(self) -> None:
         if self.unfinished:
-            log.warning("%s is of %s: that run is not finished", self.origin, self.unfinished)
+            log.warning("%s is of %s, before the end of that run", self.origin, self.unfinished)
 
 
 def read_pretrained(source: str | Path, encoder_only: bool = False, num_heads: int | None = None) -> Pretrained:
@@ -177,6 +179,7 @@ def write_export(
         shape,
         facts,
         *((norm_pix_loss, source.target) if decoder else (None, None)),
+        step=source.training.get("step"),
         unfinished=source.unfinished,
         **about,
     )
@@ -218,16 +221,22 @@ def _read_weights(path: Path, encoder_only: bool, num_heads: int | None) -> Pret
         raise ValueError(f"{path}: weights of transformers need the config.json beside them")
     told = {key: json.loads(value) for key, value in metadata.items() if key in (METADATA_KEY, RECORD_KEY)}
     told |= {key: content[key] for key in (METADATA_KEY, RECORD_KEY) if key in content}
-    stored_shape, head = told.get(METADATA_KEY), interop.head_of(state)
+    stored_shape, head, (beside, timm_config) = told.get(METADATA_KEY), interop.head_of(state), _beside(path)
+    built = {} if stored_shape else _built_by_timm(timm_config)
+    heads = num_heads or built.get("num_heads")
     state = _without_decoder(state) if encoder_only else state
     with prefix_errors(path):
         ours = state if "encoder.cls_token" in state else interop.from_facebook(state)
-        shape = of_file(ModelShape, stored_shape or interop.infer_shape(ours, num_heads), "its shape")
-    if not (stored_shape or num_heads):
-        heads, width = shape.num_heads, shape.embed_dim // shape.num_heads
+        shape = of_file(ModelShape, stored_shape or interop.infer_shape(ours, heads), "its shape")
+        shape = replace(shape, norm_eps=built.get("norm_eps", shape.norm_eps))
+    if not (stored_shape or heads):
         log.warning(
-            "%s doesn't say how many heads it has: taken to be %d, of %d each; see --num_heads", path, heads, width
+            "%s doesn't say how many heads it has: taken to be %d, of %d each; see --num_heads",
+            *(path, shape.num_heads, shape.embed_dim // shape.num_heads),
         )
+    if head and "fc_norm.weight" not in head and timm_config.get("global_pool", "token") != "token":
+        log.warning("%s: its classifier pools patches in a way that is not read here, and is left out", path)
+        head = {}
     decoder, args = interop.has_decoder(ours), _as_dict(unwrapped.beside.get("args"))
     if stored_shape:
         origin = f"mae_et {'model' if decoder else 'encoder'} {path}"
@@ -236,16 +245,16 @@ def _read_weights(path: Path, encoder_only: bool, num_heads: int | None) -> Pret
     else:
         origin = f"encoder of timm or facebookresearch/mae {path}"
     facts = WeightsRecord.of(told.get(RECORD_KEY, {}), str(path))
-    facts = facts.completed_by(records.from_facebook(args, f"args of {path}")).completed_by(_beside(path))
+    facts = facts.completed_by(records.from_facebook(args, f"args of {path}")).completed_by(beside)
     facts = replace(facts, pooled="fc_norm.weight" in head if head else None)
     pixels = target_dim("pixel", shape.patch_size, shape.in_chans)
     target = args.get("target") or ("pixel" if shape.target_dim == pixels else None)
     predicts = (args.get("norm_pix_loss"), target) if decoder else (None, None)
-    return Pretrained(ours, shape, decoder, origin, *predicts, facts, head)
+    return Pretrained(ours, shape, decoder, origin, *predicts, facts, head, RECORD_KEY in told)
 
 
-def _beside(path: Path) -> WeightsRecord:
-    """From the `pretrained_cfg` that timm, or an export for it, keeps beside a file of weights."""
+def _beside(path: Path) -> tuple[WeightsRecord, dict[str, Any]]:
+    """The `pretrained_cfg` of the file that timm, or an export for it, keeps beside weights, and the whole file."""
     for file in (path.with_suffix(".json"), path.with_name("config.json")):
         if file.is_file():
             try:
@@ -255,8 +264,21 @@ def _beside(path: Path) -> WeightsRecord:
                 continue
             cfg = content.get("pretrained_cfg") if isinstance(content, dict) else None
             if isinstance(cfg, dict):
-                return records.from_timm(cfg, f"pretrained_cfg in {file}")
-    return WeightsRecord()
+                return records.from_timm(cfg, f"pretrained_cfg in {file}"), content
+    return WeightsRecord(), {}
+
+
+def _built_by_timm(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Heads and eps of the norms, which weights don't tell, of the model that a config.json of timm is of."""
+    name, arguments = config.get("architecture"), config.get("model_args")
+    if not (isinstance(name, str) and timm.is_model(name)):
+        return {}
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    if not isinstance(model, VisionTransformer):
+        return {}
+    heads = arguments.get("num_heads") if isinstance(arguments, dict) else None
+    return {"num_heads": heads or model.blocks[0].attn.num_heads, "norm_eps": model.blocks[0].norm1.eps}
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -287,7 +309,7 @@ def _read_own(content: Mapping, path: Path, encoder_only: bool) -> Pretrained:
     predicts = (content["norm_pix_loss"], content["target"]) if decoder else (None, None)
     head = interop.head_of(timm_state(content, content["pooled"])) if "head" in content else {}
     training = {name: value for name, value in content.items() if name not in ("model", "optimizer", "ema", "head")}
-    return Pretrained(state, shape, decoder, f"mae_et checkpoint {path}", *predicts, facts, head, training)
+    return Pretrained(state, shape, decoder, f"mae_et checkpoint {path}", *predicts, facts, head, True, training)
 
 
 def timm_state(weights: Mapping[str, Mapping[str, Tensor]], pooled: bool) -> dict[str, Tensor]:
@@ -319,7 +341,7 @@ def _read_huggingface(folder: Path, encoder_only: bool, weights: Path | None = N
         facts = replace(facts, classes=records.labels_of_huggingface(config), pooled=False)
     origin = f"transformers {'ViT' if is_vit else 'ViTMAE'} folder {folder}"
     predicts = (config.get("norm_pix_loss", False), "pixel") if decoder else (None, None)
-    return Pretrained(ours, shape, decoder, origin, *predicts, facts, head)
+    return Pretrained(ours, shape, decoder, origin, *predicts, facts, head, RECORD_KEY in metadata)
 
 
 def _download(name: str) -> Pretrained:

@@ -47,8 +47,10 @@ class Exported:
     run: Path | None = None
     """Run folder that the weights come from."""
     license: str = ""
+    step: int | None = None
+    """Of the run that the weights are of."""
     unfinished: str = ""
-    """The step of a run that has not been finished, for people."""
+    """The same for people, if it is not the run's last."""
     name: str = ""
     """What timm loads the folder by, once it is on the hub."""
 
@@ -90,6 +92,7 @@ def write_timm(weights: Exported, out: Path) -> None:
             has_decoder,
             weights.run,
             weights.license,
+            weights.step,
             weights.unfinished,
         )
         card = out / CARD

@@ -8,11 +8,15 @@ predicts, to `Pretrained`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 from .plan.shapes import SIZES, ModelShape, SizePx, height_width
+
+log = logging.getLogger(__name__)
 
 RECORD_KEY = "mae_et_record"
 """Where safetensors (metadata, as JSON) and exports for facebookresearch/mae hold a record."""
@@ -59,6 +63,35 @@ class WeightsRecord:
         return WeightsRecord.of(other.to_dict() | self.to_dict(), self.source or other.source)
 
 
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_list_of(value: Any, holds: Callable[[Any], bool]) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) > 0 and all(map(holds, value))
+
+
+#: What a fact must be, where another program may have meant something else by its name.
+PLAUSIBLE: dict[str, Callable[[Any], bool]] = {
+    "mean": lambda value: _is_list_of(value, lambda one: _is_number(one) and 0 <= one <= 1),
+    "std": lambda value: _is_list_of(value, lambda one: _is_number(one) and one > 0),
+    "crop_pct": lambda value: _is_number(value) and 0 < value <= 1,
+    "interpolation": lambda value: value in RESAMPLE,
+    "classes": lambda value: _is_list_of(value, lambda one: isinstance(one, str)),
+    "pooled": lambda value: isinstance(value, bool),
+}
+
+
+def _plausible(facts: Mapping[str, Any], source: str) -> WeightsRecord:
+    """What another program says, as far as it can be what we mean; the rest is named and left out."""
+    said = {name: value for name, value in facts.items() if value is not None}
+    odd = {name: value for name, value in said.items() if not PLAUSIBLE[name](value)}
+    for name, value in odd.items():
+        log.warning("%s %s, from %s, is left out: it can't be what is called so here", name, value, source)
+    kept = {name: tuple(v) if isinstance(v, list) else v for name, v in said.items() if name not in odd}
+    return WeightsRecord.of(kept, source)
+
+
 def default_crop_pct(size_px: SizePx) -> float:
     """0.875 from 96 to 224 px, as MAE has it at 224; 1 for other sizes."""
     return 0.875 if 96 <= max(height_width(size_px)) <= 224 else 1.0
@@ -69,18 +102,11 @@ def default_crop_pct(size_px: SizePx) -> float:
 
 def from_timm(cfg: Mapping[str, Any], source: str) -> WeightsRecord:
     """From a `pretrained_cfg`."""
-    labels, interpolation = cfg.get("label_names"), cfg.get("interpolation")
-    facts = {name: cfg.get(name) for name in ("mean", "std")}
-    for name in ("mean", "std"):
-        facts[name] = None if facts[name] is None else tuple(facts[name])
-    facts |= {"crop_pct": _share(cfg.get("crop_pct")), "classes": tuple(labels) if labels else None}
+    crop_pct, interpolation = cfg.get("crop_pct"), cfg.get("interpolation")
+    facts = {name: cfg.get(name) for name in ("mean", "std")} | {"classes": cfg.get("label_names") or None}
+    facts |= {"crop_pct": None if _is_number(crop_pct) and crop_pct > 1 else crop_pct}  # others pad there
     facts |= {"interpolation": interpolation if interpolation in RESAMPLE else None}  # "random" is for training
-    return WeightsRecord.of(facts, source)
-
-
-def _share(crop_pct: float | None) -> float | None:
-    """None for what no centre crop keeps: others pad there."""
-    return crop_pct if crop_pct and 0 < crop_pct <= 1 else None
+    return _plausible(facts, source)
 
 
 def to_timm(record: WeightsRecord, shape: ModelShape, num_classes: int) -> dict[str, Any]:
@@ -132,7 +158,7 @@ def from_preprocessor(config: Mapping[str, Any], source: str, in_chans: int = 3)
 
     def per_channel(values: float | Sequence[float] | None) -> tuple[float, ...] | None:
         values = (values,) * in_chans if isinstance(values, (int, float)) else values
-        return values and tuple(value / factor for value in values)
+        return tuple(value / factor for value in values) if _is_list_of(values, _is_number) else None
 
     mean = per_channel(config.get("image_mean") if normalizes else 0.0)
     std = per_channel(config.get("image_std") if normalizes else 1.0)
@@ -142,9 +168,9 @@ def from_preprocessor(config: Mapping[str, Any], source: str, in_chans: int = 3)
     if config.get("do_center_crop") and size is not None:
         shortest = size if isinstance(size, int) else size.get("shortest_edge") or size.get("height")
         kept = crop if isinstance(crop, int) else (crop or {}).get("height")
-        crop_pct = _share(kept / shortest) if kept and shortest else None
+        crop_pct = kept / shortest if kept and shortest and kept <= shortest else None  # others pad
     facts = {"mean": mean, "std": std, "crop_pct": crop_pct, "interpolation": names.get(config.get("resample"))}
-    return WeightsRecord.of({k: list(v) if isinstance(v, tuple) else v for k, v in facts.items()}, source)
+    return WeightsRecord.of(facts, source)
 
 
 def to_preprocessor(record: WeightsRecord, shape: ModelShape) -> dict[str, Any]:
@@ -182,7 +208,7 @@ def from_facebook(args: Mapping[str, Any], source: str) -> WeightsRecord:
     """From the `args` of a checkpoint. Its code knows no mean but ImageNet's."""
     facts = {name: args.get(name) for name in ("mean", "std", "crop_pct", "classes")}
     facts["pooled"] = args.get("global_pool")
-    return WeightsRecord.of({k: list(v) if isinstance(v, tuple) else v for k, v in facts.items()}, source)
+    return _plausible(facts, source)
 
 
 def to_facebook(record: WeightsRecord, shape: ModelShape, num_classes: int) -> dict[str, Any]:

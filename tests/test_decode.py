@@ -20,7 +20,7 @@ from mae_et.data import decode, pixels
 from mae_et.data.decode import center_crop, center_crops, jpeg_objection, train_crop, train_crops
 from mae_et.data.labelled import EvalCrops, eval_batches
 from mae_et.data.photos import photograph
-from mae_et.data.pixels import CorruptImage, format_and_channels, measure_value_range, to_image
+from mae_et.data.pixels import UPRIGHT, CorruptImage, format_and_channels, measure_value_range, to_image
 from mae_et.data.views import draw_view
 from mae_et.data.workers import Loading
 from mae_et.plan.shapes import OPERATORS, SPECTRAL
@@ -799,6 +799,32 @@ def test_exif_orientation(kind, orientation):
     bright = {1: "tl", 2: "tr", 3: "br", 4: "bl", 5: "tl", 6: "tr", 7: "br", 8: "bl"}[orientation]
     corners = {"tl": (1, 1), "tr": (1, -2), "bl": (-2, 1), "br": (-2, -2)}
     assert {name: bool(upright[at] > 120) for name, at in corners.items()} == {n: n == bright for n in corners}
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("value_range", [None, (0, 65535)])
+@pytest.mark.parametrize("kind", ["16-bit png", "16-bit tiff", "8-bit tiff", "pages"])
+def test_orientation_of_what_opens_as_an_array(kind, value_range, orientation):
+    """As for pictures, whether a range of values is given or not."""
+    stored = np.arange(2 * 3, dtype=np.uint16).reshape(2, 3) * 9000
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    chunk = struct.pack(">I", len(exif.tobytes()) - 6) + b"eXIf" + exif.tobytes()[6:]
+    chunk += struct.pack(">I", zlib.crc32(chunk[4:]))
+    tag = {"extratags": [(0x0112, "H", 1, orientation, True)]}
+    png = deep_png(np.stack([stored] * 3, axis=-1))
+    items = {
+        "16-bit png": (png[:33] + chunk + png[33:], 3),
+        "16-bit tiff": (tiff(np.stack([stored] * 3, axis=-1), photometric="rgb", **tag), 3),
+        "8-bit tiff": (tiff((np.stack([stored] * 4, axis=-1) // 257).astype(np.uint8), photometric="rgb", **tag), 4),
+        "pages": (tiff(np.stack([stored] * 5), photometric="minisblack", **tag), 5),
+    }
+    item, channels = items[kind]
+    flat = to_image(item, channels, value_range)
+    wanted = Image.fromarray(((stored.astype(np.uint32) + 128) // 257).astype(np.uint8))
+    if orientation in UPRIGHT:
+        wanted = wanted.transpose(UPRIGHT[orientation])
+    assert np.allclose(np.asarray(flat)[..., 0], np.asarray(wanted), atol=1)
 
 
 def test_upright_pictures_are_not_turned_again(photo):

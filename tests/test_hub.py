@@ -184,15 +184,18 @@ def test_the_card_has_no_figures_of_other_weights(trained, tmp_path, capsys):
     """Such as of an evaluation on the way, of a run that went on."""
     told = json.loads((trained / "eval-knn.json").read_text())
     steps = run_folder.read_ledger(trained).total.steps
-    for name, step, top1 in (("early", steps - 1, 7.77), ("late", steps, 8.88), ("older", None, 9.99)):
-        (trained / f"eval-{name}.json").write_text(json.dumps(told | {"step": step, "top1": top1}))
+    found = {"early": {"step": steps - 1, "top1": 7.77}, "late": {"step": steps, "top1": 8.88}}
+    found |= {"older": {"top1": 9.99}, "foreign": {"step": None, "top1": 6.66}}
+    for name, changes in found.items():
+        (trained / f"eval-{name}.json").write_text(json.dumps({k: told[k] for k in told if k != "step"} | changes))
     cli.main(["export", str(trained), "--out", str(tmp_path / "model")])
     card = (tmp_path / "model/README.md").read_text()
-    assert "8.88" in card and "9.99" in card and "7.77" not in card
+    assert "8.88" in card and "9.99" in card and "7.77" not in card and "6.66" not in card
     said = " ".join(capsys.readouterr().out.split())
     assert (
-        f"eval-early.json is of the weights after step {steps - 1} of {steps}, and left out of the model card" in said
+        f"eval-early.json is of the weights after step {steps - 1}, not {steps}, and left out of the model card" in said
     )
+    assert "eval-foreign.json is of other weights, and left out" in said
 
 
 def test_the_card_of_a_fine_tuned_model_has_its_own_figures(run, tmp_path):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -404,3 +405,44 @@ def test_only_weights_of_colour_pictures_are_for_timm_to_adapt(in_chans):
     """timm before 1.0.31 adapts all that have a first_conv: unless they have 1 or 3 channels, to random ones."""
     cfg = to_timm(WeightsRecord(), replace(SHAPE, in_chans=in_chans), 0)
     assert ("first_conv" in cfg) == (in_chans == 3)
+
+
+@pytest.mark.parametrize("door", ["args of a .pth", "pretrained_cfg"])
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"mean": 0.5, "std": 0.5},
+        {"mean": "imagenet"},
+        {"mean": [123.7, 116.3, 103.5], "std": [math.nan, 1, 1]},
+        {"classes": 3},
+        {"classes": "a,b,c"},
+        {"crop_pct": "0.9"},
+    ],
+)
+def test_what_another_program_means_by_a_name_of_ours_is_left_out_and_said(door, odd, caplog):
+    if door == "pretrained_cfg":
+        facts = record.from_timm({{"classes": "label_names"}.get(k, k): v for k, v in odd.items()}, "f")
+    else:
+        facts = record.from_facebook(odd | {"global_pool": "avg"}, "f")
+        assert "pooled avg, from f, is left out" in caplog.text
+    assert facts == WeightsRecord()
+    assert all(f"{name} {value}, from f, is left out" in caplog.text for name, value in odd.items())
+
+
+@pytest.mark.parametrize("kept", [["num_heads"], []])
+def test_heads_and_pooling_are_those_of_the_config_beside_weights_of_timm(kept, tmp_path, caplog):
+    """Heads are its argument, or those of the model that it names; other poolings than ours are left out."""
+    arguments = {"img_size": 32, "patch_size": 8, "depth": 2} | ({"num_heads": 6} if kept else {})
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=3, **arguments, global_pool="avg", fc_norm=False)
+    (tmp_path / "timm").mkdir()
+    config = {"architecture": "vit_tiny_patch16_224", "global_pool": "avg", "pretrained_cfg": {}}
+    (tmp_path / "timm/config.json").write_text(json.dumps(config | {"model_args": arguments}))
+    checkpoint.save_safetensors(model.state_dict(), tmp_path / "timm/model.safetensors", {})
+    read = read_pretrained(tmp_path / "timm")
+    assert read.shape.num_heads == model.blocks[0].attn.num_heads == (6 if kept else 3)
+    assert "doesn't say how many heads" not in caplog.text
+    assert not read.head and "its classifier pools patches in a way that is not read here" in caplog.text
+    mae = MaskedAutoencoder(**read.shape).eval()
+    mae.load_state_dict(read.state, strict=False)
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(mae.encode(images), model.eval().forward_features(images), atol=1e-5, rtol=1e-4)

@@ -34,6 +34,7 @@ from .pixels import (
     open_header,
     orientation_of,
     to_image,
+    upright,
 )
 from .sources import Item, Source
 from .views import draw_view, with_generator
@@ -394,7 +395,4 @@ def _jpeg_crop(
         crop = _lanczos(pixels, size_px, (left / divisor, top / divisor, right / divisor, bottom / divisor))
     else:
         crop = _torch_resize(pixels[top:bottom, left:right], size_px, "bicubic")
-    if orientation >= 5:
-        crop = crop.swapaxes(0, 1)
-    flips = [axis for axis, turned in ((1, (2, 3, 6, 7)), (0, (3, 4, 7, 8))) if orientation in turned]
-    return np.flip(crop, flips) if flips else crop
+    return upright(crop, orientation)

@@ -172,6 +172,14 @@ def orientation_of(image: Image.Image) -> int:
     return value if value in UPRIGHT else 1
 
 
+def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Pixels [H, W] or [H, W, C] as they are stored, turned by their EXIF orientation."""
+    if orientation >= 5:  # stored on its side
+        pixels = pixels.swapaxes(0, 1)
+    flips = [axis for axis, turned in ((1, (2, 3, 6, 7)), (0, (3, 4, 7, 8))) if orientation in turned]
+    return np.flip(pixels, flips) if flips else pixels
+
+
 def _open(item: Item, in_chans: int, all_bits: bool) -> Image.Image | np.ndarray:
     """Decode .npy, TIFF and, for all its bits, 16-bit colour PNG to an array; read only the header of the others."""
     if not isinstance(item, bytes):
@@ -300,26 +308,28 @@ def _read_npy(data: bytes, all_types: bool) -> np.ndarray:
 
 
 def _read_deep_png(data: bytes, in_chans: int) -> np.ndarray:
-    """uint16 [H, W, C] from a PNG of 16 bits; alpha is kept only where 4 channels are asked for.
+    """uint16 [H, W, C], upright, from a PNG of 16 bits; alpha is kept only where 4 channels are asked for.
 
     Pillow keeps 8 of the 16 bits, so it is asked for either byte. (torchvision's decoder crashes on damaged files.)
     """
     with corrupt_image_errors():
         open_header(data).verify()  # decoding doesn't look at the checksums
         if data[25] == 4:  # grey and alpha: 4 bytes, as of four channels
-            channels = _png_bytes(data, "RGBA").view(">u2").astype(np.uint16)
+            pixels, orientation = _png_bytes(data, "RGBA")
+            channels = pixels.view(">u2").astype(np.uint16)
         else:
             mode = "RGB" if data[25] == 2 else "RGBA"
-            high, low = (_png_bytes(data, f"{mode};16{order}") for order in "BL")
+            (high, orientation), (low, _) = (_png_bytes(data, f"{mode};16{order}") for order in "BL")
             channels = high.astype(np.uint16) << 8 | low
-    return channels[..., :-1] if channels.shape[2] in (2, 4) and in_chans != 4 else channels
+    channels = channels[..., :-1] if channels.shape[2] in (2, 4) and in_chans != 4 else channels
+    return upright(channels, orientation)
 
 
-def _png_bytes(data: bytes, raw_mode: str) -> np.ndarray:
-    """uint8 [H, W, C]: the bytes that one of Pillow's raw modes takes of each pixel."""
+def _png_bytes(data: bytes, raw_mode: str) -> tuple[np.ndarray, int]:
+    """The bytes that one of Pillow's raw modes takes of each pixel, uint8 [H, W, C], and the EXIF orientation."""
     image = open_header(data)
     image.tile = [(*tile[:3], raw_mode) for tile in image.tile]
-    return np.asarray(image)
+    return np.asarray(image), orientation_of(image)
 
 
 def _open_tiff(data: bytes, in_chans: int, all_bits: bool) -> Image.Image | np.ndarray:
@@ -334,7 +344,7 @@ def _open_tiff(data: bytes, in_chans: int, all_bits: bool) -> Image.Image | np.n
 
 
 def _read_tiff(data: bytes, in_chans: int) -> np.ndarray:
-    """[H, W, C] from a multi-band TIFF, whether its bands are samples, planes or pages."""
+    """[H, W, C], upright, from a multi-band TIFF, whether its bands are samples, planes or pages."""
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as tiff:
             bands = tiff.series[0]
@@ -346,14 +356,15 @@ def _read_tiff(data: bytes, in_chans: int) -> np.ndarray:
                     raise CorruptImage(f"{list(shape)} values are more than the limit of {MAX_PIXELS} × {channels}")
                 pixels = bands.asarray(maxworkers=1)
                 extra = bands.keyframe.extrasamples
+                orientation = bands.keyframe.tags.valueof(_ORIENTATION_TAG, default=1)
     except _TIFFFILE_ERRORS as error:
         if "imagecodecs" in str(error):
             raise CorruptImage(f"a TIFF cannot be read without the package imagecodecs ({error})") from error
         raise CorruptImage(f"not a readable TIFF ({error})") from error
     if not is_image:
         raise CorruptImage(f"a TIFF with axes {axes} and shape {list(shape)} is no image of bands")
-    if pixels.ndim == 2:
-        return pixels
-    pixels = np.moveaxis(pixels, (axes.index("Y"), axes.index("X")), (0, 1))
-    has_alpha = pixels.shape[2] in (2, 4) and len(extra) == 1 and extra[0] in _ALPHA
-    return pixels[..., :-1] if has_alpha and in_chans in MODES else pixels
+    if pixels.ndim == 3:
+        pixels = np.moveaxis(pixels, (axes.index("Y"), axes.index("X")), (0, 1))
+        has_alpha = pixels.shape[2] in (2, 4) and len(extra) == 1 and extra[0] in _ALPHA
+        pixels = pixels[..., :-1] if has_alpha and in_chans in MODES else pixels
+    return upright(pixels, orientation) if orientation in UPRIGHT else pixels

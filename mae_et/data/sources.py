@@ -157,6 +157,11 @@ def is_jpeg_source(source: Source) -> bool:
     return isinstance(item, bytes) and item.startswith(b"\xff\xd8")
 
 
+def is_same_path(one: str, other: str) -> bool:
+    """Whether two --data_path mean the same, however they are spelled. "" is none."""
+    return bool(one and other) and Path(one).resolve() == Path(other).resolve()
+
+
 def is_prepared(data_path: str | os.PathLike[str]) -> bool:
     """Whether this is a folder that `python -m mae_et prepare` has written."""
     return (Path(data_path) / "train" / INDEX).is_file()

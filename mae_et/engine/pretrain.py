@@ -93,8 +93,10 @@ def pretrain(config: PretrainConfig) -> Path:
         batches = itertools.chain(list(itertools.islice(loader, 1)), loader)
         vanilla = build_curriculum(as_vanilla(config), len(source), rt.world_size)
         if rt.is_main:
-            if not (goes_on or config.overwrite):
-                run_folder.check_free(run.folder)
+            if not config.overwrite:
+                if not goes_on:
+                    run_folder.check_free(run.folder)
+                run_folder.check_no_results(run.folder)
             log_plan(run, vanilla)
         warm_up(run)
         if rt.is_main:

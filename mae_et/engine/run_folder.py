@@ -9,6 +9,7 @@ import platform
 import subprocess
 import sys
 import time
+from fnmatch import fnmatch
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ PROGRESS = "progress.png"
 TIMING = "timing.json"
 """Seconds per step of a pass that timed the run's stages beside those of other runs (benchmarks/quiet_pass.py)."""
 BEST = "best.pt"
+OWN_WEIGHTS = ("checkpoint*.pt", "checkpoint*.dcp", BEST, ENCODER)
 SINK_ID = "sink_id.txt"
 MADE_OF_A_RUN = ("finetune", "timm", "facebook.pth", "huggingface")
 """Where fine-tuning and exports of a run lie by default."""
@@ -57,6 +59,16 @@ def check_free(path: Path) -> None:
         raise FileExistsError(
             f"--output_dir {path} already holds a run ({held[0]}): go on with --resume auto, replace it with "
             "--overwrite, or choose another folder"
+        )
+
+
+def check_no_results(path: Path) -> None:
+    """FileExistsError if a folder without a run holds results, which would be taken for those of the run to come."""
+    results = sorted(file.name for file in path.glob("eval-*.json"))
+    if results and not _held(path):
+        raise FileExistsError(
+            f"--output_dir {path} holds results of other weights ({results[0]}): choose another folder, or delete them "
+            "with --overwrite, and without --resume"
         )
 
 
@@ -100,10 +112,13 @@ def goes_on(folder: Path, checkpoint: Path | None, resume: str) -> bool:
 
 
 def run_of(source: str | Path) -> Path | None:
-    """The run folder that a checkpoint lies in; None for a plain file, a foreign folder or a model name."""
+    """The run folder that a checkpoint lies in; None for any other file, a foreign folder or a model name."""
     path = Path(source)
-    folder = path if path.is_dir() and path.suffix != Path(SHARDED).suffix else path.parent
-    return folder if (folder / CONFIG).is_file() and path.exists() else None
+    if not path.is_dir() or path.suffix == Path(SHARDED).suffix:
+        if not any(fnmatch(path.name, name) for name in OWN_WEIGHTS):
+            return None  # an export, or a copy of other weights
+        return path.parent if (path.parent / CONFIG).is_file() and path.exists() else None
+    return path if (path / CONFIG).is_file() else None
 
 
 def read_ledger(folder: Path) -> Ledger:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..data.corruptions import CORRUPTIONS, STRENGTHS, CommonCorruption
 from ..data.labelled import EvalCrops, eval_batches, open_labelled
-from ..data.sources import Source
+from ..data.sources import Source, is_same_path
 from ..engine import run_folder
 from ..engine.runtime import Normalize, Runtime
 from ..files import make_folder, write_json, write_text
@@ -270,7 +270,8 @@ def result_paths(config: FinetuneConfig, encoder: PretrainedEncoder) -> list[Pat
 
 def _is_on_other_images(path: Path, encoder: PretrainedEncoder) -> bool:
     try:
-        return json.loads(path.read_text())["flags"]["data_path"] not in ("", encoder.data_path)
+        other = json.loads(path.read_text())["flags"]["data_path"]
+        return other != "" and not is_same_path(other, encoder.data_path)
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return False
 
@@ -298,7 +299,9 @@ def check_result_folders(config: FinetuneConfig, encoder: PretrainedEncoder) -> 
         except (yaml.YAMLError, ValueError) as error:
             raise ValueError(f"--output_dir {folder} holds a {path.name} that can't be read; choose another") from error
         held = held if isinstance(held, dict) else {}
-        if not (config.like and held.get("like") == config.like and held.get("seed") == config.seed):
+        # A fine-tuning that died before its first checkpoint left its own.
+        began = config.like or not (config.is_probe or config.eval)
+        if not (began and all(held.get(name, "") == getattr(config, name) for name in ("finetune", "like", "seed"))):
             raise ValueError(f"--output_dir {folder} is the run of other weights; choose another folder for these")
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .. import checkpoint, interop
 from ..data.pixels import measure_value_range
-from ..data.sources import Source
+from ..data.sources import Source, is_same_path
 from ..data.stream import derive_seed
 from ..engine.run_folder import run_of
 from ..engine.runtime import Runtime
@@ -57,7 +57,7 @@ class PretrainedEncoder:
     sources: dict[str, str] = field(default_factory=dict)
     """Where each fact of the record comes from."""
     ours: bool = False
-    """Whether a run of this package trained it, or what it is like: what the record lacks, that run did without."""
+    """See `Pretrained`; of what it is like, too."""
     step: int | None = None
     """Steps that it was trained for, where the checkpoint says so."""
 
@@ -76,9 +76,9 @@ class PretrainedEncoder:
 
     def with_value_range(self, train: Source, rt: Runtime) -> PretrainedEncoder:
         """The range of the images' values, measured on training images where nobody states one."""
-        if self.record.value_range or self.ours:
+        if self.record.value_range:
             return self
-        measured = rt.from_main(measure_value_range(train) if rt.is_main else None)
+        measured = rt.from_main(measured_range(train, self.ours, self.origin) if rt.is_main else None)
         return replace(self, record=replace(self.record, value_range=measured)) if measured else self
 
     def log_record(self) -> None:
@@ -106,17 +106,29 @@ class PretrainedEncoder:
         return encoder_flops_per_image(self.shape, self.num_patches)
 
 
+def measured_range(images: Source, ours: bool, origin: str) -> tuple[float, float] | None:
+    """The range of values of images for weights that state none. ours: they were trained without one, and stay so."""
+    measured = measure_value_range(images)
+    if measured and ours:
+        log.warning(
+            "%s was trained on images as they are, so these are not stretched either; --value_range %g %g would",
+            *(origin, *measured),
+        )
+        return None
+    return measured
+
+
 def load_encoder(config: FinetuneConfig) -> PretrainedEncoder:
     """Weights, or from scratch the architecture, that a configuration starts from.
 
     Raises FileNotFoundError, CheckpointError, or ValueError if flags contradict the checkpoint or don't fit together,
     or if its weights are not finite.
     """
-    source, facts, trained_on, head, step = config.finetune or config.like, WeightsRecord(), {}, {}, None
+    source, facts, trained_on, head, step, ours = config.finetune or config.like, WeightsRecord(), {}, {}, None, False
     if source:
         pretrained = checkpoint.read_pretrained(source, encoder_only=True, num_heads=config.num_heads)
         shape, facts, head = pretrained.shape, pretrained.record, pretrained.head
-        trained_on = pretrained.training.get("config", {})
+        trained_on, ours = pretrained.training.get("config", {}), pretrained.ours
         _check_architecture(config, shape, pretrained.origin)
     elif config.model:
         shape = ModelShape(
@@ -140,13 +152,13 @@ def load_encoder(config: FinetuneConfig) -> PretrainedEncoder:
     if not data_path:
         raise ValueError("--data_path is needed: the checkpoint doesn't say what it was trained on")
     kept_out = trained_on.get("holdout", 0)  # the smaller of two holdouts lies in the larger
-    if config.finetune and trained_on.get("data_path") == data_path and kept_out < config.holdout:
+    own = is_same_path(trained_on.get("data_path", ""), data_path)
+    if config.finetune and own and kept_out < config.holdout:
         log.warning(
             "--holdout %d: %s was pretrained with --holdout %d, on some of these", config.holdout, origin, kept_out
         )
     folder = run_of(config.finetune) if config.finetune else None
     head = head if config.finetune else {}
-    ours = bool(trained_on)
     return PretrainedEncoder(shape, state, origin, size, facts, data_path, folder, head, sources, ours, step)
 
 

@@ -32,7 +32,15 @@ from ..engine.sinks import check_sinks
 from ..engine.step import Cadence, Outcomes, evaluation_time, take_step
 from ..plan.flags import to_yaml
 from ..plan.shapes import show_size
-from .accuracy import evaluate, evaluate_only, is_written, make_folders, result_paths, write_result
+from .accuracy import (
+    check_result_folders,
+    evaluate,
+    evaluate_only,
+    is_written,
+    make_folders,
+    result_paths,
+    write_result,
+)
 from .augmentation import augmentation
 from .config import LAYER_DECAY, FinetuneConfig
 from .encoder import load_encoder
@@ -55,10 +63,11 @@ def finetune(config: FinetuneConfig) -> Path:
     with (
         runtime.start(config.device, config.precision, config.dist_url) as rt,
         logging_to_console(rt.is_main),
-        stop_signals() as stop,
+        contextlib.ExitStack() as signals,
     ):
         if config.eval:
             return evaluate_only(config, rt, time.perf_counter())
+        stop = signals.enter_context(stop_signals())
         encoder = load_encoder(config)
         with encoder.explained(config):
             source = open_labelled(encoder.data_path, "train", config.train_images, config.seed, config.holdout)
@@ -68,6 +77,11 @@ def finetune(config: FinetuneConfig) -> Path:
         if rt.from_main(rt.is_main and resume and finished_before(run, resume)):
             log.info("finished before: %s", run.folder)
             return run.folder if run.held_out is None else result_paths(config, encoder)[0]
+        goes_on = run_folder.goes_on(run.folder, resume, config.resume)
+        if not (config.overwrite or goes_on):
+            run_folder.check_free(run.folder)
+        if not (config.overwrite or (resume and goes_on)):
+            check_result_folders(config, run.encoder)
         if run.held_out is not None and rt.is_main:
             run.held_out.look()
         # The first batch before anything on disk is replaced.

@@ -9,7 +9,6 @@ import torch
 
 from .. import checkpoint
 from ..data.decode import center_crops
-from ..data.pixels import measure_value_range
 from ..data.sources import open_held_out
 from ..engine import run_folder
 from ..engine.picture import draw_reconstruction
@@ -22,6 +21,7 @@ from ..plan.shapes import TARGETS, ModelShape, height_width, spectral_operator
 from ..plan.shared import default_statistics
 from ..record import WeightsRecord
 from .config import ReconstructConfig
+from .encoder import measured_range
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +79,8 @@ def _check_decoder(config: ReconstructConfig, pretrained: checkpoint.Pretrained)
         )
     if pretrained.target not in TARGETS:
         raise ValueError(f"{run}: its decoder predicts neither {' nor '.join(TARGETS)}, which is what can be drawn")
+    if config.norm_pix_loss and pretrained.norm_pix_loss is False and pretrained.ours:
+        raise ValueError(f"--norm_pix_loss: {run} says that its decoder predicts pixels as they are; leave it out")
     normalized = config.norm_pix_loss or bool(pretrained.norm_pix_loss)
     if pretrained.target != "pixel" and normalized:
         raise ValueError(f"--norm_pix_loss: the decoder of {run} predicts {pretrained.target}, not pixels")
@@ -113,8 +115,8 @@ def _read_images(config: ReconstructConfig, pretrained: checkpoint.Pretrained) -
     except (FileNotFoundError, ValueError) as error:
         raise ValueError(str(error).replace("--data_path", "--images")) from error  # here called --images
     value_range = pretrained.record.value_range
-    if value_range is None and not pretrained.training:
-        value_range = measure_value_range(source)
+    if value_range is None:
+        value_range = measured_range(source, pretrained.ours, pretrained.origin)
     images, skipped = center_crops(source, config.num_images, height_width(shape.img_size), shape.in_chans, value_range)
     for line in skipped:
         log.warning("skipped %s", line)

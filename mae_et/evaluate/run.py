@@ -156,6 +156,7 @@ class FinetuneRun(Run):
             "num_images": self.curriculum.num_images,
             "sampled_images": self.images,
             "began_with": self.began_with,
+            "steps": self.curriculum.total_steps,
             "batch_size": self.curriculum.stages[0].batch_size,
             **replace(self.encoder.record, classes=tuple(self.classes), pooled=self.config.pooled).to_dict(),
         }
