@@ -18,8 +18,9 @@ A study is a YAML file:
 
 The small files of finished runs lie in --keep: each run's in a folder of its own while the study runs, and at the end
 all in one runs.zip beside the report, which `mae_et compare` reads as it reads folders. A run that is kept is finished
-and needs nothing else: --keep can be committed and the checkpoints thrown away. A study can be stopped at any time and
-goes on where it was.
+and needs nothing else, as long as the study says of it what it said then: --keep can be committed and the checkpoints
+thrown away, but for those that arms with `like` or `branch` still need. A study can be stopped at any time and goes on
+where it was.
 """
 
 from __future__ import annotations
@@ -55,11 +56,12 @@ from mae_et.evaluate.config import FinetuneConfig
 from mae_et.plan.build import build_curriculum
 from mae_et.plan.config import PretrainConfig
 from mae_et.plan.curriculum import Curriculum
-from mae_et.plan.flags import from_dict, from_recipe, to_dict, to_yaml
+from mae_et.plan.flags import COMPUTE, from_dict, from_recipe, names, to_dict, to_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ("config.yaml", "environment.json", "ledger.json", "metrics.jsonl")
 #: Keys of an arm that are no flags of main_pretrain.py.
+JUDGED = names(FinetuneConfig, lambda role: role.judged and role is not COMPUTE)
 STUDY_KEYS = ("match_flops", "match_steps", "pretrain", "like", "branch", "seeds", "evaluate")
 
 
@@ -80,7 +82,7 @@ class StudyConfig:
     jobs: int = 1
     """Runs side by side; the cores are shared out among them."""
     discard: bool = False
-    """Delete a run's folder, with its checkpoint, when its results are kept, unless another arm branches from it."""
+    """Delete a run's folder, with its checkpoint, when its results are kept, unless another arm needs it."""
     dry_run: bool = False
     """Print what would be run and stop."""
 
@@ -99,10 +101,18 @@ class Job:
     """Without pretraining: the arm whose model is fine-tuned from random weights."""
     branch: str = ""
     """The arm with whose run it begins."""
+    matched: tuple[str, ...] = ()
+    """Flags that follow from another arm's FLOPs or steps, and so from how FLOPs are counted."""
 
     @property
     def name(self) -> str:
         return f"{self.arm.replace(' ', '_').replace('/', '-')}-seed{self.seed}"
+
+    @property
+    def needs(self) -> str:
+        """Name of the job whose run folder it begins with, or "" for none."""
+        other = self.branch or self.like
+        return replace(self, arm=other).name if other else ""
 
     @property
     def kept_files(self) -> tuple[str, ...]:
@@ -113,29 +123,30 @@ class Job:
 def jobs_of(study: dict[str, Any], config: StudyConfig, data_path: str | None) -> list[Job]:
     """All jobs, the first seed of every arm before the second of any. ValueError names an unknown arm or flag."""
     arms = {name: dict(changes or {}) for name, changes in study["arms"].items()}
-    named = [("--arms", name) for name in config.arms]
-    named += [(f"{config.study}: branch", changes["branch"]) for changes in arms.values() if "branch" in changes]
-    for what, name in named:
-        if name not in arms:
-            raise ValueError(f"{what}: no arm {name!r} in {config.study}; choose from {', '.join(arms)}")
+    check_arms(arms, config)
     plain = {name: {k: v for k, v in changes.items() if k not in STUDY_KEYS} for name, changes in arms.items()}
     flags = {name: study["flags"] | changes for name, changes in plain.items()}
     if data_path:
         flags = {name: values | {"data_path": data_path} for name, values in flags.items()}
-    for name, changes in arms.items():
-        flags[name] |= matched(flags, name, changes)
+    follows = {}
+    for name in in_order(arms, config.study):
+        follows[name] = matched(flags, name, arms[name])
+        flags[name] |= follows[name]
     jobs = []
     for name, changes in arms.items():
         pretrains = changes.get("pretrain", True)
         evaluations = tuple(changes.get("evaluate", study["evaluate"]))
-        written = [(f"eval-{name}.json", evaluation) for evaluation in evaluations for name in protocols(evaluation)]
+        written = [(name, evaluation) for evaluation in evaluations for name in protocols(evaluation)]
         results = dict(written)
         if len(results) < len(written):
             raise ValueError(f"{config.study}: two evaluations write the same result of {', '.join(results)}")
         for seed in changes.get("seeds", study["seeds"]):
             if (not config.arms or name in config.arms) and (not config.seeds or seed in config.seeds):
                 origin = changes.get("like", ""), changes.get("branch", "")
-                jobs.append(Job(name, seed, flags[name] if pretrains else {}, results, *origin))
+                jobs.append(Job(name, seed, flags[name] if pretrains else {}, results, *origin, tuple(follows[name])))
+    for job in jobs:
+        if same := [other.arm for other in jobs if other is not job and other.name == job.name]:
+            raise ValueError(f"{config.study}: arms {job.arm!r} and {same[0]!r} have the same folder {job.name}")
 
     def trunks(name: str, before: tuple[str, ...] = ()) -> int:
         if name in before:
@@ -144,6 +155,52 @@ def jobs_of(study: dict[str, Any], config: StudyConfig, data_path: str | None) -
 
     # Runs that others are compared with first; `like` and `branch` need the run they name.
     return sorted(jobs, key=lambda job: (job.seed, bool(job.like), trunks(job.arm)))
+
+
+def read_study(path: Path) -> dict[str, Any]:
+    """A study's YAML file. OSError or ValueError says what is missing."""
+    if not path.is_file():
+        raise FileNotFoundError(f"STUDY: no file {path}; give a YAML file as in benchmarks/studies")
+    study = yaml.safe_load(path.read_text())
+    kinds = {"flags": dict, "seeds": list, "arms": dict, "evaluate": list}
+    for key, kind in kinds.items():
+        if not isinstance(study, dict) or not isinstance(study.get(key), kind):
+            raise ValueError(f"{path}: a study needs {', '.join(kinds)}; {key} is missing, or no {kind.__name__}")
+    if "recipe" not in study["flags"]:
+        raise ValueError(f"{path}: flags: `recipe` is missing, which the arms begin with")
+    return study
+
+
+def check_arms(arms: dict[str, dict[str, Any]], config: StudyConfig) -> None:
+    """ValueError that names a reference to no arm."""
+    named = [("--arms", name) for name in config.arms]
+    for key in ("match_flops", "match_steps", "branch", "like"):
+        named += [(f"{config.study}: {key}", changes[key]) for changes in arms.values() if changes.get(key)]
+    for what, name in named:
+        if name not in arms:
+            raise ValueError(f"{what}: no arm {name!r} in {config.study}; choose from {', '.join(arms)}")
+    for name, changes in arms.items():
+        if changes.get("pretrain", True) == bool(changes.get("like")):
+            raise ValueError(
+                f"{config.study}: {name}: `pretrain: false` and `like: ARM` go together, or neither is there"
+            )
+
+
+def in_order(arms: dict[str, dict[str, Any]], study: Path) -> list[str]:
+    """Names of the arms, each after those whose FLOPs or steps it gets. ValueError names a circle."""
+    order: list[str] = []
+
+    def add(name: str, before: tuple[str, ...] = ()) -> None:
+        if name in before:
+            raise ValueError(f"{study}: match_flops, match_steps: {' like '.join([*before, name])} is a circle")
+        for key in ("match_flops", "match_steps"):
+            if other := arms[name].get(key):
+                add(other, (*before, name))
+        order.extend([] if name in order else [name])
+
+    for name in arms:
+        add(name)
+    return order
 
 
 def matched(flags: dict[str, dict], name: str, changes: dict[str, Any]) -> dict[str, Any]:
@@ -184,10 +241,12 @@ def run_job(job: Job, config: StudyConfig, data_path: str | None, cores: list[in
     if is_kept(job, kept.parent):
         return ""
     log = config.out / f"{job.name}.log"
+    if job.needs and not (config.out / job.needs / "config.yaml").exists():
+        return f"it needs the run {config.out / job.needs}, which is not there; take {job.needs} out of {kept.parent}"
     if job.flags and not (folder / "encoder.safetensors").exists():
         recipe = config.out / f"{job.name}.yaml"
         recipe.write_text(to_yaml(planned(job.flags)[0]))
-        branch = {"branch": config.out / replace(job, arm=job.branch).name} if job.branch else {}
+        branch = {"branch": config.out / job.needs} if job.branch else {}
         words = arguments({"recipe": recipe, "seed": job.seed, "output_dir": folder, "resume": "auto"} | branch)
         if problem := script("main_pretrain.py", words, log, cores):
             return problem
@@ -196,7 +255,7 @@ def run_job(job: Job, config: StudyConfig, data_path: str | None, cores: list[in
             continue
         start = {"finetune": str(folder)} if job.flags else {"output_dir": str(folder)}
         if not job.flags:
-            start["like"] = str(config.out / replace(job, arm=job.like).name)
+            start["like"] = str(config.out / job.needs)
         if data_path:
             start["data_path"] = data_path
         tuning = not (flags.get("linear_probe") or flags.get("knn"))
@@ -216,10 +275,10 @@ def without_places(text: str, config: StudyConfig) -> str:
     return text
 
 
-def protocols(flags: dict[str, Any]) -> list[str]:
-    """Name the results of an evaluation: one, or two of `{linear_probe: true, knn: true}`."""
+def protocols(flags: dict[str, Any]) -> dict[str, FinetuneConfig]:
+    """An evaluation's configuration by the name of its result: one, or two of `{linear_probe: true, knn: true}`."""
     config = from_dict(FinetuneConfig, flags | {"finetune": "x"}, "study")
-    return [each.protocol for each in config.probes or (config,)]
+    return {f"eval-{each.protocol}.json": each for each in config.probes or (config,)}
 
 
 def script(name: str, words: list[str], log: Path, cores: list[int]) -> str:
@@ -267,6 +326,23 @@ def is_kept(job: Job, kept: Path) -> bool:
     """Whether all results of a job are there, in a folder or in the archive."""
     run = runs_in(kept).get(job.name) if kept.is_dir() else None
     return run is not None and all((run / name).exists() for name in job.kept_files)
+
+
+def check_unchanged(job: Job, kept: Path) -> None:
+    """ValueError if the study says otherwise of a kept run than it was run with: of what a resumed run must have, too,
+    and of what makes another evaluation."""
+    if not is_kept(job, kept):
+        return
+    run, found = runs_in(kept)[job.name], []
+    if job.flags:
+        held, wanted = yaml.safe_load((run / "config.yaml").read_text()), to_dict(planned(job.flags)[0])
+        fixed = [n for n in names(PretrainConfig, lambda role: role.resume) if n not in ("seed", *job.matched)]
+        found += [(name, held[name], wanted[name]) for name in fixed if held.get(name) is not None]
+    for name, flags in job.evaluations.items():
+        held, asked = json.loads((run / name).read_text())["flags"], to_dict(protocols(flags)[name])
+        found += [(flag, held.get(flag, asked[flag]), asked[flag]) for flag in flags if flag in JUDGED]
+    if changed := [f"--{name} {was}, not {now}" for name, was, now in found if was != now]:
+        raise ValueError(f"{run} was run with {', '.join(changed)}: remove it, or --keep elsewhere")
 
 
 def beside(study: dict[str, Any], results: Path) -> list[str]:
@@ -334,7 +410,7 @@ def write_archive(kept: Path, members: dict[str, bytes]) -> None:
 def main() -> None:
     """Run what is missing, then pack and compare. Exit code 1 if a run failed; the others are done all the same."""
     config = tyro.cli(StudyConfig, use_underscores=True)
-    study = yaml.safe_load(config.study.read_text())
+    study = read_study(config.study)
     config.out.mkdir(parents=True, exist_ok=True)
     data_path = holdout_folder(study, config.out)
     jobs = jobs_of(study, config, data_path)
@@ -342,6 +418,8 @@ def main() -> None:
         for job in jobs:
             print(job.name, json.dumps(job.flags))
         return
+    for job in jobs:
+        check_unchanged(job, keep_folder(config))  # before hours of work
     cores = sorted(os.sched_getaffinity(0))
     share = max(1, len(cores) // config.jobs)
     free: SimpleQueue[list[int]] = SimpleQueue()
@@ -349,15 +427,16 @@ def main() -> None:
         free.put(cores[i * share : (i + 1) * share] or cores)
 
     done = {job.name: Event() for job in jobs}
-    trunks = {changes.get("branch") for changes in study["arms"].values() if changes}  # of all arms, run now or not
+    # Of all arms, run now or not.
+    needed = {changes.get(key) for changes in study["arms"].values() if changes for key in ("branch", "like")}
 
     def work(job: Job) -> str:
-        if trunk := done.get(replace(job, arm=job.branch).name if job.branch else ""):
-            trunk.wait()
+        if needed_first := done.get(job.needs):
+            needed_first.wait()
         own_cores = free.get()
         try:
             problem = run_job(job, config, data_path, own_cores)
-            if config.discard and not problem and job.arm not in trunks:
+            if config.discard and not problem and job.arm not in needed:
                 shutil.rmtree(config.out / job.name, ignore_errors=True)  # not there: was kept before
         finally:
             free.put(own_cores)

@@ -132,6 +132,14 @@ def _reconstruct(argv: list[str]) -> None:
     console.print(f"{path}", soft_wrap=True)
 
 
+#: What each format of `export` is, and the suffixes that its file may have.
+EXPORTED: dict[str, tuple[str, tuple[str, ...]]] = {
+    "timm": ("a folder, or a .safetensors file", (".safetensors",)),
+    "facebook": ("a .pth file", (".pth", ".pt")),
+    "huggingface": ("a folder", ()),
+}
+
+
 @dataclass(frozen=True)
 class ExportConfig:
     """Write pretrained weights in the layout of another library."""
@@ -157,6 +165,9 @@ class ExportConfig:
             check_repository(f"--push {self.push}", self.push)
             if self.format != "timm" or self.out.endswith(".safetensors"):
                 raise ValueError("--push uploads the folder of --format timm; drop --push, or the other format or file")
+        written, suffixes = EXPORTED.get(self.format, ("", ()))
+        if written and Path(self.out).suffix in {".safetensors", ".pth", ".pt", ".bin"} - set(suffixes):
+            raise ValueError(f"--out {self.out}: --format {self.format} writes {written}")
 
 
 def _export(argv: list[str]) -> None:

@@ -226,8 +226,9 @@ def _class_names(dataset: Any, reader: Any) -> list[str] | None:
     """Class names in the order of the labels: a list in torchvision, a dict in timm's readers; None without labels."""
     for holder in (dataset, reader):
         names = getattr(holder, "classes", None)
-        if names:  # ImageNet's names are tuples of synonyms
-            return [name if isinstance(name, str) else name[0] for name in names]
+        if names:  # ImageNet's names are tuples of synonyms, of which two classes may share the first
+            first = [name if isinstance(name, str) else name[0] for name in names]
+            return [name if first.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(first)]
         numbers = getattr(holder, "class_to_idx", None)
         if numbers:
             return sorted(numbers, key=numbers.get)

@@ -145,6 +145,8 @@ def count_images(config: PretrainConfig) -> int:
     except (ValueError, OSError):
         if config.num_images is None:
             raise
+        if config.num_images <= config.holdout:
+            raise ValueError(f"--holdout {config.holdout} leaves none of --num_images {config.num_images}") from None
         return config.num_images - config.holdout
 
 

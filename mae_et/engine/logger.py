@@ -108,9 +108,20 @@ def fitting(line: str, room: int) -> str:
     return SEPARATOR.join(facts)
 
 
-def warn_of_rates(floor: float, peak: float) -> None:
+def warn_of_rates(
+    floor: float | None, peak: float, warmup: float | None, epochs: float, steps: int, hold: float = 0.0
+) -> None:
+    """Of learning rates that are hardly meant: --min_lr, --warmup_epochs, --epochs and --hold_epochs."""
+    floor, warmup = floor or 0.0, warmup or 0.0
     if floor > peak:
         log.warning("--min_lr %g is above the peak, %g: the learning rate grows towards the end", floor, peak)
+    if warmup and steps == 1:
+        log.warning("--epochs %g is one step, whose learning rate is 0: it never trains anything", epochs)
+    elif warmup >= epochs:
+        log.warning("--warmup_epochs %g of --epochs %g: the learning rate never reaches its peak", warmup, epochs)
+    elif warmup + hold >= epochs:
+        words = "--warmup_epochs %g and --hold_epochs %g of --epochs %g: the learning rate never falls"
+        log.warning(words, warmup, hold, epochs)
 
 
 def log_plan(run: Run, vanilla: Curriculum) -> None:
@@ -122,7 +133,8 @@ def log_plan(run: Run, vanilla: Curriculum) -> None:
     batch = vanilla.stages[0].batch_size
     log.info(
         "total batch %d = %d device(s) × %d micro-batch(es) of at most %d · peak lr %.2e",
-        *(batch, rt.world_size, len(run.micro_batches(vanilla.stages[0])), config.batch_size, run.peak_lr),
+        *(batch, rt.world_size, vanilla.stages[0].micro_batches(config.batch_size, rt.world_size)),
+        *(config.batch_size, run.peak_lr),
     )
     warn_of_launchers(config)
     if config.fsdp and not rt.is_distributed:
@@ -144,15 +156,9 @@ def log_plan(run: Run, vanilla: Curriculum) -> None:
     log.info("%.2e training FLOPs; vanilla MAE needs %.2f× that for the same images", curriculum.total_flops, ratio)
     if curriculum.update_share:
         log.info("%.0f%% of them are updates by %s", 100 * curriculum.update_share, config.opt)
-    warn_of_rates(config.min_lr, run.peak_lr)
-    warmup, hold, epochs = config.warmup_epochs, config.hold_epochs, config.epochs
-    if warmup and curriculum.total_steps == 1:
-        log.warning("--epochs %g is one step, whose learning rate is 0: it never trains anything", epochs)
-    elif warmup >= epochs:
-        log.warning("--warmup_epochs %g of --epochs %g: the learning rate never reaches its peak", warmup, epochs)
-    elif warmup + hold >= epochs:
-        words = "--warmup_epochs %g and --hold_epochs %g of --epochs %g: the learning rate never falls"
-        log.warning(words, warmup, hold, epochs)
+    warn_of_rates(
+        *(config.min_lr, run.peak_lr, config.warmup_epochs, config.epochs, curriculum.total_steps, config.hold_epochs)
+    )
     if abs(curriculum.remainder_images) > 0.1 * curriculum.total_images:
         log.warning("whole steps are %+.0f images off what was asked for", -curriculum.remainder_images)
     if run.step:

@@ -116,7 +116,10 @@ def first_step(config: PretrainConfig, curriculum: Curriculum) -> int:
     skipped = config.start_epoch / config.epochs
     if not 0 <= skipped < 1:
         raise ValueError(f"--start_epoch must be in [0, --epochs {config.epochs:g}), got {config.start_epoch:g}")
-    return next(step for step in range(curriculum.total_steps + 1) if curriculum.position(step) >= skipped)
+    for step in range(curriculum.total_steps):
+        if curriculum.position(step) >= skipped:
+            return step
+    raise ValueError(f"--start_epoch {config.start_epoch:g}: none of {curriculum.total_steps:,} steps would be left")
 
 
 def open_loader(run: PretrainRun, source: Source) -> Iterator[Tensor]:

@@ -184,8 +184,8 @@ class Outcomes:
             if not math.isfinite(loss + norm):
                 gradient = "" if math.isfinite(norm) else f" and the gradient's norm {norm}"
                 raise FloatingPointError(
-                    f"loss is {loss}{gradient} at step {step}{where}; the weights were not updated with it and the "
-                    "last checkpoint is intact; try a lower --blr, or --clip_grad 1"
+                    f"loss is {loss}{gradient} at step {step}{where}; the weights were not updated with it, and what "
+                    "was saved before is intact; try a lower --lr or --blr, or --clip_grad 1"
                 )
         self._seen += latest
         return latest[-1][1] > 0

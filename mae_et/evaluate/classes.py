@@ -28,6 +28,9 @@ def with_classes(source: Source, classes: Sequence[str], data_path: str, of: str
     """
     if list(source.classes) == list(classes):
         return source
+    for names, whose in ((classes, of), (source.classes, f"--data_path {data_path}")):
+        if twice := [name for name in dict.fromkeys(names) if list(names).count(name) > 1]:
+            raise ValueError(f"class(es) {_some(twice)} are there twice in {whose}: which is meant can't be told")
     number = {name: i for i, name in enumerate(classes)}
     used = [source.classes[label] for label in np.unique(source.labels)]
     if unknown := [name for name in used if name not in number]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -30,6 +31,7 @@ from ..engine.optim import learning_rate
 from ..engine.runtime import Stop, stop_signals
 from ..engine.sinks import check_sinks
 from ..engine.step import Cadence, Outcomes, evaluation_time, take_step
+from ..engine.storage import load
 from ..plan.flags import to_yaml
 from ..plan.shapes import show_size
 from .accuracy import (
@@ -115,6 +117,10 @@ def open_folder(run: FinetuneRun, resume: Path | None, read_from: Path | None) -
     make_folders(run.config, run.encoder)
     if resume and goes_on and read_from != resume:
         files.promote(read_from, resume)  # otherwise the next save would keep the corrupt file and drop this one
+    if resume and not goes_on and (origin := run_folder.run_of(resume)):
+        files.write_json_lines(run.folder / run_folder.METRICS, files.read_json_lines(origin / run_folder.METRICS))
+        if (best := origin / run_folder.BEST).is_file() and load(best)["step"] <= run.step:
+            shutil.copyfile(best, run.folder / run_folder.BEST)
     if run.finished and goes_on:
         return  # only an evaluation is left: what the folder says of how the weights were made stays
     files.write_text(run.folder / run_folder.CONFIG, to_yaml(run.config))
@@ -148,7 +154,7 @@ def log_plan(run: FinetuneRun) -> None:
         *(config.layer_decay or LAYER_DECAY, "mean of the patches" if config.pooled else "class token"),
     )
     warn_of_launchers(config)
-    warn_of_rates(config.min_lr, config.peak_lr(stage.batch_size))
+    warn_of_rates(*(config.min_lr, config.peak_lr(stage.batch_size), config.warmup_epochs, config.epochs, stage.steps))
     if run.step:
         log.info("going on after step %d of %d", run.step, stage.steps)
 

@@ -79,11 +79,11 @@ def _check_decoder(config: ReconstructConfig, pretrained: checkpoint.Pretrained)
         )
     if pretrained.target not in TARGETS:
         raise ValueError(f"{run}: its decoder predicts neither {' nor '.join(TARGETS)}, which is what can be drawn")
-    if config.norm_pix_loss and pretrained.norm_pix_loss is False and pretrained.ours:
-        raise ValueError(f"--norm_pix_loss: {run} says that its decoder predicts pixels as they are; leave it out")
     normalized = config.norm_pix_loss or bool(pretrained.norm_pix_loss)
     if pretrained.target != "pixel" and normalized:
         raise ValueError(f"--norm_pix_loss: the decoder of {run} predicts {pretrained.target}, not pixels")
+    if config.norm_pix_loss and pretrained.training and not pretrained.norm_pix_loss:
+        raise ValueError(f"--norm_pix_loss: {run} was trained on pixels as they are; leave it out")
     if config.true_statistics and not normalized:
         raise ValueError(
             f"--true_statistics: the decoder of {run} doesn't predict normalised pixels, so there is nothing to undo "

@@ -85,6 +85,9 @@ class FinetuneRun(Run):
         steps = max(1, round(config.epochs * len(source) / batch))
         stage = Stage(encoder.input_size, encoder.num_patches, 0, batch, steps, 3 * encoder.flops_per_image)
         curriculum = Curriculum((stage,), len(source))
+        skipped = round(steps * config.start_epoch / config.epochs)
+        if skipped >= steps:
+            raise ValueError(f"--start_epoch {config.start_epoch:g}: none of {steps:,} steps would be left")
         folder = output_folder(config, encoder.folder)
         if encoder.folder is not None and folder.resolve() == encoder.folder.resolve():
             raise ValueError(
@@ -98,7 +101,7 @@ class FinetuneRun(Run):
             rt.parallel(model),
             optimizer,
             Ledger.of(curriculum),
-            round(steps * config.start_epoch / config.epochs),
+            skipped,
             encoder,
             folder,
             classes,

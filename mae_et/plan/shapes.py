@@ -140,7 +140,7 @@ def model_shape(name: str) -> dict[str, int]:
     short = name.removesuffix("_dec512d8b")
     short = short if short.startswith("mae_") else f"mae_{short}"
     if short not in MODELS:
-        choice("model", short, MODELS)
+        choice("--model", short, MODELS)
     return dict(SIZES[short.split("_")[2]])
 
 
