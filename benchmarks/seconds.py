@@ -68,6 +68,8 @@ class SecondsConfig:
 
 def main() -> None:
     options = tyro.cli(SecondsConfig, use_underscores=True)
+    if options.rounds < 1:
+        raise ValueError(f"--rounds must be at least 1, got {options.rounds}")
     reports = []
     for recipe in options.recipes:
         flags = shlex.split(options.flags or RECIPES.get(recipe, ""))

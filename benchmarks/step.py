@@ -163,6 +163,8 @@ class Times:
 
 def main() -> None:
     options = tyro.cli(StepConfig, use_underscores=True)
+    if options.rounds < 1:
+        raise ValueError(f"--rounds must be at least 1, got {options.rounds}")
     reports = []
     for model in options.models:
         reports += measure(options, model)

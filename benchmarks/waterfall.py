@@ -9,7 +9,6 @@ lack one thing of the last: their bars are what is lost. Lines are standard devi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,9 @@ import tyro
 from matplotlib.figure import Figure
 
 from mae_et.cli import explain
+from mae_et.compare.compare import CompareConfig, compare
 from mae_et.compare.figures import COLOURS, FIGURE_INCHES
+from mae_et.plan.shapes import choice
 
 FLOPS_TOLERANCE = 0.03
 
@@ -30,9 +31,9 @@ class WaterfallConfig:
     """Draw what each arm of a chain has over the one before."""
 
     results: tyro.conf.Positional[Path]
-    """Folder with the report.json of a study."""
+    """Folder of a study's kept runs."""
     protocol: str
-    """Evaluation, as report.json names it."""
+    """Evaluation, as `compare` names it."""
     chain: tuple[str, ...]
     """ARM=LABEL, from the first arm to the full stack."""
     out: Path
@@ -53,6 +54,10 @@ class Bar(NamedTuple):
 def bars(report: dict[str, Any], config: WaterfallConfig) -> list[Bar]:
     """Bars from the top to the bottom. ValueError names an arm that isn't there, or whose FLOPs differ."""
     arms = {arm["name"]: arm for arm in report["arms"]}
+    if not config.chain:
+        raise ValueError(f"--chain is empty; choose from {', '.join(arms)}")
+    protocols = sorted({protocol for arm in arms.values() for protocol in arm["quality"]})
+    choice("--protocol", config.protocol, protocols)
     found: list[Bar] = []
     flops: list[float] = []
     for word in (*config.chain, *config.without):
@@ -96,7 +101,7 @@ def draw(found: Sequence[Bar], chain: int, protocol: str) -> Figure:
 
 def main() -> None:
     config = tyro.cli(WaterfallConfig, use_underscores=True)
-    report = json.loads((config.results / "report.json").read_text())
+    report = compare(CompareConfig((str(config.results),)))
     draw(bars(report, config), len(config.chain), config.protocol).savefig(config.out, dpi=110)
 
 

@@ -17,7 +17,7 @@ from mae_et.data.config import MeasureConfig, PrepareConfig
 from mae_et.evaluate.config import FinetuneConfig, ReconstructConfig
 from mae_et.plan.config import PretrainConfig
 from mae_et.plan.flags import parse
-from mae_et.plan.report import PlanConfig
+from mae_et.plan.report import PlanConfig, plan_report
 from mae_et.search.config import SearchConfig
 
 ROOT = Path(__file__).parent.parent
@@ -123,3 +123,16 @@ def test_lines_fit(page):
     lines = page.read_text().splitlines()
     assert [line for line in lines if len(line) > longest] == []
     assert page.name != "README.md" or len(lines) <= 110
+
+
+def test_the_table_of_recipes_for_imagenet_is_what_plan_prints():
+    rows = re.findall(r"^\| `(in1k_\w+)` \| (.*) \|$", (ROOT / "docs/imagenet.md").read_text(), re.MULTILINE)
+    assert len(rows) > 8
+    for recipe, cells in rows:
+        flags = ["--recipe", recipe, "--devices", "8", "--device_flops", "989e12"]
+        report = plan_report(parse(PlanConfig, flags), lambda config: config.num_images)
+        total, memory = report["totals"], [f"{s['peak_memory_bytes'] / 2**30:.1f}" for s in report["stages"]]
+        passes, steps, flops, hours, _, gib, _ = cells.split(" | ")
+        assert [passes, steps] == [f"{total['passes']:.0f}", f"{total['steps']:,}"], recipe
+        assert [flops, hours] == [f"{total['flops']:.2e}".replace("e+", "e"), f"{8 * report['scaling']['hours']:.0f}"]
+        assert gib.split(" to ") == list(dict.fromkeys((memory[0], memory[-1]))), recipe

@@ -89,7 +89,7 @@ def group(runs: Sequence[RunRecord]) -> list[Arm]:
     for run in runs:
         by_key.setdefault(json.dumps(arm_fields(run), sort_keys=True), []).append(run)
     groups = sorted(by_key.values(), key=lambda repeats: repeats[0].cost("flops"))
-    stems = [{_stem(run.folder) for run in repeats} for repeats in groups]
+    stems = [{_stem(run) for run in repeats} for repeats in groups]
     folder_names = [next(iter(stem)) if len(stem) == 1 else "" for stem in stems]
     by_folder = all(folder_names) and len(set(folder_names)) == len(folder_names)
     arms = [arm_fields(repeats[0]) for repeats in groups]
@@ -103,9 +103,9 @@ def group(runs: Sequence[RunRecord]) -> list[Arm]:
     return [Arm(name, family, _by_seed(repeats)) for name, family, repeats in named]
 
 
-def _stem(folder: Path) -> str:
-    """A folder's name without its seed: vanilla-seed0 is vanilla."""
-    return re.sub(r"[-_]?(seed|s)?[-_]?\d+$", "", folder.resolve().name)
+def _stem(run: RunRecord) -> str:
+    """The name of a run's folder without its seed: vanilla-seed0 is vanilla, et_pp_192 is et_pp_192."""
+    return re.sub(rf"[-_]?(seed[-_]?|(?<=[-_])s|(?<=[-_])){run.seed}$", "", run.folder.resolve().name)
 
 
 def _by_seed(runs: Sequence[RunRecord]) -> tuple[RunRecord, ...]:

@@ -52,6 +52,8 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     Raises FileNotFoundError or ValueError, with one line, for folders that hold no run, and for runs that can't be
     compared, naming what differs.
     """
+    if not (config.runs or config.baseline):
+        raise ValueError("RUN is missing: give run folders, or folders or zip archives that hold them")
     named = expand(config.baseline, "--baseline")
     runs = [read_run(folder) for folder in (named | expand(config.runs, "RUN")).values()]
     differences = incomparable(runs)
@@ -85,10 +87,10 @@ def compare(config: CompareConfig) -> dict[str, Any]:
 def warnings(runs: Sequence[RunRecord], arms: Sequence[Arm], protocols: Sequence[str]) -> list[str]:
     """Sentences to read before believing a figure: other machines, single seeds, missing evaluations."""
     sentences = []
-    machines = {(r.device, r.environment.get("platform")) for r in runs if r.ledger and not r.timing}
+    machines = {run.clock for run in runs if run.ledger and not run.timing}
     if len(machines) > 1:
-        devices = "; ".join(sorted({str(device) for device, _ in machines}))
-        sentences.append(f"the runs were made on different machines ({devices}): don't compare their seconds")
+        listing = "; ".join(sorted(map(str, machines)))
+        sentences.append(f"the runs were made on different machines ({listing}): don't compare their seconds")
     single = [arm.name for arm in arms if len(arm.runs) == 1]
     if single:
         sentences.append(f"one seed only, so no spread: {', '.join(single)}")

@@ -78,6 +78,8 @@ def _draw_quality(report: Mapping, arms: Sequence[Mapping], protocol: str, axis:
 def _legend(figure: Figure) -> None:
     """Below the plot, in two columns where the names fit into them."""
     names = figure.axes[0].get_legend_handles_labels()[1]
+    if not names:
+        return
     columns = 1 if any(len(name) > COLUMN_CHARACTERS for name in names) else 2
     figure.legend(loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
 

@@ -78,7 +78,10 @@ class RunRecord:
     @property
     def clock(self) -> str | None:
         """What its seconds were measured on; those of other clocks can't be compared."""
-        return f"{self.timing.device}, {self.timing.began}" if self.timing else self.device
+        if self.timing:
+            return f"{self.timing.device}, {self.timing.began}"
+        machine = self.device, self.environment.get("platform")
+        return " on ".join(filter(None, machine)) if self.device else None
 
     @property
     def finished(self) -> bool:

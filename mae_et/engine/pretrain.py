@@ -114,8 +114,6 @@ def pretrain(config: PretrainConfig) -> Path:
 def first_step(config: PretrainConfig, curriculum: Curriculum) -> int:
     """Step at which --start_epoch begins."""
     skipped = config.start_epoch / config.epochs
-    if not 0 <= skipped < 1:
-        raise ValueError(f"--start_epoch must be in [0, --epochs {config.epochs:g}), got {config.start_epoch:g}")
     for step in range(curriculum.total_steps):
         if curriculum.position(step) >= skipped:
             return step

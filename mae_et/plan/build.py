@@ -10,7 +10,7 @@ from .config import PretrainConfig
 from .cost import flops_per_image, input_flops_per_image, muon_flops
 from .curriculum import Curriculum, Stage
 from .schedules import plan_stages, scheduled
-from .shapes import ModelShape, fits_in, height_width, model_shape, show_size, target_dim
+from .shapes import ModelShape, fits_in, grid_of, height_width, model_shape, show_size, target_dim
 
 
 def shape_of(config: PretrainConfig) -> ModelShape:
@@ -45,8 +45,12 @@ def build_curriculum(config: PretrainConfig, num_images: int, devices: int = 1) 
         "flops_per_image": flops,
         "update_flops": muon_flops(shape) if config.opt == "muon" else 0,
     }
+    grid_of(config.input_size, shape.patch_size, "--input_size")
+    if config.norm_pix_loss and shape.target_dim == 1:
+        raise ValueError("--norm_pix_loss: a patch of one value has no variance; leave it out, or take larger patches")
     if config.curriculum == "custom":
         for row in config.stages:
+            grid_of(row.size_px, shape.patch_size, "stages: size_px")
             if not fits_in(row.size_px, config.input_size):
                 raise ValueError(f"stages: size {row.size_px} px is larger than --input_size {config.input_size}")
         curriculum = plan_stages(config.stages, share_of=config.share_of, **arguments)

@@ -244,6 +244,8 @@ class PretrainConfig(
         self._check_folders()
         if self.probe_every and not self.holdout:
             raise ValueError("--probe_every looks at training images that are kept out; give --holdout, such as 1000")
+        if not 0 <= self.start_epoch < self.epochs:
+            raise ValueError(f"--start_epoch must be in [0, --epochs {self.epochs:g}), got {self.start_epoch:g}")
         if self.branch and self.start_epoch:
             raise ValueError("--branch begins where that run ended and contradicts --start_epoch; drop one of them")
 

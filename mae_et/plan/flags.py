@@ -229,30 +229,30 @@ def recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def from_recipe(config_type: type[Config], recipe: str) -> Config:
-    """A shipped recipe by name, or a YAML file. ValueError lists the shipped ones."""
+def from_recipe(config_type: type[Config], recipe: str, flag: str = "--recipe") -> Config:
+    """A shipped recipe by name, or a YAML file. ValueError, which names the flag, lists the shipped ones."""
     shipped = recipes()
     path = Path(recipe)
     if recipe in shipped:
         path = shipped[recipe]
     elif not path.is_file():
         if path.suffix in (".yaml", ".yml"):
-            raise FileNotFoundError(f"--recipe: no file {recipe}")
-        choice("--recipe", recipe, shipped)
+            raise FileNotFoundError(f"{flag}: no file {recipe}")
+        choice(flag, recipe, shipped)
     try:
         values = yaml.load(path.read_text(), _UniqueKeys)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--recipe {path} is not a YAML file: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{flag} {path} is not a YAML file: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"--recipe {path} must be a mapping of configuration keys, see --print_config")
+        raise ValueError(f"{flag} {path} must be a mapping of configuration keys, see --print_config")
     base, flags = values.get("recipe"), dataclasses.fields(config_type)
     if base and len(values) < len(flags) / 2:  # a run's config.yaml, which names its recipe, has about all
         raise ValueError(
-            f"--recipe {path}: a recipe doesn't extend another, `recipe: {base}` would not be read; begin with what "
+            f"{flag} {path}: a recipe doesn't extend another, `recipe: {base}` would not be read; begin with what "
             f"`--recipe {base} --print_config` prints, or give the changes as flags"
         )
     if values.get("stages") and values.get("curriculum") != "custom":
-        raise ValueError(f"--recipe {path}: `stages` are those of `curriculum: custom`; add that, or leave them out")
+        raise ValueError(f"{flag} {path}: `stages` are those of `curriculum: custom`; add that, or leave them out")
     return from_dict(config_type, values | {"recipe": recipe}, where=f"recipe {recipe}")
 
 

@@ -57,7 +57,7 @@ def plan_report(config: PlanConfig, count_images: Callable[[PretrainConfig], int
     other = as_vanilla(config)
     if config.vs:  # on the same images
         images = {name: getattr(config, name) for name in ("data_path", "num_images", "holdout")}
-        other = replace(from_recipe(PretrainConfig, config.vs), **images)
+        other = replace(from_recipe(PretrainConfig, config.vs, "--vs"), **images)
     devices = config.devices or config.world_size
     plan, against = (build_curriculum(c, count_images(c), devices) for c in (config, other))
     shape = shape_of(config)
@@ -92,6 +92,7 @@ def plan_report(config: PlanConfig, count_images: Callable[[PretrainConfig], int
             for stage, step in zip(plan.stages, steps, strict=True)
         ],
         "totals": _totals(plan) | {"remainder_images": plan.remainder_images},
+        "skipped_flops": config.start_epoch / config.epochs * plan.total_flops,
         "finetune": {"epochs": config.finetune_epochs, "flops": finetune},
         "vs": {
             "recipe": config.vs or "the same as vanilla MAE",
@@ -175,6 +176,8 @@ def plan_summary(report: dict[str, Any]) -> list[str]:
     updates = []
     if total["update_share"]:
         updates.append(f"{total['update_share']:.1%} of them are updates; the larger the batch, the fewer there are")
+    if report["skipped_flops"]:
+        updates.append(f"about {report['skipped_flops']:.3e} of them are skipped by --start_epoch")
     scaling = []
     if "scaling" in report:
         slower = report["scaling"]["hours_over_vs_at_equal_flops"]

@@ -100,12 +100,12 @@ def spectral_operator(operator: str) -> str:
     return operator if operator in SPECTRAL else "dct"
 
 
-def grid_of(size_px: SizePx, patch_px: int) -> tuple[int, int]:
-    """Patches (rows, columns) of an image. ValueError if a side is not a positive multiple of the patch."""
+def grid_of(size_px: SizePx, patch_px: int, what: str = "size") -> tuple[int, int]:
+    """Patches (rows, columns) of an image. ValueError, about `what`, if a side is no positive multiple of the patch."""
     height, width = height_width(size_px)
     if height < patch_px or width < patch_px or height % patch_px or width % patch_px:
         raise ValueError(
-            f"size {show_size(size_px)} px is not divisible by the patch ({patch_px} px): {_near(size_px, patch_px)}"
+            f"{what} {show_size(size_px)} px is not divisible by the patch ({patch_px} px): {_near(size_px, patch_px)}"
         )
     return height // patch_px, width // patch_px
 

@@ -254,6 +254,8 @@ def open_space(config: SearchConfig) -> SearchSpace:
     """The search space over the data at hand. ValueError for what can't be searched."""
     source = open_source(config.data_path, "train")
     space = SearchSpace(config, len(source), source.labels is not None)
+    if list(space.options) == [space.full]:
+        raise ValueError("--sizes leave only full size, so there is nothing to search; add a smaller one")
     for option in space.options:  # before the first trial, what would end the search after it
         try:
             build_curriculum(space.recipe(((option, 1.0),)), len(source))
@@ -266,7 +268,7 @@ def open_space(config: SearchConfig) -> SearchSpace:
             "linear_probe or loss"
         )
     if config.budget is not None and config.budget < (least := space.least_cost()):
-        raise ValueError(f"--budget {config.budget:g} is less than one candidate, {least:.2f} vanilla runs")
+        raise ValueError(f"--budget {config.budget:g} is less than the first choice takes, {least:.2f} vanilla runs")
     return space
 
 

@@ -210,13 +210,12 @@ class SearchSpace:
         return seeds * len(schedules), seeds * sum(map(self.cost, schedules))
 
     def least_cost(self) -> float:
-        """Of one candidate and, where it is compared with it, vanilla."""
+        """Of what is evaluated before anything is chosen: all candidates of the first stage, or one and vanilla."""
         share = 1 / self.config.num_stages / (2 if self.config.halving else 1)
-        candidate = ((self.options[0], share),)
         if self.config.algorithm == "greedy":
-            cost = self.cost(fill((), self.full)) + self.cost(fill(candidate, self.full))
+            cost = self.cost(fill((), self.full)) + self.cost(fill(((self.options[0], share),), self.full))
         else:
-            cost = self.cost(candidate)
+            cost = sum(self.cost(((option, share),)) for option in growing(self.options, ()))
         return cost * self.config.num_seeds
 
 
