@@ -365,3 +365,21 @@ def test_a_result_of_half_trained_weights_does_not_count_as_the_finished_runs(tm
     ):
         path.write_text(json.dumps(result | {"step": step}))
         assert incomparable([read_run(folder)]) == sentences
+
+
+@pytest.mark.parametrize(
+    ("folder", "seed", "name"),
+    [
+        ("vanilla-seed2", 2, "vanilla"),
+        ("vanilla_s2", 2, "vanilla"),
+        ("vanilla-2", 2, "vanilla"),
+        ("in1k_vitb_mae1600", 0, "in1k_vitb_mae1600"),
+        ("et_pp_192", 0, "et_pp_192"),
+        ("lr1e-3", 0, "lr1e-3"),
+        ("10-epochs_20", 0, "10-epochs_20"),
+    ],
+)
+def test_only_its_own_seed_is_no_part_of_a_name(tmp_path, folder, seed, name):
+    write_run(tmp_path / folder, seed=seed, curriculum="vanilla")
+    write_run(tmp_path / "other", curriculum="et", flops=2e12)
+    assert {arm["name"] for arm in compare(CompareConfig((str(tmp_path),)))["arms"]} == {name, "other"}

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import re
+import shutil
 import struct
 import sys
+import time
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -19,6 +22,7 @@ from ranks import in_a_process
 from mae_et import cli
 from mae_et.compare.compare import CompareConfig, compare
 from mae_et.compare.report import markdown
+from mae_et.plan.flags import to_dict
 
 ROOT = Path(__file__).parent.parent
 STUDIES = sorted((ROOT / "benchmarks" / "studies").glob("*.yaml"))
@@ -133,6 +137,94 @@ def test_a_branch_comes_after_its_trunk(harness):
     arms["b"]["branch"] = "c"
     with pytest.raises(ValueError, match=r"x.yaml: branch: b of c of b: an arm can't begin with itself"):
         harness.jobs_of(study, harness.StudyConfig(Path("x.yaml")), None)
+
+
+STUDY = {"flags": {"recipe": "demo"}, "seeds": [0], "arms": {"a": {}}, "evaluate": []}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": None}, "a study needs flags, seeds, arms, evaluate; seeds is missing, or no list"),
+        ({"flags": {}}, "flags: `recipe` is missing"),
+        ({"arms": {"a": {"match_flops": "b"}}}, "match_flops: no arm 'b' in .*choose from a"),
+        ({"arms": {"a": {"match_steps": "b"}}}, "match_steps: no arm 'b'"),
+        ({"arms": {"a": {"pretrain": False, "like": "b"}}}, "like: no arm 'b'"),
+        ({"arms": {"a": {"pretrain": False}}}, "a: `pretrain: false` and `like: ARM` go together"),
+        ({"arms": {"a": {"match_flops": "b"}, "b": {"match_flops": "a"}}}, "match_flops, match_steps: a like b like a is a circle"),
+        ({"arms": {"a b": {}, "a_b": {}}}, "arms 'a b' and 'a_b' have the same folder a_b-seed0"),
+    ],
+)
+def test_a_mistake_in_a_study_gets_one_line(harness, tmp_path, changes, message):
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(STUDY | changes))
+    with pytest.raises(ValueError, match=rf"{re.escape(str(path))}: {message}"):
+        harness.jobs_of(harness.read_study(path), harness.StudyConfig(path), None)
+    with pytest.raises(FileNotFoundError, match=r"STUDY: no file nowhere\.yaml"):
+        harness.read_study(Path("nowhere.yaml"))
+
+
+def test_flops_are_matched_in_the_order_in_which_they_depend(harness):
+    arms = {"a": {"curriculum": "et_pp", "match_flops": "b"}, "b": {"match_flops": "c"}, "c": {"epochs": 20}}
+    jobs = harness.jobs_of(STUDY | {"arms": arms}, harness.StudyConfig(Path("x.yaml")), None)
+    flops = {job.arm: harness.planned(job.flags)[1].total_flops for job in jobs}
+    assert flops["a"] == pytest.approx(flops["c"], rel=0.02) and flops["b"] == pytest.approx(flops["c"], rel=0.02)
+
+
+def test_a_kept_run_of_other_flags_is_refused(harness, tmp_path):
+    """Of the training and of the evaluation; not what follows from how FLOPs are counted."""
+    study = STUDY | {"evaluate": [{"knn": True, "k": 5}], "arms": {"a": {}, "b": {"match_flops": "a"}}}
+    config = harness.StudyConfig(Path("x.yaml"), keep=tmp_path)
+    for job in harness.jobs_of(study, config, None):
+        run = tmp_path / job.name
+        run.mkdir()
+        changes = {"epochs": 77.0} if job.arm == "b" else {}
+        values = to_dict(harness.planned(job.flags)[0]) | changes
+        (run / "config.yaml").write_text(yaml.safe_dump(values))
+        (run / "eval-knn.json").write_text(json.dumps({"flags": {"k": 5, "knn": True}}))
+        for name in ("environment.json", "ledger.json", "metrics.jsonl"):
+            (run / name).touch()
+        harness.check_unchanged(job, tmp_path)
+    (job, _) = harness.jobs_of(study | {"flags": {"recipe": "demo", "mask_ratio": 0.5}}, config, None)
+    with pytest.raises(ValueError, match=r"a-seed0 was run with --mask_ratio 0.75, not 0.5: remove it"):
+        harness.check_unchanged(job, tmp_path)
+    (job, _) = harness.jobs_of(study | {"evaluate": [{"knn": True, "k": 7}]}, config, None)
+    with pytest.raises(ValueError, match=r"a-seed0 was run with --k 5, not 7: remove it"):
+        harness.check_unchanged(job, tmp_path)
+
+
+def test_an_arm_waits_for_the_run_it_is_like_which_is_not_discarded(harness, monkeypatch, tmp_path):
+    """And says so where that run is gone."""
+    arms = {"a": {}, "scratch": {"pretrain": False, "like": "a"}}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(STUDY | {"arms": arms, "evaluate": [{"knn": True}]}))
+    words = ["equal_accuracy.py", str(tmp_path / "study.yaml"), "--out", str(tmp_path / "out"), "--jobs", "2"]
+    calls = []
+
+    def script(name, words, log, cores):
+        time.sleep(0.2 * (name == "main_pretrain.py"))
+        flags = dict(itertools.pairwise(words))
+        if "--like" in flags:
+            assert (Path(flags["--like"]) / "config.yaml").exists()
+        folder = Path(flags.get("--output_dir") or flags["--finetune"])
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in ("config.yaml", "environment.json", "ledger.json", "metrics.jsonl", "eval-knn.json"):
+            (folder / file).touch()
+        calls.append(folder.name)
+        return ""
+
+    monkeypatch.setattr(harness, "script", script)
+    monkeypatch.setattr(harness, "mae_et", lambda words: None)
+    monkeypatch.setattr(sys, "argv", [*words, "--discard"])
+    harness.main()
+    assert calls == ["a-seed0", "scratch-seed0"] and (tmp_path / "out/a-seed0").exists()
+    shutil.rmtree(tmp_path / "out/a-seed0")
+    (job,) = harness.jobs_of(
+        harness.read_study(tmp_path / "study.yaml"), harness.StudyConfig(Path("x.yaml"), arms=("scratch",)), None
+    )
+    told = harness.run_job(
+        job, harness.StudyConfig(Path("x.yaml"), out=tmp_path / "out", keep=tmp_path / "new"), None, []
+    )
+    assert re.search("it needs the run .*a-seed0, which is not there; take a-seed0 out of .*new", told)
 
 
 def test_two_evaluations_that_write_the_same_result_are_refused(harness):
