@@ -161,10 +161,10 @@ def arm_of(name: str, values: list[float], flops: float = 100.0) -> dict:
     return {"name": name, "flops": flops, "quality": {"knn": {"mean": mean, "std": std}}}
 
 
-def waterfall_of(benchmark, tmp_path: Path, chain: str, without: str = ""):
+def waterfall_of(benchmark, tmp_path: Path, chain: str, without: str = "", protocol: str = "knn"):
     waterfall = benchmark("waterfall")
     config = waterfall.WaterfallConfig(
-        tmp_path, "knn", tuple(chain.split("|")), tmp_path / "w.png", tuple(without.split("|")) if without else ()
+        tmp_path, protocol, tuple(chain.split("|")), tmp_path / "w.png", tuple(without.split("|")) if without else ()
     )
     arms = [arm_of("vanilla_T", [50, 52]), arm_of("et_pp", [54]), arm_of("fast", [58, 58.0]), arm_of("muon", [53], 102)]
     report = {"arms": [*arms, arm_of("vanilla_2T", [55], 200)]}
@@ -304,3 +304,15 @@ def test_a_quiet_pass_refuses_what_it_would_time_wrongly(
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         quiet_pass.main()
     assert not (tmp_path / "run" / "timing.json").exists()
+
+
+@pytest.mark.parametrize("name", ["seconds", "step"])
+def test_rounds_are_at_least_one(benchmark, name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--rounds", "0"])
+    with pytest.raises(ValueError, match="--rounds must be at least 1, got 0"):
+        benchmark(name).main()
+
+
+def test_a_waterfall_names_what_there_is(benchmark, tmp_path: Path):
+    with pytest.raises(ValueError, match="unknown --protocol 'nope'; choose from knn"):
+        waterfall_of(benchmark, tmp_path, "vanilla", protocol="nope")

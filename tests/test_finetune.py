@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
+import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,16 +19,18 @@ from ranks import on_ranks
 from tiny import QUICK, SHAPE
 
 from mae_et import checkpoint
+from mae_et.data.datasets import _class_names
 from mae_et.data.labelled import Augmentation, TrainCrops, eval_batches, labelled_batches, seeded
 from mae_et.data.loader import CorruptLog
 from mae_et.data.sources import open_source
 from mae_et.data.stream import Sample, SampleStream
 from mae_et.data.workers import Loading
-from mae_et.engine import sharded
+from mae_et.engine import run_folder, sharded
 from mae_et.engine import step as step_module
 from mae_et.engine.runtime import Runtime
 from mae_et.evaluate import finetune as finetune_module
 from mae_et.evaluate.augmentation import augmentation, mixed, mixing
+from mae_et.evaluate.classes import with_classes
 from mae_et.evaluate.config import FinetuneConfig
 from mae_et.evaluate.encoder import adapt_positions, build_classifier, load_encoder
 from mae_et.evaluate.finetune import finetune
@@ -740,3 +745,97 @@ def test_small_grids_of_own_positions_are_numbered_from_zero_in_evaluation_too(r
         images = torch.randn(2, 3, 8, 8)
         with torch.no_grad():
             torch.testing.assert_close(judged.forward_features(images), model.encode(images), rtol=1e-4, atol=1e-5)
+
+
+def test_fine_tuning_is_not_put_beside_results_of_other_weights(run: Path, tmp_path: Path) -> None:
+    """A probe of the encoder as it was before training makes a folder of its own, which a baseline may go on in."""
+    like = FinetuneConfig(like=str(run), output_dir=str(tmp_path / "floor"), **QUICK)
+    probe(replace(like, knn=True, k=3))
+    other = replace(like, like="", finetune=str(run))
+    for config in (other, replace(other, resume="auto")):
+        with pytest.raises(ValueError, match="floor is the run of other weights; choose another folder for these"):
+            finetune(config)
+    finetune(like)
+    assert {path.name for path in (tmp_path / "floor").glob("eval-*")} == {"eval-knn.json", "eval-finetune.json"}
+
+
+def test_only_a_runs_own_weights_are_of_the_run(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An export in its folder may be of an earlier run, and a copy of others."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(run / "checkpoint.pt", run / "copy.pt")
+    checkpoint.write_export(checkpoint.read_pretrained(run), SHAPE, "facebook", run / "facebook.pth")
+    for name in ("copy.pt", "facebook.pth"):
+        assert run_folder.run_of(run / name) is None
+    for name in ("", "checkpoint.pt", "checkpoint.prev2.pt", "best.pt", "encoder.safetensors"):
+        (run / name).touch()
+        assert run_folder.run_of(run / name) == run
+
+
+def test_an_evaluation_alone_ends_with_a_signal_as_any_program(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, before = sys.modules["mae_et.evaluate.finetune"], signal.getsignal(signal.SIGTERM)
+    seen = []
+    monkeypatch.setattr(module, "evaluate_only", lambda *_: seen.append(signal.getsignal(signal.SIGTERM)))
+    finetune(FinetuneConfig(finetune=str(run), eval=True))
+    assert seen == [before]
+
+
+def test_a_run_that_trains_nothing_is_said_or_refused(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = FinetuneConfig(finetune=str(run), **QUICK | {"epochs": 1, "total_batch_size": 24, "warmup_epochs": 0.1})
+    finetune(config)
+    assert "--epochs 1 is one step, whose learning rate is 0: it never trains anything" in caplog.messages
+    with pytest.raises(ValueError, match=r"--start_epoch 1\.99: none of 2 steps would be left"):
+        finetune(replace(config, epochs=2, start_epoch=1.99, overwrite=True))
+
+
+def test_weights_before_the_end_of_fine_tuning_are_said_to_be_and_have_no_figures_of_the_end(
+    run: Path, tmp_path: Path
+) -> None:
+    finetune(FinetuneConfig(finetune=str(run), **QUICK, keep_checkpoints=9))
+    probe(
+        FinetuneConfig(
+            finetune=str(run / "finetune"), knn=True, k=3, layers=(1,), **QUICK | {"epochs": None, "lr": None}
+        )
+    )
+    last, early = (
+        checkpoint.read_pretrained(run / "finetune" / name) for name in ("checkpoint.pt", "checkpoint.prev1.pt")
+    )
+    assert last.unfinished == "" and re.fullmatch(r"step \d+ of \d+", early.unfinished)
+    cards = []
+    for weights in (last, early):
+        checkpoint.write_export(weights, weights.shape, "timm", tmp_path / "timm", run=run / "finetune")
+        cards.append((tmp_path / "timm/README.md").read_text())
+    assert "| fine-tuning" in cards[0] and "| kNN of block 1" in cards[0]
+    assert "before the end of that run" in cards[1] and "None is recorded" in cards[1]
+
+
+def test_what_goes_on_in_another_folder_takes_its_metrics_and_best_weights_along(run: Path, tmp_path: Path) -> None:
+    config = FinetuneConfig(finetune=str(run), **QUICK, keep_checkpoints=9)
+    finetune(config)
+    best = checkpoint.load(run / "finetune/best.pt")["step"]
+    for number in (1, 2, 3):
+        path = run / f"finetune/checkpoint.prev{number}.pt"
+        if not path.exists():
+            break
+        step, folder = checkpoint.load(path)["step"], tmp_path / str(number)
+        finetune(replace(config, resume=str(path), output_dir=str(folder)))
+        kept, whole = ((at / "metrics.jsonl").read_text().splitlines() for at in (folder, run / "finetune"))
+        assert [json.loads(line)["step"] for line in kept] == [json.loads(line)["step"] for line in whole]
+        assert (folder / "best.pt").exists() or best > step
+    assert number > 1
+
+
+def test_classes_of_one_name_are_told_apart_or_refused(pictures: Path) -> None:
+    """ImageNet has two cranes and two maillots."""
+    holder = types.SimpleNamespace(classes=[("crane", "bird"), ("tench",), ("crane", "machine")])
+    assert _class_names(holder, None) == ["crane (0)", "tench", "crane (2)"]
+    source = open_source(str(pictures))
+    assert with_classes(source, source.classes, "D", "it") is source
+    with pytest.raises(ValueError, match=r"class\(es\) red are there twice in the model: which is meant can't be told"):
+        with_classes(source, [*source.classes, "red"], "D", "the model")
+
+
+def test_a_leak_is_said_however_the_path_is_spelled(
+    run: Path, pictures: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    load_encoder(FinetuneConfig(finetune=str(run), data_path=f"{pictures}/", holdout=9))
+    assert "was pretrained with --holdout 0, on some of these" in caplog.text

@@ -306,3 +306,17 @@ def test_names_on_the_hub():
     for name in ("hf-hub:mae", "hf-hub:a/b/c", "hf-hub:../x/y"):
         with pytest.raises(ValueError, match=r"a repository on the hub is ORG/NAME"):
             hub.local_folder(name)
+
+
+@pytest.mark.parametrize(
+    ("format", "out", "written"),
+    [
+        ("timm", "e.pt", "a folder, or a .safetensors file"),
+        ("huggingface", "e.safetensors", "a folder"),
+        ("facebook", "e.bin", "a .pth file"),
+    ],
+)
+def test_a_file_of_another_kind_is_refused(format, out, written, run, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["export", str(run), "--format", format, "--out", str(tmp_path / out)])
+    assert f"{out}: --format {format} writes {written};" in capsys.readouterr().err

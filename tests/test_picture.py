@@ -451,6 +451,7 @@ def test_bad_input_is_named_in_one_line(tmp_path):
         ({"run": str(run), "images": str(tmp_path / "empty")}, "--images .*empty: no images"),
         ({"run": str(run), "images": str(tmp_path / "damaged")}, "--images: none of 1 images could be read, .*a.png"),
         ({"run": str(run), "true_statistics": True}, "--true_statistics: .* doesn't predict normalised pixels"),
+        ({"run": str(run), "norm_pix_loss": True}, "--norm_pix_loss: .*run was trained on pixels as they are"),
         ({"run": str(hog), "norm_pix_loss": True}, "--norm_pix_loss: the decoder of .* predicts hog"),
         ({"run": str(encoder)}, "encoder.safetensors: has no decoder.*checkpoint.pt of a run folder has one"),
         ({"run": str(run), "num_images": 0}, "--num_images must be positive"),

@@ -861,3 +861,27 @@ def _resume_apart(photos: Path, folder: Path) -> None:
     config = tiny(photos, folder / f"rank{os.environ['RANK']}", resume="auto", batch_size=3)
     with pytest.raises(ValueError, match="ranks differ in step: 0 to "):
         pretrain(config)
+
+
+@pytest.mark.parametrize("resume", ["", "auto"])
+def test_results_of_other_weights_are_not_taken_over(photos: Path, tmp_path: Path, resume: str) -> None:
+    """Probes of foreign weights write to ./output_dir, too."""
+    config = tiny(photos, tmp_path / "run", epochs=1)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/eval-knn.json").write_text("{}")
+    with pytest.raises(
+        FileExistsError, match=r"holds results of other weights \(eval-knn.json\): choose another folder"
+    ):
+        pretrain(replace(config, resume=resume))
+    pretrain(replace(config, overwrite=True))
+    assert not (tmp_path / "run/eval-knn.json").exists()
+    (tmp_path / "run/eval-knn.json").write_text("{}")  # of this run, which goes on
+    pretrain(replace(config, resume="auto"))
+
+
+def test_a_start_after_the_last_step_is_refused(photos: Path, tmp_path: Path) -> None:
+    config = tiny(photos, tmp_path / "run", epochs=4)
+    with pytest.raises(ValueError, match=r"--start_epoch 3\.99: none of \d+ steps would be left"):
+        pretrain(replace(config, start_epoch=3.99))
+    with pytest.raises(ValueError, match=r"--start_epoch must be in \[0, --epochs 4\), got 4"):
+        replace(config, start_epoch=4)

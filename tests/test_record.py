@@ -25,6 +25,7 @@ from mae_et.checkpoint import Pretrained, read_pretrained, write_export
 from mae_et.data.labelled import EvalCrops
 from mae_et.data.sources import open_source
 from mae_et.engine.pretrain import pretrain
+from mae_et.engine.runtime import Runtime
 from mae_et.evaluate.config import FinetuneConfig
 from mae_et.evaluate.encoder import build_classifier, load_encoder
 from mae_et.evaluate.finetune import finetune
@@ -446,3 +447,28 @@ def test_heads_and_pooling_are_those_of_the_config_beside_weights_of_timm(kept, 
     mae.load_state_dict(read.state, strict=False)
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(mae.encode(images), model.eval().forward_features(images), atol=1e-5, rtol=1e-4)
+
+
+def test_images_of_12_bits_are_seen_as_the_run_saw_its_own_and_it_is_said(tmp_path, caplog):
+    """Before and after export: it was trained without a range, so none is measured; foreign weights get one."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            (tmp_path / "deep" / split / name).mkdir(parents=True)
+            for i in range(3):
+                pixels = rng.integers(0, 4096, (20, 20)).astype(np.uint16)
+                Image.fromarray(pixels).save(tmp_path / "deep" / split / name / f"{i}.png")
+    ours = replace(pretrained(True), record=WeightsRecord((0.5,) * 3, (0.2,) * 3))
+    doors = {"timm": tmp_path / "timm", "facebook": tmp_path / "f.pth"}
+    for door, path in doors.items():
+        write_export(ours, ours.shape, door, path)
+    content = checkpoint.load(tmp_path / "f.pth")
+    checkpoint.save({"model": content["model"]}, tmp_path / "foreign.pth")
+    for path, stretched in ((doors["timm"], False), (doors["facebook"], False), (tmp_path / "foreign.pth", True)):
+        caplog.clear()
+        encoder = load_encoder(FinetuneConfig(finetune=str(path), data_path=str(tmp_path / "deep"), num_heads=None))
+        measured = encoder.with_value_range(
+            open_source(str(tmp_path / "deep")), Runtime(torch.device("cpu"), "fp32")
+        ).record.value_range
+        assert (measured is not None) == stretched and "of 256 levels" in caplog.text
+        assert ("was trained on images as they are, so these are not stretched either" in caplog.text) != stretched

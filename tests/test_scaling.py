@@ -203,6 +203,16 @@ def test_estimated_utilisation_is_honest_about_small_work():
         ("--utilisation 0.5", "--utilisation.*--device_flops"),
         ("--finetune_epochs -5", "--finetune_epochs must be finite and not negative, got -5"),
         ("--start_epoch -5", "--start_epoch must be finite and not negative, got -5"),
+        ("--start_epoch 500", r"--start_epoch must be in \[0, --epochs 400\), got 500"),
+        ("--vs nothere", "unknown --vs 'nothere'; choose from"),
+        ("--vs nothere.yaml", r"--vs: no file nothere\.yaml"),
+        ("--input_size 230", r"--input_size 230 px is not divisible by the patch \(16 px\)"),
+        ("--data_path /nowhere --holdout 2000000", "--holdout 2000000 leaves none of --num_images 1281167"),
+        ("--model vit_huge", "unknown --model 'mae_vit_huge'"),
+        (
+            "--target pixel --norm_pix_loss --in_chans 1 --patch_size 1 --input_size 32",
+            "--norm_pix_loss: a patch of one value has no variance",
+        ),
         ("--predict_ratio 2", r"--predict_ratio must be in \(0, 1\], got 2"),
         ("--ngpus -1", "--ngpus must be positive"),
         ("--device_flops 1e12 --utilisation 40", "--utilisation"),
@@ -219,3 +229,10 @@ def test_mistakes_are_one_line(flags, words, capsys):
         main(["plan", "--recipe", "in1k_vitb_etpp400_hog", *flags.split()])
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert re.search(words, line), line
+
+
+def test_what_start_epoch_skips_is_said(capsys):
+    from mae_et.cli import main
+
+    main(["plan", "--recipe", "in1k_vitb_etpp400_hog", "--start_epoch", "100"])
+    assert re.search(r"about 7\.\d+e\+18 of them are skipped by --start_epoch", capsys.readouterr().out)
