@@ -18,6 +18,7 @@ def shape_of(config: PretrainConfig) -> ModelShape:
     named = model_shape(config.model)
     changes = {name: getattr(config, name) for name in ModelShape.__dataclass_fields__ if hasattr(config, name)}
     arguments = named | {name: value for name, value in changes.items() if value is not None}
+    grid_of(config.input_size, arguments["patch_size"], "--input_size")
     target = target_dim(config.target, arguments["patch_size"], config.in_chans)
     return ModelShape(**arguments, img_size=config.input_size, target_dim=target)
 
@@ -45,7 +46,6 @@ def build_curriculum(config: PretrainConfig, num_images: int, devices: int = 1) 
         "flops_per_image": flops,
         "update_flops": muon_flops(shape) if config.opt == "muon" else 0,
     }
-    grid_of(config.input_size, shape.patch_size, "--input_size")
     if config.norm_pix_loss and shape.target_dim == 1:
         raise ValueError("--norm_pix_loss: a patch of one value has no variance; leave it out, or take larger patches")
     if config.curriculum == "custom":
