@@ -755,6 +755,9 @@ def test_fine_tuning_is_not_put_beside_results_of_other_weights(run: Path, tmp_p
     for config in (other, replace(other, resume="auto")):
         with pytest.raises(ValueError, match="floor is the run of other weights; choose another folder for these"):
             finetune(config)
+    finetune(other := replace(other, output_dir=""))
+    with pytest.raises(ValueError, match="finetune is the run of other weights"):
+        probe(replace(other, knn=True, k=3, output_dir=str(run / "finetune")))
     finetune(like)
     assert {path.name for path in (tmp_path / "floor").glob("eval-*")} == {"eval-knn.json", "eval-finetune.json"}
 

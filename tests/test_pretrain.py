@@ -866,7 +866,7 @@ def _resume_apart(photos: Path, folder: Path) -> None:
 @pytest.mark.parametrize("resume", ["", "auto"])
 def test_results_of_other_weights_are_not_taken_over(photos: Path, tmp_path: Path, resume: str) -> None:
     """Probes of foreign weights write to ./output_dir, too."""
-    config = tiny(photos, tmp_path / "run", epochs=1)
+    config = tiny(photos, tmp_path / "run", epochs=1, save_steps=2)
     (tmp_path / "run").mkdir()
     (tmp_path / "run/eval-knn.json").write_text("{}")
     with pytest.raises(
@@ -876,7 +876,10 @@ def test_results_of_other_weights_are_not_taken_over(photos: Path, tmp_path: Pat
     pretrain(replace(config, overwrite=True))
     assert not (tmp_path / "run/eval-knn.json").exists()
     (tmp_path / "run/eval-knn.json").write_text("{}")  # of this run, which goes on
+    (tmp_path / "run/checkpoint.prev1.pt").replace(tmp_path / "run/checkpoint.pt")
+    (tmp_path / "run/encoder.safetensors").unlink()
     pretrain(replace(config, resume="auto"))
+    assert (tmp_path / "run/encoder.safetensors").exists()
 
 
 def test_a_start_after_the_last_step_is_refused(photos: Path, tmp_path: Path) -> None:

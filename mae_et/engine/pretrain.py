@@ -140,8 +140,8 @@ def open_folder(run: PretrainRun, resume: Path | None, read_from: Path | None) -
     if resume and goes_on and read_from != resume:
         # Otherwise the next save would rotate the corrupt file into prev1 and drop an intact one.
         files.promote(read_from, resume)
-    if resume and not goes_on and (origin := run_folder.run_of(resume)):
-        files.write_json_lines(run.folder / run_folder.METRICS, files.read_json_lines(origin / run_folder.METRICS))
+    if resume and not goes_on and (metrics := resume.parent / run_folder.METRICS).is_file():
+        files.write_json_lines(run.folder / run_folder.METRICS, files.read_json_lines(metrics))
     lasting = dataclasses.replace(config, resume="", overwrite=False)  # it is a recipe: no one-off flags
     files.write_text(run.folder / run_folder.CONFIG, to_yaml(lasting))
     facts = {"num_images": run.curriculum.num_images, "value_range": run.value_range}

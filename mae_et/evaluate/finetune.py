@@ -117,9 +117,9 @@ def open_folder(run: FinetuneRun, resume: Path | None, read_from: Path | None) -
     make_folders(run.config, run.encoder)
     if resume and goes_on and read_from != resume:
         files.promote(read_from, resume)  # otherwise the next save would keep the corrupt file and drop this one
-    if resume and not goes_on and (origin := run_folder.run_of(resume)):
-        files.write_json_lines(run.folder / run_folder.METRICS, files.read_json_lines(origin / run_folder.METRICS))
-        if (best := origin / run_folder.BEST).is_file() and load(best)["step"] <= run.step:
+    if resume and not goes_on and (metrics := resume.parent / run_folder.METRICS).is_file():
+        files.write_json_lines(run.folder / run_folder.METRICS, files.read_json_lines(metrics))
+        if (best := resume.parent / run_folder.BEST).is_file() and load(best)["step"] <= run.step:
             shutil.copyfile(best, run.folder / run_folder.BEST)
     if run.finished and goes_on:
         return  # only an evaluation is left: what the folder says of how the weights were made stays
