@@ -42,7 +42,7 @@ from mae_et.plan.curriculum import StageRow
 from mae_et.plan.flags import from_dict
 from mae_et.search.config import SearchConfig
 from mae_et.search.report import describe, draw_candidates, score_lines
-from mae_et.search.search import OutOfBudget, Results, SearchResult, greedy, identity, search, sequential
+from mae_et.search.search import OutOfBudget, Results, SearchResult, greedy, identity, open_space, search, sequential
 from mae_et.search.space import Option, Schedule, SearchSpace, fill, growing
 from mae_et.search.trials import Workers, evaluate, held_out_loss, seconds_of_vanilla
 from mae_et.targets import pixel_target
@@ -551,6 +551,17 @@ def test_a_recipe_that_could_not_be_run_here_is_refused_before_the_search(
     with pytest.raises(ValueError, match=r"would not run: --output_dir \./output_dir is inside --data_path"):
         search(config_of(Path(), tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("halving", [False, True])
+def test_the_least_budget_pays_for_the_first_choice(pictures: Path, tmp_path: Path, halving: bool) -> None:
+    """Which is between all the sizes: with less, the search would run nothing and find vanilla."""
+    config = from_dict(
+        SearchConfig, SEARCH | {"data_path": str(pictures), "output_dir": str(tmp_path), "halving": halving}, "test"
+    )
+    space, share = open_space(config), 1 / config.num_stages / (1 + halving)
+    assert len(space.options) == 2
+    assert space.least_cost() == pytest.approx(sum(space.cost(((option, share),)) for option in space.options))
 
 
 @pytest.mark.parametrize(("number", "end"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
