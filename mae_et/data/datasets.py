@@ -9,6 +9,7 @@ import os
 import re
 import struct
 import zlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -228,7 +229,8 @@ def _class_names(dataset: Any, reader: Any) -> list[str] | None:
         names = getattr(holder, "classes", None)
         if names:  # ImageNet's names are tuples of synonyms, of which two classes may share the first
             first = [name if isinstance(name, str) else name[0] for name in names]
-            return [name if first.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(first)]
+            times = Counter(first)
+            return [name if times[name] == 1 else f"{name} ({i})" for i, name in enumerate(first)]
         numbers = getattr(holder, "class_to_idx", None)
         if numbers:
             return sorted(numbers, key=numbers.get)

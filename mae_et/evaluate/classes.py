@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,7 +30,7 @@ def with_classes(source: Source, classes: Sequence[str], data_path: str, of: str
     if list(source.classes) == list(classes):
         return source
     for names, whose in ((classes, of), (source.classes, f"--data_path {data_path}")):
-        if twice := [name for name in dict.fromkeys(names) if list(names).count(name) > 1]:
+        if twice := [name for name, times in Counter(names).items() if times > 1]:
             raise ValueError(f"class(es) {_some(twice)} are there twice in {whose}: which is meant can't be told")
     number = {name: i for i, name in enumerate(classes)}
     used = [source.classes[label] for label in np.unique(source.labels)]
