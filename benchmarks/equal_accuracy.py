@@ -60,8 +60,9 @@ from mae_et.plan.flags import COMPUTE, from_dict, from_recipe, names, to_dict, t
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ("config.yaml", "environment.json", "ledger.json", "metrics.jsonl")
-#: Keys of an arm that are no flags of main_pretrain.py.
+#: Flags of main_finetune.py that make another evaluation of one whose precision is the same.
 JUDGED = names(FinetuneConfig, lambda role: role.judged and role is not COMPUTE)
+#: Keys of an arm that are no flags of main_pretrain.py.
 STUDY_KEYS = ("match_flops", "match_steps", "pretrain", "like", "branch", "seeds", "evaluate")
 
 

@@ -279,6 +279,12 @@ def test_an_unknown_model_is_named_with_the_legal_ones():
         assert shape_of(flags(*DATA, "--model", name)).embed_dim == wanted.embed_dim == 768
 
 
+def test_the_size_of_a_custom_stage_is_named_by_its_key():
+    config = from_mapping(curriculum="custom", stages=[{"size_px": 20, "share": 1.0}])
+    with pytest.raises(ValueError, match=r"^stages: size_px 20 px is not divisible by the patch \(16 px\)"):
+        build_curriculum(config, 100)
+
+
 def test_a_custom_stage_may_not_be_larger_than_the_input():
     config = from_mapping(curriculum="custom", stages=[{"size_px": 256, "share": 1.0}])
     with pytest.raises(ValueError, match="size 256 px is larger than --input_size 224"):

@@ -762,6 +762,14 @@ def test_fine_tuning_is_not_put_beside_results_of_other_weights(run: Path, tmp_p
     assert {path.name for path in (tmp_path / "floor").glob("eval-*")} == {"eval-knn.json", "eval-finetune.json"}
 
 
+def test_a_fine_tuning_that_died_before_its_first_checkpoint_begins_anew(run: Path) -> None:
+    config = FinetuneConfig(finetune=str(run), **QUICK, resume="auto")
+    finetune(config)
+    for path in (run / "finetune").glob("*.pt"):
+        path.unlink()
+    assert finetune(config).exists() and (run / "finetune/checkpoint.pt").exists()
+
+
 def test_only_a_runs_own_weights_are_of_the_run(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An export in its folder may be of an earlier run, and a copy of others."""
     monkeypatch.chdir(tmp_path)

@@ -368,6 +368,11 @@ def test_pixels_are_normalised_as_the_preprocessor_does_whatever_it_multiplies_t
     assert (facts.mean, facts.std, facts.crop_pct) == ((0.5,) * 2, (0.25,) * 2, None)
 
 
+def test_a_preprocessor_whose_mean_is_no_list_of_numbers_tells_none():
+    facts = record.from_preprocessor({"image_mean": "imagenet", "image_std": [0.5, None, 0.5]}, "f")
+    assert (facts.mean, facts.std) == (None, None)
+
+
 def test_what_others_mean_by_a_fact_that_we_have_no_place_for_is_not_known():
     facts = record.from_timm({"interpolation": "random", "crop_pct": 1.14, "mean": [0.5]}, "f")
     assert (facts.interpolation, facts.crop_pct, facts.mean) == (None, None, (0.5,))
